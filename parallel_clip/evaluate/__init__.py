@@ -1,0 +1,1 @@
+"""Zero-shot classification, retrieval and held-out loss of an encoder on evaluation shards."""
