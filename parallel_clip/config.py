@@ -1,0 +1,302 @@
+"""Every key of a training config: its type, its default, and what it means in one line.
+
+`load_config` reads YAML and overrides into a checked, frozen `Config`. What needs the number of
+processes to be checked is in `layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from parallel_clip import config_file
+from parallel_clip.config_keys import problems_in, show
+from parallel_clip.errors import InputError
+
+Shards = str | list[str]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A group of keys; nothing unknown is taken, nothing converted, nothing changed later."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    name: str = Field(
+        "ViT-L-14",
+        description="OpenCLIP model name, or path of a JSON file in its model-config format",
+    )
+
+
+class Init(Section):
+    from_: str | None = Field(
+        None,
+        alias="from",
+        description="run or checkpoint of any kind whose weights to start from; null: random",
+    )
+
+
+class Loss(Section):
+    kind: Literal["infonce", "sigmoid"] = Field(
+        "infonce", description="softmax over the global batch, or one sigmoid a pair"
+    )
+
+
+class Parallel(Section):
+    tensor: int = Field(1, ge=1, description="ranks that share every layer's heads and MLP")
+    pipeline: int = Field(1, ge=1, description="stages that the layers are dealt to")
+    virtual_pipeline: int = Field(
+        1, ge=1, description="chunks of layers a stage holds (interleaved pipelining)"
+    )
+    sequence: bool = Field(
+        False, description="split activations between the tensor ranks along the sequence as well"
+    )
+    schedule: Literal["auto", "two-pass", "stash"] = Field(
+        "auto", description="how microbatches run: forward twice, or once keeping every graph"
+    )
+    distributed_optimizer: bool = Field(
+        True, description="split optimizer state between the data-parallel ranks (ZeRO-1)"
+    )
+
+
+class Batch(Section):
+    global_: int = Field(
+        32768, alias="global", ge=1, description="pairs in one optimizer step, over all ranks"
+    )
+    micro: int = Field(
+        256, ge=1, description="pairs that one data-parallel rank runs through the model at once"
+    )
+
+
+class Train(Section):
+    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
+    samples: int | None = Field(None, ge=1, description="length of the run in pairs")
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes")
+
+
+class Optimizer(Section):
+    lr: float = Field(5e-4, ge=0, description="highest learning rate")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.98), strict=False, description="decay of the first and of the second moment"
+    )
+    eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.2, ge=0, description="on weights of two or more dimensions, norms' apart"
+    )
+    clip_grad_norm: float | None = Field(
+        None, gt=0, description="largest L2 norm of the whole gradient; null: unclipped"
+    )
+
+
+class Schedule(Section):
+    kind: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine",
+        description="learning rate after the warmup; wsd: constant, then linear to `min_lr`",
+    )
+    warmup: int = Field(2000, ge=0, description="steps of linear rise from zero")
+    cooldown: int = Field(0, ge=0, description="steps of the final fall (wsd)")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end (cosine, wsd)")
+
+
+class Source(Section):
+    shards: Shards = Field(description="WebDataset shards: a brace pattern, or several")
+    samples: int | None = Field(None, ge=1, description="use only the first so many; null: all")
+    weight: float = Field(1.0, gt=0, description="how often an epoch shows each sample")
+
+
+class Data(Section):
+    train: list[Source] = Field([], description="sources of training pairs, at least one")
+    caption_key: str | None = Field(
+        None, description="key of the sample's `.json` that holds the caption; null: its `.txt`"
+    )
+    augment: Literal["train", "none"] = Field(
+        "train", description="random resized crop; none: evaluation transform, first caption"
+    )
+    augment_options: dict[str, Any] = Field(
+        {}, description="OpenCLIP's aug_cfg: scale, ratio, color_jitter, gray_scale..."
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, strict=False, description="mean of each colour; null: of `init.from`, else OpenAI's"
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        None, strict=False, description="deviation of each; null: of `init.from`, else OpenAI's"
+    )
+    interpolation: Literal["bicubic", "bilinear"] | None = Field(
+        None, description="how pictures are resized; null: of `init.from`, else bicubic"
+    )
+    resize_mode: Literal["shortest", "longest", "squash"] | None = Field(
+        None, description="side to fit in evaluation; null: of `init.from`, else shortest"
+    )
+    tokenizer: str | None = Field(
+        None, description="openclip, or a folder; null: of the model or beside `init.from`"
+    )
+    workers: int = Field(4, ge=0, description="processes that read and decode, a rank")
+    prefetch: int = Field(2, ge=1, description="batches that each worker keeps ready")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="end the run when more of the samples cannot be decoded"
+    )
+
+
+class Checkpoint(Section):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int | None = Field(3, ge=1, description="how many of the newest to keep; null: all")
+
+
+class ZeroShot(Section):
+    shards: Shards = Field(description="pictures with the number of their class as `.cls`")
+    classes: str = Field(description="file with one class name a line; line 0 is class 0")
+    templates: str | None = Field(
+        None,
+        description="file with one prompt a line and {} in it, or openai; null: a short list",
+    )
+
+
+class Evaluate(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
+    loss: Shards | None = Field(None, description="held-out shards for the loss")
+    retrieval: Shards | None = Field(None, description="held-out shards for recall")
+    zero_shot: ZeroShot | None = Field(None, description="held-out shards for classification")
+    batch: int = Field(64, ge=1, description="pictures or texts that one rank encodes at once")
+
+
+class Log(Section):
+    every: int = Field(10, ge=1, description="steps between lines of the log")
+    ledger: bool = Field(False, description="write which samples each step has seen")
+
+
+class Config(Section):
+    model: Model = Model()
+    init: Init = Init()
+    loss: Loss = Loss()
+    parallel: Parallel = Parallel()
+    batch: Batch = Batch()
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="of weights and activations in the towers; masters are fp32"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations to compute again in the backward: attention's, or all"
+    )
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    data: Data = Data()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+    deterministic: bool = Field(
+        False, description="the same bits on every run, on GPU too (slower); CPU runs always are"
+    )
+    seed: int = Field(0, ge=0, description="of weights, data order, augmentation, patch dropout")
+    run_dir: str = Field("runs/demo", description="folder of the run; a run in it is resumed")
+
+    def to_tree(self) -> dict[str, Any]:
+        """All keys by their YAML names, defaults filled in."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """All keys, defaults filled in; `load_config` gives the same `Config` back."""
+        return config_file.write_yaml(self.to_tree())
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, lay the `key=value` overrides over it, and check it.
+
+    Raises:
+        InputError: with every problem that was found.
+    """
+    return config_from_dict(config_file.read_tree(path, overrides))
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Check `tree`, keys by their YAML names, and fill in the defaults.
+
+    Raises:
+        InputError: with every problem that was found.
+    """
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = problems_in(error, Config, tree)
+    else:
+        problems = list(_contradictions(config))
+        if not problems:
+            return config
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    raise InputError("\n- ".join([f"the config has {len(problems)} problems:", *problems]))
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is wrong between keys that are each right by themselves."""
+    lengths = {k: v for k, v in config.to_tree()["train"].items() if v is not None}
+    if len(lengths) != 1:
+        given = " and ".join(f"train.{key}" for key in lengths) or "none"
+        yield f"give exactly one of train.steps, train.samples and train.epochs; given: {given}"
+    if not config.data.train:
+        yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
+
+    parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline of at "
+            "least 2; it is 1"
+        )
+    if schedule.cooldown and schedule.kind != "wsd":
+        yield f"schedule.cooldown is for schedule.kind wsd, not {schedule.kind}; leave it out"
+    if schedule.min_lr and schedule.kind == "constant":
+        yield "schedule.min_lr is for schedule.kind cosine and wsd, not constant; leave it out"
+    if schedule.min_lr > config.optimizer.lr:
+        yield f"schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
+    steps = config.train.steps
+    if schedule.kind == "wsd" and steps and schedule.warmup + schedule.cooldown > steps:
+        yield (
+            f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
+            f"than train.steps {steps}; shorten one, or train longer"
+        )
+    if evaluate.every and not (evaluate.loss or evaluate.retrieval or evaluate.zero_shot):
+        yield (
+            f"evaluate.every {evaluate.every} has nothing to evaluate; give evaluate.loss, "
+            "evaluate.retrieval or evaluate.zero_shot, or set evaluate.every to 0"
+        )
+
+
+_FREE_ON_RESUME = (
+    "parallel.", "batch.micro", "recompute", "data.workers", "data.prefetch", "log.", "evaluate.",
+    "checkpoint.", "run_dir",
+)
+
+
+def resume_differences(saved: Config, new: Config) -> list[str]:
+    """The keys that keep `new` from going on with a run of `saved`: 'key: saved → new' each.
+
+    Free to differ are those that change no result, and a longer `train` at constant learning rate.
+    """
+    before, after = _flat(saved.to_tree()), _flat(new.to_tree())
+    constant = saved.schedule.kind == new.schedule.kind == "constant"
+    differences = []
+    for key in dict.fromkeys([*before, *after]):
+        old, now = before.get(key), after.get(key)
+        longer = key.startswith("train.") and None not in (old, now) and now > old
+        if old == now or key.startswith(_FREE_ON_RESUME) or longer and constant:
+            continue
+        differences.append(f"{key}: {show(old)} → {show(now)}")
+    return differences
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to plain values; lists are opened where their entries are sections."""
+    if isinstance(tree, dict) and tree:
+        items = tree.items()
+    elif isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
+        items = enumerate(tree)
+    else:
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, below in items for k, v in _flat(below, f"{prefix}{key}.").items()}
