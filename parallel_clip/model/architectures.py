@@ -19,8 +19,7 @@ class VisionArchitecture:
     """The image tower: patches and a class token through pre-norm transformer blocks.
 
     Sizes in pixels are (height, width). `layer_scale` is the initial value of the scale on each
-    residual branch (None: there is none); `pre_norm` a LayerNorm before the first block;
-    `learnable_positions` false means fixed two-dimensional sines and cosines.
+    residual branch (None: there is none); `pre_norm` a LayerNorm before the first block.
     """
 
     width: int
@@ -36,7 +35,6 @@ class VisionArchitecture:
     patch_dropout: float
     activation: Activation
     norm_eps: float
-    learnable_positions: bool
 
     @property
     def head_width(self) -> int:
@@ -205,7 +203,6 @@ def _read_vision(section: Section, quick_gelu: bool) -> VisionArchitecture:
         patch_dropout=section.number("patch_dropout", 0.0),
         activation=_activation(section, quick_gelu),
         norm_eps=_norm_eps(section),
-        learnable_positions=_learnable_positions(section),
     )
     if not 0 <= vision.patch_dropout < 1:
         raise section.error(
@@ -215,11 +212,6 @@ def _read_vision(section: Section, quick_gelu: bool) -> VisionArchitecture:
         raise section.error(
             f"vision_cfg.patch_size {vision.patch_size} is larger than vision_cfg.image_size "
             f"{vision.image_size}: a picture has no whole patch"
-        )
-    if not vision.learnable_positions and (vision.grid[0] != vision.grid[1] or width % 4):
-        raise section.error(
-            "vision_cfg.pos_embed_type = 'sin_cos_2d' needs a square grid of patches and a width "
-            f"divisible by 4; the grid is {vision.grid} and the width {width}"
         )
     return vision
 
@@ -289,7 +281,3 @@ def _norm_eps(section: Section) -> float:
             f"{section.key('norm_kwargs')}.eps must be a number between 0 and 1, not {eps!r}"
         )
     return float(eps)
-
-
-def _learnable_positions(section: Section) -> bool:
-    return section.choice("pos_embed_type", "learnable", ("learnable", "sin_cos_2d")) == "learnable"

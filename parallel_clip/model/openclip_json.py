@@ -18,6 +18,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
     "vision_cfg": {
         "timm_model_name": "an image tower of timm",
         "attentional_pool": "attentional pooling",
+        "pos_embed_type": "fixed positions",
         "output_tokens": "token outputs",
         "block_type": "another block",
         "qk_norm": "normalised queries and keys",
@@ -43,7 +44,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "scale_fc": "a norm inside the MLP",
     },
 }
-OFF_VALUES = {"block_type": "default", "proj_type": "linear"}
+OFF_VALUES = {"pos_embed_type": "learnable", "block_type": "default", "proj_type": "linear"}
 
 # Keys that OpenCLIP reads only beside one of the switches above (or, `output_dict`, that change how
 # its forward returns and not what), so that any value of theirs leaves our models as they are.
@@ -82,7 +83,6 @@ READ_HERE: dict[str, set[str]] = {
         "ls_init_value",
         "patch_dropout",
         "no_ln_pre",
-        "pos_embed_type",
         "final_ln_after_pool",
         "pool_type",
         "act_kwargs",

@@ -61,5 +61,4 @@ MODELS: dict[str, dict[str, Any]] = {
         vision={"image_size": [24, 40], "pool_type": "avg"},
         text={"pool_type": "first", "no_causal_mask": True},
     ),
-    "fixed-positions": model_cfg(vision={"pos_embed_type": "sin_cos_2d"}),
 }
