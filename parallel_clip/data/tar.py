@@ -1,0 +1,100 @@
+"""A small reader of tar headers: finds the regular files of an archive without reading them.
+
+Every size is checked against the archive before it is used, nothing is ever extracted to a path,
+and links, devices and sparse files are not followed or filled in.
+"""
+
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+MAX_NAME_BYTES = 64 * 1024  # of a long name, or of the extended header that holds one
+
+_LONG_NAME = tarfile.GNUTYPE_LONGNAME
+_EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_NAME_PARTS = (_LONG_NAME, tarfile.GNUTYPE_LONGLINK, *_EXTENDED)
+_BLOCK = tarfile.BLOCKSIZE
+
+Read = Callable[[int, int], bytes]  # (bytes wanted, offset) -> bytes, fewer only at the end
+
+
+class TarError(Exception):
+    """The archive is not a whole, plain tar; the message says what is wrong where."""
+
+
+class Member(NamedTuple):
+    """A regular file in an archive; offsets in bytes from the archive's begin."""
+
+    name: str
+    header: int  # of its first header block, those of a long name included
+    offset: int  # of its contents
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the next member's header."""
+        return _padded(self.offset + self.size)
+
+
+def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]:
+    """The regular files of an archive of `size` bytes, in their order.
+
+    With `end_mark` the archive must close with an empty block, as every tar does that was written
+    to its end; without, `read` gives a piece of an archive that closes behind some member.
+    Raises TarError where the archive breaks off or is not a tar.
+    """
+    place, header, long_name, extended = 0, None, None, {}
+    while place < size or end_mark:
+        try:
+            info = tarfile.TarInfo.frombuf(read(_BLOCK, place), "utf-8", "replace")
+        except tarfile.EOFHeaderError:
+            return
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+            raise TarError(
+                f"it breaks off at byte {size:,}, without the end mark of a tar"
+            ) from None
+        except tarfile.HeaderError as error:
+            raise TarError(f"no tar header at byte {place:,} ({error})") from None
+        header = place if header is None else header
+        length = int(extended.get("size", info.size))
+        offset = place + _BLOCK
+        if length < 0 or offset + length > size:
+            raise TarError(
+                f"it breaks off: member {info.name!r} at byte {place:,} has {length:,} bytes, "
+                f"but {size - offset:,} follow"
+            )
+        place = _padded(offset + length)
+        if info.type in _NAME_PARTS:
+            if length > MAX_NAME_BYTES:
+                raise TarError(f"a name of {length:,} bytes, at most {MAX_NAME_BYTES:,} are read")
+            if info.type == _LONG_NAME:
+                long_name = read(length, offset).rstrip(b"\0").decode("utf-8", "replace")
+            elif info.type in _EXTENDED:
+                extended = _extended_header(read(length, offset))
+            continue
+        if info.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in extended):
+            raise TarError(f"member {info.name!r} is a sparse file, which is not read")
+        if info.isreg():
+            name = extended.get("path") or long_name or info.name
+            yield Member(name, header, offset, length)
+        header, long_name, extended = None, None, {}
+
+
+def _extended_header(data: bytes) -> dict[str, str]:
+    """The records "LENGTH KEY=VALUE\n" of a pax header."""
+    records = {}
+    while data.strip(b"\0"):
+        digits, _, rest = data.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) <= 8 else 0
+        if not len(digits) + 2 < length <= len(data):
+            raise TarError("a damaged pax header")
+        key, _, value = rest[: length - len(digits) - 2].partition(b"=")
+        if key == b"size" and not (value.isdigit() and len(value) <= 20):
+            raise TarError("a damaged pax header")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        data = data[length:]
+    return records
+
+
+def _padded(offset: int) -> int:
+    return -(-offset // _BLOCK) * _BLOCK
