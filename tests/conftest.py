@@ -1,7 +1,16 @@
 """Settings of the whole suite."""
 
+import pytest
 from hypothesis import settings
 
 # The same examples on every run, and no verdict that hangs on the speed of the machine.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch  # here, so that tests of the pure modules start at once
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")

@@ -1,0 +1,52 @@
+"""Packaging of parallel_clip; the settings of the development tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "parallel_clip/__init__.py").read_text())[1]
+README = HERE / "README.md"
+
+setup(
+    name="parallel_clip",
+    version=VERSION,
+    description="Model-parallel training of CLIP-like dual encoders on Megatron-Core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["parallel_clip", "parallel_clip.*"]),
+    package_data={"parallel_clip": ["**/*.txt", "**/*.txt.gz", "**/*.json", "**/LICENSE*"]},
+    entry_points={"console_scripts": ["parallel-clip = parallel_clip.cli:main"]},
+    install_requires=[
+        "torch>=2.8",
+        "torchvision",
+        "megatron-core>=0.16.1,<0.20",  # 0.16 on Python 3.11; 0.17 and later need Python 3.12
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "webdataset",
+        "tokenizers",
+        "ftfy",
+        "regex",
+        "braceexpand",
+        "pillow",
+        "psutil",  # megatron-core imports it without declaring it
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-timeout", "hypothesis", "open_clip_torch", "ruff"],
+        "demo": ["open_clip_torch"],
+    },
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
