@@ -1,0 +1,1 @@
+"""Our parameters and other people's checkpoints, in both directions."""

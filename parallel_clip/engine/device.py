@@ -1,0 +1,137 @@
+"""The only file that knows CPU from CUDA.
+
+megatron-core is written for CUDA: it asks `torch.cuda` for the current device, for random-number
+states and for streams, and creates tensors on `device="cuda"`. On a machine without CUDA the seam
+below answers those questions with the CPU, so that the very code that runs on GPUs runs on gloo.
+Where CUDA is, nothing here touches torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import resource
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def prepare_device(local_rank: int) -> torch.device:
+    """Make this process's device current and return it; without CUDA, put the seam in place."""
+    if has_cuda():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    _install_cpu_seam()
+    return torch.device("cpu")
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def collective_backend() -> str:
+    return "nccl" if has_cuda() else "gloo"
+
+
+def make_deterministic() -> None:
+    """Only deterministic kernels from here on. On CPU every run already gives the same bits."""
+    if has_cuda():
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: on the device with CUDA, resident without."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize() -> None:
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def describe_device() -> str:
+    return torch.cuda.get_device_name() if has_cuda() else "CPU"
+
+
+# ------------------------------------------------------------------------------------ the seam
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"` is the CPU, `.cuda()` the identity, and `.type()` has a CUDA name."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if function is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _NoStream:
+    """Stands in for `torch.cuda.Stream` and `Event`: on a CPU everything is already in order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
+
+
+@functools.cache
+def _install_cpu_seam() -> None:
+    cpu = torch.device("cpu")
+    cuda = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.default_generators = (torch.default_generator,)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+
+    # megatron-core binds its own names for these two at import.
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    # A torch-function mode is off inside backward, where full recompute runs the forward again:
+    # the factories it calls there are wrapped for good.
+    for name in ("empty", "zeros", "ones", "full", "tensor", "arange"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _CudaMeansCpu().__enter__()  # for the life of the process
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        return factory(*args, **kwargs)
+
+    return wrapped

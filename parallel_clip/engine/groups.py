@@ -1,0 +1,147 @@
+"""Process groups: the one place that touches megatron-core's global parallel state.
+
+Everyone else is handed a `Groups`, or one process group of it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from parallel_clip.engine import device as device_seam
+from parallel_clip.engine.launch import Launch, set_rendezvous_address
+from parallel_clip.errors import InputError
+from parallel_clip.layout import Layout
+
+T = TypeVar("T")
+
+# A rank that dies takes its job down through the launcher at once; this is for one that hangs.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's place in the layout and the groups that it talks in."""
+
+    layout: Layout
+    rank: int
+    world: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.pipeline.rank()
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    def rank_zero_first(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 alone and hand everyone its result (or its InputError)."""
+        outcome: list[object] = [None, None]
+        if self.is_rank_zero:
+            try:
+                outcome[0] = function()
+            except InputError as error:
+                outcome[1] = str(error)
+        if self.layout.world > 1:
+            dist.broadcast_object_list(outcome, src=0, group=self.world)
+        if outcome[1] is not None:
+            raise InputError(outcome[1])
+        return outcome[0]
+
+    def everywhere(self, function: Callable[[], T]) -> T:
+        """Run `function` on every rank; an InputError on any of them is raised on all.
+
+        Without this a rank that alone finds the input wrong would leave the others waiting.
+        """
+        result, complaint = None, None
+        try:
+            result = function()
+        except InputError as error:
+            complaint = str(error)
+        complaints: list[str | None] = [complaint]
+        if self.layout.world > 1:
+            complaints = [None] * self.layout.world
+            dist.all_gather_object(complaints, complaint, group=self.world)
+        for found in complaints:
+            if found is not None:
+                raise InputError(found)
+        return result
+
+
+def open_groups(layout: Layout, launch: Launch) -> Groups:
+    """Join the process group of all ranks and cut it into the layout's groups."""
+    _quiet_dependencies()
+    from megatron.core import parallel_state, tensor_parallel
+
+    device = device_seam.prepare_device(launch.local_rank)
+    _join_world(launch, device)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        create_gloo_process_groups=False,
+    )
+    # TransformerBlock forks this tracker under sequence parallelism; nothing of ours draws from it.
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    return Groups(
+        layout=layout,
+        rank=launch.rank,
+        world=dist.group.WORLD,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        device=device,
+    )
+
+
+def close_groups() -> None:
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join_world(launch: Launch, device: torch.device) -> None:
+    if dist.is_initialized():
+        return
+    options = {"timeout": COLLECTIVE_TIMEOUT}
+    if device.type == "cuda":
+        options["device_id"] = device
+    if launch.world_size == 1:  # no port needed, so none can be taken
+        options["store"] = dist.HashStore()
+    else:
+        set_rendezvous_address()
+    dist.init_process_group(
+        device_seam.collective_backend(),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        **options,
+    )
+
+
+def _quiet_dependencies() -> None:
+    """Silence advice, given on import, about things that we do not use."""
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
