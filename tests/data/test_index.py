@@ -3,11 +3,11 @@ import shutil
 
 import numpy as np
 import pytest
-from tests.data.shard_files import write_shards
 
 from parallel_clip.data import index
 from parallel_clip.data.index import INDEX_NAME, index_shards
 from parallel_clip.errors import InputError
+from tests.data.shard_files import write_shards
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import tarfile
 
 import pytest
 import webdataset
-from tests.data.shard_files import sample, write_shard, write_shards
 
 from parallel_clip.data import shards
 from parallel_clip.data.shards import (
@@ -14,6 +13,7 @@ from parallel_clip.data.shards import (
     split_name,
 )
 from parallel_clip.errors import InputError
+from tests.data.shard_files import sample, write_shard, write_shards
 
 
 @pytest.fixture
