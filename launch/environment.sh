@@ -1,7 +1,7 @@
 # Finds or makes the Python environment that everything here runs in. To be sourced:
 #
 #   source launch/environment.sh
-#   use_environment [demo] [test]     # the extras of setup.py that are needed
+#   setup_environment [demo] [test]     # the extras of setup.py that are needed
 #
 # Afterwards $PYTHON is the interpreter and its programs are first on PATH.
 #
@@ -14,7 +14,7 @@
 
 PARALLEL_CLIP_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-use_environment() {
+setup_environment() {
     local active="${PYTHON:-python3}" missing
     if missing="$(_missing_modules "$active" "$@")" && [ -z "$missing" ]; then
         PYTHON="$("$active" -c 'import sys; print(sys.executable)')"

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/environment.sh
-use_environment test
+setup_environment test
 
 # Tests start several processes each; one thread a process keeps them from crowding the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
