@@ -157,7 +157,7 @@ def _resize_to_fit(
 ) -> Image:
     """Resize, keeping the shape, so that the longest (`fit` max) or shortest (min) side fits."""
     ratio = fit(picture.height / size[0], picture.width / size[1])
-    resized = [round(picture.height / ratio), round(picture.width / ratio)]
+    resized = [max(1, round(side / ratio)) for side in (picture.height, picture.width)]
     return F.resize(picture, resized, interpolation)
 
 
