@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from parallel_clip.data.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.index import Say, index_shards
-from parallel_clip.data.loader import BadSample, read_ahead
+from parallel_clip.data.loader import BadSample, StoredAddress, read_ahead
 from parallel_clip.data.shards import BadSampleError, ShardFiles, ShardIndex
 from parallel_clip.data.tokenizer import Tokenizer
 from parallel_clip.data.transforms import Preprocess, evaluation_transform
@@ -29,6 +29,7 @@ class EvaluationBatch:
     tokens: Tensor  # int64 [m, L]; m is 0 where labels were asked for
     owner: Tensor  # int64 [m]: the row of `images` that a caption belongs to, ascending
     labels: Tensor  # int64 [n]; [0] where captions were asked for
+    addresses: list[StoredAddress]  # of the n pictures
     bad: list[BadSample]
 
 
@@ -101,7 +102,7 @@ class _EvaluationSamples(Dataset):
         return int(self._starts[-1])
 
     def __getitem__(self, positions: range) -> EvaluationBatch:
-        images, used, captions, owner, labels, bad = [], [], [], [], [], []
+        images, used, captions, owner, labels, addresses, bad = [], [], [], [], [], [], []
         for position in positions:
             number = int(np.searchsorted(self._starts, position, side="right")) - 1
             shard = self._shards[number]
@@ -119,11 +120,13 @@ class _EvaluationSamples(Dataset):
                 continue
             images.append(self._transform(picture))
             used.append(position)
+            addresses.append(StoredAddress(0, str(shard.path), sample.key))
         return EvaluationBatch(
             torch.stack(images) if images else torch.empty(0, 3, *self._size),
             torch.tensor(used, dtype=torch.int64),
             self._tokenizer(captions),
             torch.tensor(owner, dtype=torch.int64),
             torch.tensor(labels, dtype=torch.int64),
+            addresses,
             bad,
         )

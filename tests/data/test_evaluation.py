@@ -46,6 +46,7 @@ def test_every_picture_comes_once_with_all_its_captions(shards, ranks, batch, wo
                 for row, tokens in zip(part.owner, part.tokens, strict=True)
             ]
             assert [bad.key for bad in part.bad] in ([], ["04"])
+            assert [int(address.key) for address in part.addresses] == part.positions.tolist()
     assert positions == [number for number in range(11) if number != 4]
     assert captions == [
         (number, tuple(TOKENIZER([f"caption {number} {letter}"])[0].tolist()))
