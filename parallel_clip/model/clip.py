@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -90,6 +91,7 @@ class CLIPModel(MegatronModule):
         return [(p, held[p.module]) for p in parameter_table(self.architecture)]
 
     # The schedules of megatron-core ask these of a model.
+    model_type = ModelType.encoder_or_decoder
     pre_process = post_process = True
     share_embeddings_and_output_weights = False
 

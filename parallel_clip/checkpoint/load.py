@@ -1,0 +1,50 @@
+"""Reading a checkpoint into any layout: each rank reads the ranges that it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel_clip.checkpoint.meta import Meta
+from parallel_clip.checkpoint.pieces import KINDS, PieceReader
+from parallel_clip.checkpoint.save import StateOwner
+from parallel_clip.convert.names import Parameter
+from parallel_clip.engine.groups import Groups
+from parallel_clip.model.clip import CLIPModel
+
+
+def load_checkpoint(
+    folder: Path, model: CLIPModel, optimizer: StateOwner, groups: Groups
+) -> Meta:
+    """Fill model, masters and moments from a checkpoint written in any layout.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    meta = Meta.read(folder)
+    reader = PieceReader(folder)
+    for parameter, tensor in model.global_parameters():
+        values = {
+            kind: read_local(reader, f"{kind}:{parameter.name}", parameter, groups)
+            for kind in (KINDS if meta.has_moments else KINDS[:1])
+        }
+        optimizer.set_weight(tensor, values.pop("weight"))
+        if meta.has_moments and meta.step > 0:
+            optimizer.set_moments(tensor, values, meta.step)
+    return meta
+
+
+def read_local(reader: PieceReader, key: str, parameter: Parameter, groups: Groups) -> Tensor:
+    """This tensor rank's part of a tensor: fp32 on the CPU, zeros where padded."""
+    axis = parameter.placement.axis
+    if axis is None:
+        return reader.read(key)
+    rank, size = groups.tensor_rank, groups.layout.tensor
+    part = torch.zeros(parameter.local_shape(size))
+    for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
+        part.narrow(axis, segment.local, segment.length).copy_(
+            reader.read_range(key, axis, segment.whole, segment.length)
+        )
+    return part

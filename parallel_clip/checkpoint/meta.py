@@ -1,0 +1,46 @@
+"""What a checkpoint says of itself, beside its tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel_clip.errors import InputError
+
+META_FILE = "meta.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Meta:
+    """step: optimizer steps done; position: samples of the global order consumed; bad_samples:
+    replaced so far; model and preprocess: OpenCLIP's model_cfg and preprocess_cfg; tokenizer: as
+    in `data.tokenizer`, a folder's path made absolute."""
+
+    step: int
+    position: int
+    bad_samples: int
+    model_name: str
+    model: dict[str, Any]
+    preprocess: dict[str, Any]
+    tokenizer: str | None = None
+    has_moments: bool = True
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        (folder / META_FILE).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Meta:
+        try:
+            values = json.loads((folder / META_FILE).read_text())
+            if values["format"] != FORMAT:
+                raise InputError(
+                    f"{folder} has checkpoint format {values['format']}; this version reads "
+                    f"{FORMAT}; use the version of parallel_clip that wrote it"
+                )
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder} is not a checkpoint: {META_FILE}: {error}") from None

@@ -1,0 +1,149 @@
+"""The files of one checkpoint: tensors cut into pieces along an axis, and how to read any range.
+
+Knows nothing of models or ranks. Tensors are named `KIND:NAME`, KIND one of `KINDS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parallel_clip.errors import InputError
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+INDEX_FILE = "index.json"
+FILE_BYTES = 2 << 30  # a writer holds so much before it begins another file
+
+
+@dataclass
+class PieceWriter:
+    """Collects one rank's pieces and writes them to files of bounded size."""
+
+    folder: Path
+    rank: int
+    entries: list[dict] = field(default_factory=list)
+    _pending: dict[str, Tensor] = field(default_factory=dict)
+    _files: int = 0
+
+    def add(self, key: str, piece: Tensor, shape: tuple[int, ...], axis: int, start: int) -> None:
+        """Take a piece of the tensor `key` of full `shape`: `piece` begins at `start` on `axis`."""
+        stored = f"{key}@{start}"
+        # A copy: a piece is often a view of something that training will change or free.
+        self._pending[stored] = piece.detach().to("cpu", copy=True).contiguous()
+        self.entries.append(
+            {"key": key, "shape": list(shape), "axis": axis, "start": start, "stored": stored,
+             "file": self._file_name()}
+        )  # fmt: skip
+        if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            save_file(self._pending, self.folder / self._file_name())
+            self._pending = {}
+            self._files += 1
+
+    def _file_name(self) -> str:
+        return f"rank_{self.rank:05d}_{self._files:03d}.safetensors"
+
+
+def write_index(folder: Path, entries: list[dict]) -> None:
+    """The table of all ranks' pieces."""
+    tensors: dict[str, dict] = {}
+    for entry in entries:
+        tensor = tensors.setdefault(
+            entry["key"], {"shape": entry["shape"], "axis": entry["axis"], "pieces": []}
+        )
+        tensor["pieces"].append({k: entry[k] for k in ("start", "file", "stored")})
+    (folder / INDEX_FILE).write_text(json.dumps(tensors, indent=1))
+
+
+class PieceReader:
+    """Reads whole tensors, or ranges of them, from a checkpoint written in any layout."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self._tensors: dict[str, dict] = json.loads((folder / INDEX_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} is not a whole checkpoint: {INDEX_FILE}: {error}") from None
+        self._open: dict[str, safe_open] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key]["shape"])
+
+    def read(self, key: str) -> Tensor:
+        """The full tensor: fp32 on the CPU."""
+        shape = self.shape(key)
+        return self.read_range(key, 0, 0, shape[0]) if shape else self._piece(key, 0)
+
+    def read_range(self, key: str, axis: int, start: int, length: int) -> Tensor:
+        """`length` entries of the tensor from `start` along `axis`: fp32 on the CPU.
+
+        Only the bytes that overlap are read.
+        """
+        tensor = self._tensors[key]
+        shape = list(tensor["shape"])
+        shape[axis] = length
+        result = torch.empty(shape)
+        read = 0
+        for i in range(len(tensor["pieces"])):
+            read += self._copy_overlap(key, i, axis, start, result)
+        if read != result.numel():
+            raise InputError(
+                f"{self.folder}: {key} has {read} of the {result.numel()} numbers asked of it; "
+                "the checkpoint is damaged, use another one"
+            )
+        return result
+
+    def _copy_overlap(self, key: str, i: int, axis: int, start: int, result: Tensor) -> int:
+        """Copy what piece `i` shares with the range into `result`; how many numbers that were."""
+        tensor = self._tensors[key]
+        piece_axis, piece_start = tensor["axis"], tensor["pieces"][i]["start"]
+        stored = self._stored(key, i)
+        extent = stored.get_shape()
+        window = [slice(0, size) for size in extent]  # of the piece
+        target = [slice(0, size) for size in extent]  # of the result
+        target[piece_axis] = slice(piece_start, piece_start + extent[piece_axis])
+        whole_start = target[axis].start
+        first = max(start, whole_start)
+        last = min(start + result.shape[axis], whole_start + extent[axis])
+        if first >= last:
+            return 0
+        window[axis] = slice(first - whole_start, last - whole_start)
+        target[axis] = slice(first - start, last - start)
+        values = stored[tuple(window)]
+        result[tuple(target)] = values
+        return values.numel()
+
+    def _piece(self, key: str, i: int) -> Tensor:
+        piece = self._tensors[key]["pieces"][i]
+        return self._file(piece["file"]).get_tensor(piece["stored"]).float()
+
+    def _stored(self, key: str, i: int):
+        piece = self._tensors[key]["pieces"][i]
+        return self._file(piece["file"]).get_slice(piece["stored"])
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{self.folder / name} cannot be read ({error}); the checkpoint is not whole, "
+                    "use another one"
+                ) from None
+        return self._open[name]

@@ -1,0 +1,1 @@
+"""The training loop: one step, the optimizer, the run folder's metrics."""
