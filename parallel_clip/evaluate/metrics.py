@@ -59,13 +59,13 @@ def retrieval_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str,
         "text_to_image": text_to_image_ranks(images, texts, owner),
     }
     return {
-        f"{name}_recall@{k}": recall(ranks, k) for name, ranks in directions.items() for k in RECALLS
+        f"{name}_recall@{k}": recall(ranks, k)
+        for name, ranks in directions.items()
+        for k in RECALLS
     }
 
 
-def _ranks(
-    queries: Tensor, candidates: Tensor, right: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
+def _ranks(queries: Tensor, candidates: Tensor, right: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """Ranks [N] of the candidates that `right` picks, given the scores of some rows of queries.
 
     The score of the right candidate is read from the tile itself: computed apart it could differ

@@ -1,0 +1,48 @@
+"""Held-out samples that cannot be used: few are left out and counted, more are an error."""
+
+from __future__ import annotations
+
+import logging
+
+from torch.distributed import ProcessGroup
+
+from parallel_clip.data.evaluation import EvaluationBatch
+from parallel_clip.errors import InputError
+from parallel_clip.evaluate.gather import gather_objects
+
+log = logging.getLogger(__name__)
+
+TOLERATED = 0.01
+"""The largest share of bad samples with which a figure still speaks of the whole set."""
+
+
+class BadSamples:
+    """Collects the bad samples of this rank, then judges those of all ranks together."""
+
+    def __init__(self):
+        self._reports: list[str] = []
+        self._good = 0
+        self.total = 0
+
+    def add(self, batch: EvaluationBatch) -> None:
+        self._good += len(batch.images)
+        self._reports += [str(sample) for sample in batch.bad]
+
+    def settle(self, group: ProcessGroup | None, need: str) -> None:
+        """Set `total`, over all ranks. Raises InputError on every rank where more than the
+        tolerated share is bad, or there is no good sample at all; `need` says what one has."""
+        first = next(iter(self._reports), None)
+        parts = gather_objects((self._good, len(self._reports), first), group)
+        good = sum(part[0] for part in parts)
+        self.total = sum(part[1] for part in parts)
+        first = next((part[2] for part in parts if part[2] is not None), None)
+        if self.total > TOLERATED * (good + self.total):
+            raise InputError(
+                f"{self.total:,} of {good + self.total:,} held-out samples cannot be used: {first}"
+                f"{' (the first of them)' if self.total > 1 else ''}; {need}; correct the shards, "
+                "or name others"
+            )
+        if not good:
+            raise InputError("the held-out shards hold no samples; name others")
+        if first is not None:
+            log.warning("left out %d of %d samples; the first: %s", self.total, good, first)

@@ -1,0 +1,71 @@
+"""Features of the held-out pictures and of all their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from parallel_clip.data.evaluation import EvaluationBatch
+from parallel_clip.evaluate.bad_samples import BadSamples
+from parallel_clip.evaluate.encoder_protocol import Encoder
+from parallel_clip.evaluate.gather import gather_rows
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """Features fp32 of length 1, in the order of the shards and the same on every rank.
+
+    images [N, D]; texts [M, D], a picture's own side by side; owner [M] int64: the picture of each
+    caption, of which every picture has at least one. `bad_samples` more were left out.
+    """
+
+    images: Tensor
+    texts: Tensor
+    owner: Tensor
+    bad_samples: int
+
+    def first_captions(self) -> Tensor:
+        """The first caption's features of each picture: [N, D]."""
+        captions = torch.bincount(self.owner, minlength=len(self.images))
+        return self.texts[captions.cumsum(0) - captions]
+
+
+@torch.no_grad()
+def encode_pairs(
+    encoder: Encoder,
+    batches: Iterable[EvaluationBatch],
+    text_batch: int = 64,
+    group: ProcessGroup | None = None,
+) -> PairFeatures:
+    """Encode this rank's part of the samples, and gather the parts of all ranks of `group`.
+
+    The parts follow one another in the order of ranks. Texts are encoded `text_batch` at a time.
+    Raises InputError, on every rank, where samples are bad; see `BadSamples`.
+    """
+    device, width = encoder.device, encoder.architecture.embed_dim
+    images, texts = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)]
+    owners = [torch.empty(0, dtype=torch.int64)]
+    pictures, bad = 0, BadSamples()
+    for batch in batches:
+        bad.add(batch)
+        if len(batch.images):
+            images.append(encoder.encode_image(batch.images.to(device)))
+            texts += [encoder.encode_text(t.to(device)) for t in batch.tokens.split(text_batch)]
+        owners.append(batch.owner + pictures)
+        pictures += len(batch.images)
+    bad.settle(group, "retrieval and loss need a picture and its captions")
+
+    own_images = torch.cat(images)
+    captions = torch.bincount(torch.cat(owners).to(device), minlength=pictures)
+    all_captions = gather_rows(captions, group)
+    everyone = torch.arange(len(all_captions), device=device)
+    return PairFeatures(
+        images=gather_rows(own_images, group),
+        texts=gather_rows(torch.cat(texts), group),
+        owner=everyone.repeat_interleave(all_captions),
+        bad_samples=bad.total,
+    )

@@ -1,0 +1,88 @@
+"""Zero-shot classification: the class whose name, in prompts, is nearest to the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from parallel_clip.data.evaluation import EvaluationBatch
+from parallel_clip.errors import InputError
+from parallel_clip.evaluate.bad_samples import BadSamples
+from parallel_clip.evaluate.encoder_protocol import Encoder
+from parallel_clip.evaluate.gather import gather_rows, one_fate
+from parallel_clip.evaluate.metrics import class_ranks, recall
+from parallel_clip.evaluate.prompts import fill
+
+
+@torch.no_grad()
+def encode_classes(
+    encoder: Encoder,
+    names: Sequence[str],
+    templates: Sequence[str],
+    batch: int = 64,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """One feature of length 1 for each class, the same on every rank: fp32 [C, D].
+
+    It is the mean of the features of all its prompts. Each rank of `group` encodes a part of the
+    classes, `batch` prompts at a time.
+    """
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    own_names = names[len(names) * rank // ranks : len(names) * (rank + 1) // ranks]
+    prompts = [fill(template, name) for name in own_names for template in templates]
+    features = [torch.empty(0, encoder.architecture.embed_dim, device=encoder.device)]
+    for start in range(0, len(prompts), batch):
+        tokens = encoder.tokenizer(prompts[start : start + batch])
+        features.append(encoder.encode_text(tokens.to(encoder.device)))
+    of_prompts = torch.cat(features).unflatten(0, (len(own_names), len(templates)))
+    return gather_rows(F.normalize(of_prompts.mean(dim=1), dim=-1), group)
+
+
+@torch.no_grad()
+def zero_shot(
+    encoder: Encoder,
+    batches: Iterable[EvaluationBatch],
+    classes: Tensor,
+    group: ProcessGroup | None = None,
+) -> dict[str, float | int]:
+    """The share of pictures whose label is the nearest class (`top1`) or among the nearest five.
+
+    classes [C, D]: from `encode_classes`; batches: this rank's part of the samples. Also returns
+    the numbers of `samples`, `classes` and `bad_samples`. Raises InputError, on every rank, where
+    a label is beyond the classes, or samples are bad; see `BadSamples`.
+    """
+    ranks = [torch.empty(0, dtype=torch.int64, device=encoder.device)]
+    bad = BadSamples()
+    with one_fate(group):
+        for batch in batches:
+            bad.add(batch)
+            _check_labels(batch, len(classes))
+            if len(batch.images):
+                images = encoder.encode_image(batch.images.to(encoder.device))
+                ranks.append(class_ranks(images, classes, batch.labels.to(encoder.device)))
+    bad.settle(group, "zero-shot classification needs a picture and the number of its class, .cls")
+
+    all_ranks = gather_rows(torch.cat(ranks), group)
+    return {
+        "top1": recall(all_ranks, 1),
+        "top5": recall(all_ranks, 5),
+        "samples": len(all_ranks),
+        "classes": len(classes),
+        "bad_samples": bad.total,
+    }
+
+
+def _check_labels(batch: EvaluationBatch, classes: int) -> None:
+    beyond = (batch.labels >= classes).nonzero()
+    if len(beyond):
+        row = int(beyond[0])
+        address = batch.addresses[row]
+        raise InputError(
+            f"sample {address.key} of {address.shard} has label {int(batch.labels[row])} in its "
+            f".cls, but the classes are 0 to {classes - 1}; the file of class names needs a line "
+            "for every label"
+        )
