@@ -202,16 +202,22 @@ class TrainingLoader:
 
 
 def open_training_data(
-    config: "Config", preprocess: Preprocess, tokenizer: Tokenizer, say: Say = print
+    config: "Config",
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    say: Say = print,
+    *,
+    save_index: bool = True,
 ) -> TrainingData:
-    """The training data of a run; shards without an index get one (see `index_shards`).
+    """The training data of a run; shards without an index get one, kept unless `save_index` is
+    False (see `index_shards`).
 
     InputError: no shards, missing or broken ones, an augmentation that there is not.
     """
     settings = config.data
     if not settings.train:
         raise InputError("data.train names no shards; give a list of {shards: ...}")
-    sources = [index_shards(source.shards, say) for source in settings.train]
+    sources = [index_shards(source.shards, say, save=save_index) for source in settings.train]
     order = Order(
         [
             Source([shard.samples for shard in shards], source.weight, source.samples)

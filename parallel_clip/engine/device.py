@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import resource
 
 import torch
@@ -25,6 +26,7 @@ def prepare_device(local_rank: int) -> torch.device:
     if has_cuda():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products are so already
         return device
     _install_cpu_seam()
     return torch.device("cpu")
@@ -41,6 +43,7 @@ def collective_backend() -> str:
 def make_deterministic() -> None:
     """Only deterministic kernels from here on. On CPU every run already gives the same bits."""
     if has_cuda():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 

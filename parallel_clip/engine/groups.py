@@ -6,8 +6,6 @@ Everyone else is handed a `Groups`, or one process group of it.
 from __future__ import annotations
 
 import datetime
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +15,7 @@ import torch.distributed as dist
 
 from parallel_clip.engine import device as device_seam
 from parallel_clip.engine.launch import Launch, set_rendezvous_address
+from parallel_clip.engine.quiet import quiet_dependencies
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
 
@@ -90,7 +89,7 @@ class Groups:
 
 def open_groups(layout: Layout, launch: Launch) -> Groups:
     """Join the process group of all ranks and cut it into the layout's groups."""
-    _quiet_dependencies()
+    quiet_dependencies()
     from megatron.core import parallel_state, tensor_parallel
 
     device = device_seam.prepare_device(launch.local_rank)
@@ -137,11 +136,3 @@ def _join_world(launch: Launch, device: torch.device) -> None:
         world_size=launch.world_size,
         **options,
     )
-
-
-def _quiet_dependencies() -> None:
-    """Silence advice, given on import, about things that we do not use."""
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")

@@ -1,6 +1,7 @@
 """What a CLIP model is: widths, depths, switches. Read from OpenCLIP's JSON or known by name."""
 
 import json
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -130,6 +131,16 @@ def load_architecture(name_or_path: str) -> Architecture:
         f"model.name {name_or_path!r} is neither one of the {len(MODELS)} known models (nearest: "
         f"{', '.join(nearest)}) nor a JSON file in OpenCLIP's model-config format"
     )
+
+
+def for_loss(architecture: Architecture, kind: str) -> Architecture:
+    """The model as a loss needs it: with "sigmoid" it has a bias, and starts at scale ln 10 and
+    bias -10 (Zhai et al., arXiv 2303.15343) where its JSON does not say otherwise."""
+    if kind != "sigmoid":
+        return architecture
+    defaults = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    given = {key: value for key, value in architecture.json.items() if value is not None}
+    return architecture_from_json({**defaults, **given}, architecture.name)
 
 
 def _read_file(path: Path) -> Architecture:

@@ -16,9 +16,10 @@ from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
 from parallel_clip.model.architectures import Architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.clip import CLIPModel
 from parallel_clip.plan.saved_activations import SavedActivations, memory_of
-from parallel_clip.training.optimizer import MOMENTS, Optimizer, wrap_for_data_parallel
+from parallel_clip.training.build import build
+from parallel_clip.training.optimizer import MOMENTS, Optimizer
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,8 @@ def dry_run(config: Config, architecture: Architecture, layout: Layout, rank: in
 def count_rank(config: Config, architecture: Architecture, groups: Groups) -> RankBytes:
     """Build what the trainer builds, run one microbatch forward, and count: with fake tensors in a
     fake world, with real ones in a real world."""
-    options = ModelOptions(
-        precision=config.precision,
-        recompute=config.recompute,
-        sequence=config.parallel.sequence,
-        deterministic=config.deterministic,
-    )
-    with groups.device:
-        model = CLIPModel(architecture, options, groups.tensor)
-    ddp = wrap_for_data_parallel(model, config.parallel.distributed_optimizer)
-    optimizer = Optimizer(ddp, config)
-
+    built = build(config, architecture, groups)
+    model, optimizer = built.model, built.optimizer
     weights = list(model.parameters())
     gradients = [weight.main_grad for weight in weights]
     whole = [

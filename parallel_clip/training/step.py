@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron.core.distributed import DistributedDataParallel
-
 from parallel_clip.model.clip import CLIPModel, clamp_logit_scale
 from parallel_clip.pipeline.schedule import ContrastiveLoss, Inputs, forward_backward
 from parallel_clip.training.metrics import StepRecord
-from parallel_clip.training.optimizer import Optimizer
+from parallel_clip.training.optimizer import DistributedDataParallel, Optimizer
 
 
 def training_step(

@@ -1,0 +1,189 @@
+"""The commands: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from parallel_clip import __version__, commands
+from parallel_clip.engine.launch import read_launch
+from parallel_clip.engine.quiet import quiet_dependencies
+from parallel_clip.errors import BadDataError, InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 2 the input is wrong, 1 something broke."""
+    rank = 0
+    quiet_dependencies()
+    try:
+        launch = read_launch()
+        rank = launch.rank
+        options = _parse(arguments)
+        return options.run(options, launch) or 0
+    except InputError as error:
+        if rank == 0:
+            print(f"parallel-clip: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (BadDataError, FloatingPointError) as error:
+        if rank == 0:
+            print(f"parallel-clip: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        print(f"parallel-clip: rank {rank} failed:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as every other wrong input is said: once, by rank 0."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more positional arguments after an option: `train CONFIG --dry-run a=b`.
+    if hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="parallel-clip",
+        description="Train CLIP models that do not fit on one GPU, from OpenCLIP names, data and "
+        "checkpoints. Start several processes with torchrun or srun: "
+        "torchrun --nproc-per-node 8 -m parallel_clip train CONFIG.",
+    )
+    parser.add_argument("--version", action="version", version=f"parallel_clip {__version__}")
+    commands_ = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands_)
+    _add_evaluate(commands_)
+    _add_convert(commands_)
+    _add_data(commands_)
+    _add_plan(commands_)
+    _add_doctor(commands_)
+    return parser
+
+
+_CHECKPOINT_HELP = "a run folder, one of its checkpoints, or an OpenCLIP file or folder"
+
+
+def _add_train(parent) -> None:
+    parser = parent.add_parser(
+        "train",
+        help="train a model, or go on with a run",
+        description="Train the model that CONFIG describes. In a folder that holds a run of the "
+        "same config it goes on where the run stopped. docs/configuration.md lists the keys.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="config keys, e.g. parallel.tensor=2"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the layout and its memory"
+    )
+    parser.add_argument(
+        "--world-size", type=_positive, metavar="N", help="with --dry-run: as if on N processes"
+    )
+    parser.set_defaults(run=commands.train)
+
+
+def _add_evaluate(parent) -> None:
+    parser = parent.add_parser(
+        "evaluate", help="zero-shot classification, or retrieval, on held-out shards"
+    )
+    kinds = parser.add_subparsers(required=True, metavar="KIND")
+    zero_shot = kinds.add_parser(
+        "zero-shot", help="top-1 and top-5 accuracy from class names alone"
+    )
+    zero_shot.add_argument(
+        "--classes", required=True, metavar="FILE", help="one class name a line; line 0 is class 0"
+    )
+    zero_shot.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="one prompt a line with {} in it, or `openai` for CLIP's 80; default: a short list",
+    )
+    retrieval = kinds.add_parser("retrieval", help="recall@1, 5 and 10 in both directions")
+    for kind, run in ((zero_shot, commands.zero_shot), (retrieval, commands.retrieval)):
+        kind.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
+        kind.add_argument("--data", required=True, metavar="SHARDS", help="held-out shards")
+        kind.add_argument("--json", metavar="FILE", help="write the figures; - prints them alone")
+        kind.add_argument("--model", metavar="NAME", help="where the checkpoint does not say it")
+        kind.add_argument("--tokenizer", metavar="T", help="as data.tokenizer of a config")
+        kind.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
+        kind.add_argument("--batch", type=_positive, default=64, help="encoded at once (64)")
+        kind.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+        kind.add_argument(
+            "--tensor", type=_positive, default=1, metavar="T", help="ranks that share the model"
+        )
+        kind.set_defaults(run=run)
+
+
+def _add_convert(parent) -> None:
+    parser = parent.add_parser(
+        "convert", help="from a run to an OpenCLIP checkpoint, and back"
+    )
+    parser.add_argument("source", metavar="SOURCE", help=_CHECKPOINT_HELP)
+    parser.add_argument("target", metavar="TARGET", help="a new or empty folder")
+    parser.add_argument("--to", required=True, choices=["openclip", "huggingface", "run"])
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32"
+    )
+    parser.add_argument(
+        "--bin", action="store_true", help="also write open_clip_pytorch_model.bin"
+    )
+    parser.add_argument("--model", metavar="NAME", help="where the source does not say it")
+    parser.set_defaults(run=commands.convert)
+
+
+def _add_data(parent) -> None:
+    parser = parent.add_parser("data", help="index, check or make WebDataset shards")
+    kinds = parser.add_subparsers(required=True, metavar="KIND")
+    index = kinds.add_parser("index", help="write where each sample of each shard lies")
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help='e.g. "data/{0000..0099}.tar"')
+    index.set_defaults(run=commands.data_index)
+    check = kinds.add_parser("check", help="read and decode everything; exit 2 if any is broken")
+    check.add_argument("shards", nargs="+", metavar="SHARDS")
+    check.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
+    check.add_argument("--workers", type=_positive, default=1)
+    check.set_defaults(run=commands.data_check)
+    pack = kinds.add_parser("pack", help="make shards of a folder of pictures, or of a CSV")
+    pack.add_argument("source", metavar="SOURCE", help="folder with .txt captions, or a CSV")
+    pack.add_argument("target", metavar="TARGET", help="a new or empty folder")
+    pack.add_argument("--samples-per-shard", type=_positive, default=10_000, metavar="N")
+    pack.set_defaults(run=commands.data_pack)
+
+
+def _add_plan(parent) -> None:
+    parser = parent.add_parser("plan", help="find a layout for a number of GPUs (not built yet)")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--gpus", type=_positive, required=True, metavar="N")
+    parser.add_argument("--gpu-memory", required=True, metavar="80GB")
+    parser.add_argument("--json", metavar="FILE")
+    parser.set_defaults(run=commands.plan)
+
+
+def _add_doctor(parent) -> None:
+    parser = parent.add_parser("doctor", help="what is installed here and what of it is used")
+    parser.set_defaults(run=commands.doctor)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""What each command does with its parsed options. Returns the exit code, None for 0.
+
+Torch and megatron-core are imported by the command that needs them: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from parallel_clip.config import load_config
+from parallel_clip.engine.launch import Launch
+from parallel_clip.errors import InputError
+
+
+def train(options: argparse.Namespace, launch: Launch) -> None:
+    config = load_config(options.config, options.overrides)
+    if not options.dry_run:
+        if options.world_size is not None:
+            raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
+        from parallel_clip.training.loop import train as run
+
+        run(config, launch)
+        return
+    if launch.world_size > 1:
+        raise InputError(
+            "--dry-run runs in one process; start it without torchrun and add --world-size "
+            f"{launch.world_size}"
+        )
+    from parallel_clip.plan.report import dry_run_report
+
+    print(dry_run_report(config, options.world_size or 1))
+
+
+def zero_shot(options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.evaluate.prompts import read_classes, read_templates
+    from parallel_clip.evaluate.zero_shot import encode_classes
+    from parallel_clip.evaluate.zero_shot import zero_shot as run
+
+    names, templates = read_classes(options.classes), read_templates(options.templates)
+    encoder, data, group = _open_evaluation(options, launch, need="labels")
+    classes = encode_classes(encoder, names, templates, options.batch, group)
+    _report("Zero-shot classification", run(encoder, data, classes, group), options, launch)
+
+
+def retrieval(options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.evaluate.pairs import encode_pairs
+    from parallel_clip.evaluate.retrieval import retrieval as run
+
+    encoder, data, group = _open_evaluation(options, launch, need="captions")
+    results = run(encode_pairs(encoder, data, options.batch, group))
+    _report("Retrieval", results, options, launch)
+
+
+def convert(options: argparse.Namespace, launch: Launch) -> None:
+    if launch.world_size > 1:
+        raise InputError("convert runs in one process; start it without torchrun")
+    if options.to == "huggingface":
+        raise InputError("--to huggingface is not built yet; --to openclip and --to run are")
+    if options.to == "run" and (options.bin or options.precision != "fp32"):
+        raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
+    from parallel_clip.convert import openclip
+    from parallel_clip.convert.source import ModelWeights, open_source
+    from parallel_clip.data.transforms import Preprocess
+    from parallel_clip.model.architectures import load_architecture
+
+    source, target = open_source(options.source), Path(options.target)
+    facts = source.facts
+    architecture = load_architecture(options.model) if options.model else facts.architecture
+    if architecture is None:
+        raise InputError(f"{options.source} does not say which model it is; add --model NAME")
+    weights = ModelWeights(source, architecture)
+    size = architecture.vision.image_size
+    preprocess = Preprocess.from_openclip(size, facts.preprocess).to_openclip()
+    if options.to == "run":
+        openclip.write_run(target, weights, architecture, preprocess, facts.tokenizer)
+    else:
+        openclip.write_openclip(
+            target, weights, architecture, preprocess, options.precision, options.bin
+        )
+    print(f"{architecture.name} from {facts.folder} is now in {target}")
+
+
+def data_index(options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.data.index import index_shards
+
+    shards = index_shards(options.shards)
+    print(f"{len(shards):,} shards, {sum(shard.samples for shard in shards):,} samples")
+
+
+def data_check(options: argparse.Namespace, launch: Launch) -> int:
+    from parallel_clip.data.check import check_shards
+
+    report = check_shards(
+        options.shards, caption_key=options.caption_key, workers=options.workers
+    )
+    for broken in report.broken:
+        print(broken)
+    print(f"{report.shards:,} shards, {report.samples:,} samples, {len(report.broken):,} broken")
+    return 2 if report.broken else 0
+
+
+def data_pack(options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.data.pack import pack_folder
+
+    shards = pack_folder(
+        Path(options.source), Path(options.target), samples_per_shard=options.samples_per_shard
+    )
+    print(f"{len(shards):,} shards in {options.target}")
+
+
+def plan(options: argparse.Namespace, launch: Launch) -> None:
+    raise InputError(
+        "plan is not built yet; `parallel-clip train CONFIG --dry-run --world-size N` prints what "
+        "one layout holds in memory"
+    )
+
+
+def doctor(options: argparse.Namespace, launch: Launch) -> None:
+    import torch
+
+    for package in ("torch", "torchvision", "megatron-core", "webdataset", "open_clip_torch",
+                    "transformer-engine", "apex"):  # fmt: skip
+        try:
+            print(f"{package:20} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:20} not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"{'devices':20} {', '.join(devices) or 'none: training runs on the CPU over gloo'}")
+    shared_memory = Path("/dev/shm")
+    if shared_memory.is_dir():
+        free = shutil.disk_usage(shared_memory).free / 2**30
+        enough = "" if free >= 1 else "; data workers need more: docker run --ipc=host"
+        print(f"{'shared memory':20} {free:.1f} GiB free{enough}")
+
+
+def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
+    """The encoder, this data rank's part of the shards, and the group that shares the work."""
+    from parallel_clip.data.evaluation import open_evaluation_data
+    from parallel_clip.engine.groups import open_groups
+    from parallel_clip.evaluate.encoder import load_encoder
+    from parallel_clip.layout import Layout
+
+    groups = open_groups(Layout(launch.world_size, options.tensor), launch)
+    encoder = groups.everywhere(
+        lambda: load_encoder(
+            options.checkpoint,
+            groups,
+            model_name=options.model,
+            tokenizer=options.tokenizer,
+            precision=options.precision,
+        )
+    )
+
+    def open_data(say):
+        return open_evaluation_data(
+            options.data,
+            encoder.preprocess,
+            encoder.tokenizer,
+            rank=groups.data_rank,
+            ranks=groups.layout.data,
+            batch=options.batch,
+            need=need,
+            caption_key=options.caption_key,
+            say=say,
+        )
+
+    alone = options.json == "-"
+    groups.rank_zero_first(lambda: open_data(_say_nothing if alone else print).samples)
+    data = groups.everywhere(lambda: open_data(_say_nothing))
+    return encoder, data, groups.data
+
+
+def _report(title: str, results: dict, options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.evaluate.report import print_table, write_json
+
+    if not launch.is_rank_zero:
+        return
+    if options.json != "-":
+        print_table(title, results)
+    if options.json is not None:
+        write_json(results, options.json)
+
+
+def _say_nothing(_: str) -> None:
+    pass

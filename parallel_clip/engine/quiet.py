@@ -1,0 +1,16 @@
+"""Silence for advice that our dependencies give on import about things that we do not use."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_dependencies() -> None:
+    """To be called before torch and megatron-core are imported."""
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.cuda", r"torch\.jit"):
+        warnings.filterwarnings("ignore", module=module)
+    # megatron-core's optimizers look at the gradient of a view of a parameter.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")

@@ -1,0 +1,76 @@
+"""What `evaluate.*` asks for during training: loss, recall and accuracy on held-out shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from parallel_clip.config import Config
+from parallel_clip.data.evaluation import EvaluationData, open_evaluation_data
+from parallel_clip.engine.groups import Groups
+from parallel_clip.evaluate.encoder import ModelEncoder
+from parallel_clip.evaluate.held_out_loss import held_out_loss
+from parallel_clip.evaluate.pairs import encode_pairs
+from parallel_clip.evaluate.prompts import read_classes, read_templates
+from parallel_clip.evaluate.retrieval import retrieval
+from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
+
+Say = Callable[[str], None]
+
+
+class HeldOut:
+    """The held-out sets of a run, opened and checked once before training begins.
+
+    Raises:
+        InputError: shards, classes or templates that are not there or not right.
+    """
+
+    def __init__(self, config: Config, encoder: ModelEncoder, groups: Groups, say: Say):
+        self._config = config
+        self._encoder = encoder
+        self._groups = groups
+        wanted = config.evaluate
+        self._loss = self._open(wanted.loss, "captions", say)
+        self._retrieval = self._open(wanted.retrieval, "captions", say)
+        self._zero_shot = None
+        if wanted.zero_shot is not None:
+            self._zero_shot = self._open(wanted.zero_shot.shards, "labels", say)
+            self._classes = read_classes(wanted.zero_shot.classes)
+            self._templates = read_templates(wanted.zero_shot.templates)
+
+    def evaluate(self) -> dict[str, float | dict[str, float]]:
+        """Called by all ranks; every data rank encodes its part. The same result on each."""
+        encoder, group = self._encoder, self._groups.data
+        batch = self._config.evaluate.batch
+        results: dict[str, float | dict[str, float]] = {}
+        if self._loss is not None:
+            model = encoder.model
+            found = held_out_loss(
+                encode_pairs(encoder, self._loss, batch, group),
+                self._config.loss.kind,
+                math.exp(model.logit_scale.item()),
+                None if model.logit_bias is None else model.logit_bias.item(),
+                batch,
+            )
+            results["loss"] = found["loss"]
+        if self._retrieval is not None:
+            results["retrieval"] = retrieval(encode_pairs(encoder, self._retrieval, batch, group))
+        if self._zero_shot is not None:
+            classes = encode_classes(encoder, self._classes, self._templates, batch, group)
+            results["zero_shot"] = zero_shot(encoder, self._zero_shot, classes, group)
+        return results
+
+    def _open(self, shards: str | list[str] | None, need: str, say: Say) -> EvaluationData | None:
+        if shards is None:
+            return None
+        return open_evaluation_data(
+            shards,
+            self._encoder.preprocess,
+            self._encoder.tokenizer,
+            rank=self._groups.data_rank,
+            ranks=self._groups.layout.data,
+            batch=self._config.evaluate.batch,
+            need=need,
+            caption_key=self._config.data.caption_key,
+            say=say,
+        )

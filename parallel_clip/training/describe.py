@@ -1,0 +1,55 @@
+"""A job in words: who holds which layers, heads and parameters, and how a step runs."""
+
+from __future__ import annotations
+
+from parallel_clip.model.architectures import TextArchitecture, VisionArchitecture
+from parallel_clip.model.clip import CLIPModel
+from parallel_clip.training.job import Job
+
+
+def describe_job(job: Job, steps: int, model: CLIPModel | None = None) -> str:
+    """Several lines for people; with a rank's `model`, its parameters are counted."""
+    layout, plan, config = job.layout, job.plan, job.config
+    lines = [
+        f"{job.architecture.name} on {layout.world} process{'es' * (layout.world > 1)}: "
+        f"data {layout.data} × tensor {layout.tensor} × pipeline {layout.pipeline}",
+        _tower_line("vision", job.architecture.vision, layout.tensor),
+        _tower_line("text", job.architecture.text, layout.tensor),
+        f"  batch: {plan.global_batch} pairs = {layout.data} data-parallel × "
+        f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)} × {plan.micro_batch}; "
+        f"{_schedule_words(job)}",
+        f"  {config.precision}, recompute {config.recompute}, optimizer state "
+        + ("split over the data-parallel ranks" if config.parallel.distributed_optimizer
+           else "whole on every data-parallel rank"),
+    ]  # fmt: skip
+    if config.parallel.sequence and layout.tensor == 1:
+        lines.append("  parallel.sequence changes nothing at parallel.tensor 1")
+    elif config.parallel.sequence:
+        lines.append("  sequence parallel: activations split along the tokens, padded to a "
+                     f"multiple of {layout.tensor}")  # fmt: skip
+    if model is not None:
+        held = sum(tensor.numel() for tensor in model.parameters())
+        lines.append(f"  parameters on a rank: {held / 1e6:.2f} million")
+    if job.resume.checkpoint is not None:
+        lines.append(f"  goes on from {job.resume.checkpoint} (step {job.resume.step})")
+    elif config.init.from_ is not None:
+        lines.append(f"  starts from {config.init.from_}")
+    lines.append(f"  steps: {steps}")
+    return "\n".join(lines)
+
+
+def _tower_line(name: str, tower: VisionArchitecture | TextArchitecture, tensor: int) -> str:
+    tokens = tower.tokens if isinstance(tower, VisionArchitecture) else tower.context_length
+    return (
+        f"  {name}: layers 0 to {tower.layers - 1} of width {tower.width} on every rank; "
+        f"{tower.heads // tensor} of {tower.heads} heads and {tower.mlp_width // tensor} of "
+        f"{tower.mlp_width} MLP channels on each tensor rank; {tokens} tokens"
+    )
+
+
+def _schedule_words(job: Job) -> str:
+    if job.schedule == "two-pass":
+        return "two-pass: forward for the loss, then forward and backward"
+    if job.plan.microbatches == 1:
+        return "one forward and backward"
+    return "stash: all forward keeping graphs, then all backward"

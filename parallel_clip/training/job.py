@@ -1,0 +1,118 @@
+"""What a config comes to on a number of processes, found out before anything is started.
+
+The same checks serve `train` and `train --dry-run`, so both find the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel_clip.config import Config
+from parallel_clip.convert.source import Facts, ModelWeights, open_source
+from parallel_clip.data.loader import TrainingData, open_training_data
+from parallel_clip.data.tokenizer import Tokenizer, build_tokenizer
+from parallel_clip.data.transforms import Preprocess
+from parallel_clip.errors import InputError
+from parallel_clip.layout import BatchPlan, Layout, check_model, plan_batch, training_steps
+from parallel_clip.model.architectures import Architecture, for_loss, load_architecture
+from parallel_clip.pipeline.schedule import choose_schedule
+from parallel_clip.training.run_folder import ResumePoint, find_resume_point
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked config: the model, who does what, and where to begin."""
+
+    config: Config
+    architecture: Architecture
+    layout: Layout
+    plan: BatchPlan
+    resume: ResumePoint
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    initial: ModelWeights | None
+
+    @property
+    def schedule(self) -> str:
+        return choose_schedule(self.config.parallel.schedule, self.plan.microbatches)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def tokenizer_choice(self) -> str | None:
+        """What a checkpoint notes as `data.tokenizer`."""
+        if self.tokenizer.folder is not None:
+            return str(Path(self.tokenizer.folder).absolute())
+        return self.config.data.tokenizer
+
+
+def make_job(config: Config, world_size: int) -> Job:
+    """Check everything but the data. Reads files, writes none, starts nothing.
+
+    Raises:
+        InputError: whatever is wrong, with the way out.
+    """
+    architecture = for_loss(load_architecture(config.model.name), config.loss.kind)
+    parallel = config.parallel
+    layout = Layout(
+        world_size,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        parallel.sequence,
+    )
+    check_model(layout, architecture)
+    plan = plan_batch(layout, config.batch.global_, config.batch.micro)
+    resume = find_resume_point(config, architecture)
+    facts, initial = _starting_point(config, architecture, resume)
+
+    chosen = {
+        key: getattr(config.data, key) for key in ("mean", "std", "interpolation", "resize_mode")
+    }
+    preprocess = Preprocess.from_openclip(
+        architecture.vision.image_size, facts.preprocess if facts else None, chosen
+    )
+    tokenizer = build_tokenizer(
+        config.data.tokenizer or (facts.tokenizer if facts else None),
+        architecture.text,
+        facts.folder if facts else None,
+    )
+    return Job(config, architecture, layout, plan, resume, preprocess, tokenizer, initial)
+
+
+def open_data(job: Job, say: Say, save_index: bool = True) -> tuple[TrainingData, int]:
+    """The training pairs, and the number of steps that the run has over them.
+
+    Raises:
+        InputError: no or broken shards, or a run shorter than one step or than its schedule.
+    """
+    config = job.config
+    data = open_training_data(config, job.preprocess, job.tokenizer, say, save_index=save_index)
+    steps = training_steps(config.train, data.samples_per_epoch, config.batch.global_)
+    schedule = config.schedule
+    if schedule.kind == "wsd" and schedule.warmup + schedule.cooldown > steps:
+        raise InputError(
+            f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
+            f"than the run's {steps} steps; shorten one, or train longer"
+        )
+    return data, steps
+
+
+def _starting_point(
+    config: Config, architecture: Architecture, resume: ResumePoint
+) -> tuple[Facts | None, ModelWeights | None]:
+    """Where preprocessing, tokenizer and weights come from: the checkpoint that the run goes on
+    from, else `init.from`, else nowhere (random weights)."""
+    if resume.checkpoint is not None:
+        return open_source(resume.checkpoint).facts, None
+    if config.init.from_ is None:
+        return None, None
+    source = open_source(config.init.from_)
+    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
+    return source.facts, ModelWeights(source, architecture, optional=("logit_bias",))

@@ -1,0 +1,242 @@
+"""`parallel-clip train`: from a config to a trained run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel_clip.checkpoint.load import load_checkpoint
+from parallel_clip.checkpoint.meta import Meta
+from parallel_clip.checkpoint.save import save_checkpoint
+from parallel_clip.config import Config
+from parallel_clip.data.loader import StepSlice, TrainingLoader
+from parallel_clip.engine import device
+from parallel_clip.engine.groups import Groups, open_groups
+from parallel_clip.engine.launch import Launch
+from parallel_clip.errors import BadDataError
+from parallel_clip.evaluate.encoder import ModelEncoder
+from parallel_clip.evaluate.held_out import HeldOut
+from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.model.clip import DTYPES
+from parallel_clip.model.initialize import initial_value, local_slice
+from parallel_clip.training import run_folder
+from parallel_clip.training.build import Built, build
+from parallel_clip.training.describe import describe_job
+from parallel_clip.training.feed import Feed, StepBatch
+from parallel_clip.training.job import Job, make_job, open_data
+from parallel_clip.training.learning_rate import learning_rate
+from parallel_clip.training.metrics import MetricsLog, StepRecord, Stopwatch
+from parallel_clip.training.step import training_step
+
+
+def train(config: Config, launch: Launch) -> None:
+    """Run, or go on with, the training that `config` describes. Called by every process.
+
+    Raises:
+        InputError: the input is wrong; nothing has been written.
+        BadDataError: more of the samples are bad than `data.max_bad_fraction`.
+    """
+    job = make_job(config, launch.world_size)
+    if config.deterministic:
+        device.make_deterministic()
+    groups = open_groups(job.layout, launch)
+    say = print if groups.is_rank_zero else _say_nothing
+    groups.rank_zero_first(lambda: open_data(job, say)[1])  # makes the index for all
+    data, steps = groups.everywhere(lambda: open_data(job, _say_nothing))
+    if job.resume.step >= steps:
+        say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
+        return
+
+    built = build(config, job.architecture, groups)
+    groups.everywhere(lambda: _set_weights(built, job, groups))
+    encoder = ModelEncoder(built.model, job.preprocess, job.tokenizer, groups.device)
+    held_out = groups.everywhere(lambda: HeldOut(config, encoder, groups, say))
+    groups.rank_zero_first(
+        lambda: run_folder.prepare(config, job.layout, device.describe_device(), job.resume)
+    )
+    say(describe_job(job, steps, built.model))
+
+    loader = None
+    if groups.tensor_rank == 0:
+        part = StepSlice(
+            job.plan.global_batch, job.plan.micro_batch, groups.data_rank, job.layout.data
+        )
+        loader = TrainingLoader(
+            data,
+            part,
+            job.resume.step,
+            steps,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+        )
+    feed = Feed(
+        loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed
+    )
+    _Run(job, groups, built, held_out, steps).go(feed)
+    say(f"finished: {steps} steps, {job.run_dir}")
+
+
+class _Run:
+    """The loop over steps and what happens between them."""
+
+    def __init__(self, job: Job, groups: Groups, built: Built, held_out: HeldOut, steps: int):
+        self.job = job
+        self.config = job.config
+        self.groups = groups
+        self.built = built
+        self.held_out = held_out
+        self.steps = steps
+        self.bad_samples = job.resume.bad_samples
+        self.stopwatch = Stopwatch()
+        self.log: MetricsLog | None = None
+        if groups.is_rank_zero:
+            self.log = MetricsLog(
+                job.run_dir, steps, job.plan.global_batch, job.resume.step
+            )
+        self.ledger = _Ledger(job, groups) if self.config.log.ledger else None
+
+    def go(self, feed: Feed) -> None:
+        config, settings = self.config, self.config.optimizer
+        loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](self.groups.data)
+        first = self.job.resume.step
+        for step, (batch, data_seconds) in enumerate(
+            _timed(feed.batches(first, self.steps)), start=first + 1
+        ):
+            self._account_for_bad_samples(step, batch)
+            lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
+            try:
+                record = training_step(
+                    self.built.ddp,
+                    self.built.optimizer,
+                    loss,
+                    batch.inputs,
+                    self.job.schedule,
+                    lr,
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step}: {error}") from None
+            self.stopwatch.add_step(data_seconds)
+            if self.ledger is not None:
+                self.ledger.write(step, batch)
+            if step == 1 or step % config.log.every == 0:
+                self._write_metrics(step, record)
+            self._between_steps(step)
+        if self.log is not None:
+            self.log.close()
+
+    def _write_metrics(self, step: int, record: StepRecord) -> None:
+        memory = torch.tensor(device.peak_memory_bytes(), device=self.groups.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        means = self.stopwatch.read(self.job.plan.global_batch)
+        if self.log is not None:
+            self.log.write_step(step, record, means, int(memory), self.bad_samples)
+
+    def _between_steps(self, step: int) -> None:
+        began = time.perf_counter()
+        last = step == self.steps
+        evaluate, checkpoint = self.config.evaluate.every, self.config.checkpoint.every
+        if evaluate and (step % evaluate == 0 or last):
+            results = self.held_out.evaluate()
+            if self.log is not None:
+                self.log.write_evaluation(step, results)
+        if (checkpoint and step % checkpoint == 0) or last:
+            self._save(step)
+        self.stopwatch.leave_out(time.perf_counter() - began)
+
+    def _save(self, step: int) -> None:
+        job = self.job
+        meta = Meta(
+            step=step,
+            position=step * job.plan.global_batch,
+            bad_samples=self.bad_samples,
+            model_name=job.architecture.name,
+            model=job.architecture.json,
+            preprocess=job.preprocess.to_openclip(),
+            tokenizer=job.tokenizer_choice,
+        )
+        save_checkpoint(
+            job.run_dir,
+            meta,
+            self.built.model,
+            self.built.optimizer,
+            self.groups,
+            self.config.checkpoint.keep,
+        )
+
+    def _account_for_bad_samples(self, step: int, batch: StepBatch) -> None:
+        """Count over all ranks, list them in the run folder, end the run when there are too many."""
+        found = torch.tensor(len(batch.bad), device=self.groups.device)
+        dist.all_reduce(found)
+        if not found:
+            return
+        bad: list = [None] * self.job.layout.world
+        dist.all_gather_object(bad, [sample._asdict() for sample in batch.bad])
+        samples = [sample for of_rank in bad for sample in of_rank]
+        self.bad_samples += len(samples)
+        if self.log is not None:
+            self.log.write_bad_samples(step, samples)
+        seen = step * self.job.plan.global_batch
+        limit = self.config.data.max_bad_fraction
+        if self.bad_samples > limit * seen:
+            worst = samples[0]
+            raise BadDataError(
+                f"{self.bad_samples} of the {seen} samples seen by step {step} are bad, more than "
+                f"data.max_bad_fraction {limit:g} allows; the first of this step: "
+                f"{worst['key']} of {worst['shard']}: {worst['reason']}. All are listed in "
+                f"{self.job.run_dir / run_folder.BAD_SAMPLES_FILE}; `parallel-clip data check` "
+                "finds the rest"
+            )
+
+
+@dataclass
+class _Ledger:
+    """Which samples each step saw: one file for each rank that reads."""
+
+    job: Job
+    groups: Groups
+
+    def write(self, step: int, batch: StepBatch) -> None:
+        if self.groups.tensor_rank != 0:
+            return
+        folder = self.job.run_dir / run_folder.LEDGER_FOLDER
+        folder.mkdir(exist_ok=True)
+        with (folder / f"rank_{self.groups.data_rank:05d}.jsonl").open("a") as file:
+            for microbatch in batch.read:
+                for position, address in zip(
+                    microbatch.positions.tolist(), microbatch.addresses, strict=True
+                ):
+                    line = {"step": step, "position": position, **address._asdict()}
+                    file.write(json.dumps(line) + "\n")
+
+
+def _set_weights(built: Built, job: Job, groups: Groups) -> None:
+    """From the checkpoint to go on from, else from `init.from`, else random."""
+    if job.resume.checkpoint is not None:
+        load_checkpoint(job.resume.checkpoint, built.model, built.optimizer, groups)
+        return
+    rank, size = groups.tensor_rank, groups.layout.tensor
+    for parameter, tensor in built.model.global_parameters():
+        whole = job.initial.read(parameter.name) if job.initial is not None else None
+        if whole is None:
+            whole = initial_value(parameter, job.architecture, job.config.seed)
+        part = local_slice(whole.float(), parameter.placement, rank, size)
+        built.optimizer.set_weight(tensor, part)
+
+
+def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
+    """Each batch with the seconds that it was waited for."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - began
+
+
+def _say_nothing(_: str) -> None:
+    pass
