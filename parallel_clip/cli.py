@@ -130,18 +130,14 @@ def _add_evaluate(parent) -> None:
 
 
 def _add_convert(parent) -> None:
-    parser = parent.add_parser(
-        "convert", help="from a run to an OpenCLIP checkpoint, and back"
-    )
+    parser = parent.add_parser("convert", help="from a run to an OpenCLIP checkpoint, and back")
     parser.add_argument("source", metavar="SOURCE", help=_CHECKPOINT_HELP)
     parser.add_argument("target", metavar="TARGET", help="a new or empty folder")
     parser.add_argument("--to", required=True, choices=["openclip", "huggingface", "run"])
     parser.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32"
     )
-    parser.add_argument(
-        "--bin", action="store_true", help="also write open_clip_pytorch_model.bin"
-    )
+    parser.add_argument("--bin", action="store_true", help="also write open_clip_pytorch_model.bin")
     parser.add_argument("--model", metavar="NAME", help="where the source does not say it")
     parser.set_defaults(run=commands.convert)
 

@@ -93,9 +93,7 @@ def data_index(options: argparse.Namespace, launch: Launch) -> None:
 def data_check(options: argparse.Namespace, launch: Launch) -> int:
     from parallel_clip.data.check import check_shards
 
-    report = check_shards(
-        options.shards, caption_key=options.caption_key, workers=options.workers
-    )
+    report = check_shards(options.shards, caption_key=options.caption_key, workers=options.workers)
     for broken in report.broken:
         print(broken)
     print(f"{report.shards:,} shards, {report.samples:,} samples, {len(report.broken):,} broken")

@@ -15,9 +15,7 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.model.clip import CLIPModel
 
 
-def load_checkpoint(
-    folder: Path, model: CLIPModel, optimizer: StateOwner, groups: Groups
-) -> Meta:
+def load_checkpoint(folder: Path, model: CLIPModel, optimizer: StateOwner, groups: Groups) -> Meta:
     """Fill model, masters and moments from a checkpoint written in any layout.
 
     Raises:

@@ -6,7 +6,7 @@ Knows nothing of models or ranks. Tensors are named `KIND:NAME`, KIND one of `KI
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +46,20 @@ class PieceWriter:
 
     def flush(self) -> None:
         if self._pending:
-            save_file(self._pending, self.folder / self._file_name())
+            save_tensors(self._pending, self.folder / self._file_name())
             self._pending = {}
             self._files += 1
 
     def _file_name(self) -> str:
         return f"rank_{self.rank:05d}_{self._files:03d}.safetensors"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions of any other new file (the library's are 0600)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_index(folder: Path, entries: list[dict]) -> None:

@@ -30,9 +30,7 @@ class StateOwner(Protocol):
 
     def set_weight(self, tensor: nn.Parameter, value: Tensor) -> None: ...
 
-    def set_moments(
-        self, tensor: nn.Parameter, moments: dict[str, Tensor], step: int
-    ) -> None: ...
+    def set_moments(self, tensor: nn.Parameter, moments: dict[str, Tensor], step: int) -> None: ...
 
 
 def save_checkpoint(

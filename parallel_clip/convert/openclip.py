@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import PieceWriter, write_index
+from parallel_clip.checkpoint.pieces import PieceWriter, save_tensors, write_index
 from parallel_clip.convert.names import parameter_table
 from parallel_clip.convert.source import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, ModelWeights
 from parallel_clip.errors import InputError
@@ -38,7 +37,7 @@ def write_openclip(
     state = {name: tensor.to(dtype) for name, tensor in _all_tensors(weights, architecture)}
     settings = {"model_cfg": architecture.json, "preprocess_cfg": preprocess}
     (target / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    save_file(state, target / OPENCLIP_WEIGHTS[0], metadata={"format": "pt"})
+    save_tensors(state, target / OPENCLIP_WEIGHTS[0])
     if also_bin:
         torch.save(state, target / OPENCLIP_WEIGHTS[1])
 

@@ -13,4 +13,6 @@ def quiet_dependencies() -> None:
     for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.cuda", r"torch\.jit"):
         warnings.filterwarnings("ignore", module=module)
     # megatron-core's optimizers look at the gradient of a view of a parameter.
-    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings(
+        "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
+    )

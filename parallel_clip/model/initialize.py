@@ -32,9 +32,7 @@ def load_slice(
     tensor: nn.Parameter, parameter: Parameter, whole: Tensor, tensor_group: ProcessGroup
 ) -> None:
     """Copy this rank's part of the full tensor `whole` into `tensor`."""
-    tensor.copy_(
-        local_slice(whole, parameter.placement, tensor_group.rank(), tensor_group.size())
-    )
+    tensor.copy_(local_slice(whole, parameter.placement, tensor_group.rank(), tensor_group.size()))
 
 
 def local_slice(whole: Tensor, placement: Placement, rank: int, size: int) -> Tensor:

@@ -129,7 +129,7 @@ class RowLinear(RowParallelLinear):
 
 
 class SelfAttention(MegatronModule):
-    """Norm and multi-head self-attention, whole heads per tensor rank: [S, b, h] -> [S, b, h], bias.
+    """Norm and self-attention, whole heads per tensor rank: [S, b, h] -> [S, b, h], bias.
 
     A rank's rows of the fused projection are its heads' [query; key; value], in OpenCLIP's order.
     Padding is cut off before the attention itself, so it never takes part in it.
@@ -230,7 +230,7 @@ def mark_as_seeing_own_tokens_only(module: nn.Module, config: TransformerConfig)
 
 
 def enter_sequence_parallel(x_sbh: Tensor, config: TransformerConfig, group: ProcessGroup):
-    """[s, b, h] -> [S, b, h]: pad to the next multiple of the tensor size, keep this rank's part."""
+    """[s, b, h] -> [S, b, h]: pad to a multiple of the tensor size, keep this rank's part."""
     if not config.sequence_parallel:
         return x_sbh
     size = group.size()

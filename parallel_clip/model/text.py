@@ -63,9 +63,7 @@ class TextTower(nn.Module):
 
     def head(self, x_Sbh: Tensor, tokens_bs: Tensor) -> Tensor:
         """[S, b, h] -> [b, D]"""
-        x_sbh = leave_sequence_parallel(
-            x_Sbh, self.text.context_length, self.config, self.group
-        )
+        x_sbh = leave_sequence_parallel(x_Sbh, self.text.context_length, self.config, self.group)
         pairs = torch.arange(x_sbh.shape[1], device=x_sbh.device)
         # The norm is per token: only the pooled one needs it.
         pooled_bh = self.post_norm(x_sbh[self._pooled_index(tokens_bs), pairs])

@@ -126,9 +126,7 @@ def _stash(
     with ddp.no_sync():  # gradients travel once, with the last microbatch
         for root, grad in roots[:-1]:
             root.backward(grad)
-    torch.autograd.backward(
-        [roots[-1][0], *_logit_parameters(model)], [roots[-1][1], *logit_grads]
-    )
+    torch.autograd.backward([roots[-1][0], *_logit_parameters(model)], [roots[-1][1], *logit_grads])
     finalize_model_grads([ddp])
     return value
 

@@ -74,9 +74,7 @@ def train(config: Config, launch: Launch) -> None:
             workers=config.data.workers,
             prefetch=config.data.prefetch,
         )
-    feed = Feed(
-        loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed
-    )
+    feed = Feed(loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed)
     _Run(job, groups, built, held_out, steps).go(feed)
     say(f"finished: {steps} steps, {job.run_dir}")
 
@@ -95,9 +93,7 @@ class _Run:
         self.stopwatch = Stopwatch()
         self.log: MetricsLog | None = None
         if groups.is_rank_zero:
-            self.log = MetricsLog(
-                job.run_dir, steps, job.plan.global_batch, job.resume.step
-            )
+            self.log = MetricsLog(job.run_dir, steps, job.plan.global_batch, job.resume.step)
         self.ledger = _Ledger(job, groups) if self.config.log.ledger else None
 
     def go(self, feed: Feed) -> None:
@@ -169,7 +165,7 @@ class _Run:
         )
 
     def _account_for_bad_samples(self, step: int, batch: StepBatch) -> None:
-        """Count over all ranks, list them in the run folder, end the run when there are too many."""
+        """Count over all ranks, list in the run folder, end the run when there are too many."""
         found = torch.tensor(len(batch.bad), device=self.groups.device)
         dist.all_reduce(found)
         if not found:

@@ -27,7 +27,9 @@ from parallel_clip.model.clip import CLIPModel
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def wrap_for_data_parallel(model: CLIPModel, distributed_optimizer: bool) -> DistributedDataParallel:
+def wrap_for_data_parallel(
+    model: CLIPModel, distributed_optimizer: bool
+) -> DistributedDataParallel:
     """megatron-core's DDP: gradients are accumulated and reduced in fp32, while backward runs."""
     ddp = DistributedDataParallel(
         model.config,

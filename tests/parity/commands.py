@@ -13,7 +13,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 
 
-def parallel_clip(*arguments: object, processes: int = 1, timeout: float = 600) -> str:
+def parallel_clip(*arguments: object, processes: int = 1, timeout: float = 280) -> str:
     """Runs a command on the CPU and returns what it printed; fails the test if the command fails.
 
     Several processes come from torchrun on a free port, one from plain python.
