@@ -9,30 +9,28 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from parallel_clip import __version__, commands
-from parallel_clip.engine.launch import read_launch
+from parallel_clip.engine.last_words import say_once
+from parallel_clip.engine.launch import Launch, read_launch
 from parallel_clip.engine.quiet import quiet_dependencies
 from parallel_clip.errors import BadDataError, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 the input is wrong, 1 something broke."""
-    rank = 0
+    launch = Launch(0, 0, 1)
     quiet_dependencies()
     try:
         launch = read_launch()
-        rank = launch.rank
         options = _parse(arguments)
         return options.run(options, launch) or 0
     except InputError as error:
-        if rank == 0:
-            print(f"parallel-clip: {error}", file=sys.stderr, flush=True)
+        say_once(f"parallel-clip: {error}", launch)
         return 2
     except (BadDataError, FloatingPointError) as error:
-        if rank == 0:
-            print(f"parallel-clip: {error}", file=sys.stderr, flush=True)
+        say_once(f"parallel-clip: {error}", launch)
         return 1
     except Exception:
-        print(f"parallel-clip: rank {rank} failed:", file=sys.stderr)
+        print(f"parallel-clip: rank {launch.rank} failed:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
         return 1
