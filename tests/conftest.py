@@ -1,7 +1,11 @@
 """Settings of the whole suite."""
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
+
+from tests.processes import Processes
 
 # The same examples on every run, and no verdict that hangs on the speed of the machine.
 settings.register_profile("suite", deadline=None, derandomize=True)
@@ -14,3 +18,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Real processes to run cases on; started when a test first asks for them."""
+    pool = Processes()
+    yield pool
+    pool.close()

@@ -71,8 +71,8 @@ def build_model(model_cfg: dict[str, Any]) -> nn.Module:
     return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**arguments)
 
 
-def make_checkpoint(model_cfg: dict[str, Any], seed: int, folder: Path) -> dict[str, Tensor]:
-    """Writes an OpenCLIP checkpoint folder with random weights and returns these weights.
+def random_weights(model_cfg: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """A state dict of OpenCLIP's model.
 
     Biases, norms and LayerScales are moved off their initial values: a zero bias or a norm of ones
     would hide that it landed in the wrong place.
@@ -83,7 +83,12 @@ def make_checkpoint(model_cfg: dict[str, Any], seed: int, folder: Path) -> dict[
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def make_checkpoint(model_cfg: dict[str, Any], seed: int, folder: Path) -> dict[str, Tensor]:
+    """Writes an OpenCLIP checkpoint folder with random weights and returns these weights."""
+    weights = random_weights(model_cfg, seed)
     size = model_cfg["vision_cfg"]["image_size"]
     folder.mkdir(parents=True)
     save_file(weights, folder / "open_clip_model.safetensors")

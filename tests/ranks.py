@@ -1,0 +1,92 @@
+"""The model, its inputs and its tensors on the ranks of a layout. Used by cases; no open_clip here.
+
+`weights` are full tensors by their OpenCLIP names, fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel_clip.config import Config, config_from_dict
+from parallel_clip.convert.names import Parameter
+from parallel_clip.engine.groups import Groups
+from parallel_clip.layout import Layout
+from parallel_clip.model.architectures import Architecture, architecture_from_json
+from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.initialize import load_slice, local_slice
+from parallel_clip.pipeline.schedule import Inputs
+from parallel_clip.training.build import Built, build
+
+Weights = dict[str, Tensor]
+
+
+def loaded_model(
+    groups: Groups, model_cfg: dict[str, Any], weights: Weights, **options: Any
+) -> CLIPModel:
+    """A rank's slice of the model, in training mode; `options` as in ModelOptions."""
+    architecture = architecture_from_json(model_cfg, "small")
+    model = CLIPModel(architecture, ModelOptions(**options), groups.tensor)
+    for parameter, tensor in model.global_parameters():
+        load_slice(tensor, parameter, weights[parameter.name], groups.tensor)
+    return model
+
+
+def config_of(layout: Layout, **settings: Any) -> Config:
+    """A config for this layout; sections may be given in part."""
+    parallel = {"tensor": layout.tensor, "sequence": layout.sequence}
+    settings["parallel"] = parallel | settings.get("parallel", {})
+    settings.setdefault("train", {"steps": 1})
+    return config_from_dict({"data": {"train": [{"shards": "unused.tar"}]}, **settings})
+
+
+def loaded_training(
+    groups: Groups, config: Config, architecture: Architecture, weights: Weights
+) -> Built:
+    """Model, data-parallel wrapping and optimizer of a rank, with these weights."""
+    built = build(config, architecture, groups)
+    for parameter, tensor in built.model.global_parameters():
+        part = local_slice(
+            weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
+        )
+        built.optimizer.set_weight(tensor, part)
+    return built
+
+
+def own_microbatches(
+    groups: Groups, images: Tensor, tokens: Tensor, count: int, kept: Tensor | None = None
+) -> list[Inputs]:
+    """This data rank's share of a global batch, in `count` microbatches."""
+    ranks, rank = groups.layout.data, groups.data_rank
+    parts = [
+        [None] * count if x is None else x.chunk(ranks)[rank].chunk(count)
+        for x in (images, tokens, kept)
+    ]
+    return [Inputs(*microbatch) for microbatch in zip(*parts, strict=True)]
+
+
+def sum_over_tokens(tensor: Tensor, values: Tensor, groups: Groups) -> Tensor:
+    """What megatron-core's finalize step does to gradients that each cover a rank's own tokens."""
+    if getattr(tensor, "sequence_parallel", False):
+        dist.all_reduce(values, group=groups.tensor)
+    return values
+
+
+def whole_tensor(parameter: Parameter, parts: Sequence[Tensor]) -> Tensor:
+    """A full tensor from what each tensor rank holds; a replicated one must be equal on all."""
+    axis, size = parameter.placement.axis, len(parts)
+    if axis is None:
+        for part in parts[1:]:
+            assert torch.equal(part, parts[0]), f"{parameter.name} differs between tensor ranks"
+        return parts[0]
+    whole = torch.full(parameter.shape, torch.nan)
+    for rank, part in enumerate(parts):
+        for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
+            piece = part.narrow(axis, segment.local, segment.length)
+            whole.narrow(axis, segment.whole, segment.length).copy_(piece)
+    assert not whole.isnan().any(), f"{parameter.name} is not held in full"
+    return whole
