@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from parallel_clip.data.transforms import evaluation_transform
-from parallel_clip.evaluate.encoder import load_encoder
+from parallel_clip.engine.quiet import quiet_dependencies
 
 matplotlib.use("Agg")
 
@@ -86,6 +86,9 @@ def our_features(
     run: Path, pictures: list[TestPicture], captions: list[str]
 ) -> tuple[Tensor, Tensor]:
     """The same by parallel_clip from its own checkpoint, gathered into one process."""
+    quiet_dependencies()
+    from parallel_clip.evaluate.encoder import load_encoder  # it imports megatron-core
+
     encoder = load_encoder(str(run))
     transform = evaluation_transform(encoder.preprocess)
     images = torch.stack([transform(picture.image) for picture in pictures])
@@ -155,13 +158,21 @@ def draw_contact_sheet(
 
 def summarize(run: Path, openclip: Path, difference: float, chance: float) -> Table:
     """The figures and where things are, as a table of two columns."""
-    last = read_lines(run / "metrics.jsonl")[-1]
+    metrics = read_lines(run / "metrics.jsonl")
+    last, before = metrics[-1], [0, *(line["step"] for line in metrics)]
+    seconds = sum(
+        line["step_seconds"] * (line["step"] - earlier)
+        for line, earlier in zip(metrics, before, strict=False)
+    )
     retrieval, zero_shot = (
         json.loads((run / f"{name}.json").read_text()) for name in ("retrieval", "zero_shot")
     )
     table = Table(title="parallel_clip demo", show_header=False)
-    table.add_row("trained", f"{last['step']} steps, {last['samples_seen']:,} pairs, "
-                             f"loss {last['loss']:.3f}")  # fmt: skip
+    table.add_row(
+        "trained",
+        f"{last['step']} steps, {last['samples_seen']:,} pairs in {seconds / 60:.1f} minutes, "
+        f"loss {last['loss']:.3f}",
+    )
     for direction in ("image_to_text", "text_to_image"):
         at1, at5 = (retrieval[f"{direction}_recall@{k}"] for k in (1, 5))
         table.add_row(
