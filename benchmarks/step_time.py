@@ -33,9 +33,8 @@ from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architectures import Architecture, load_architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions
 from parallel_clip.pipeline.schedule import Inputs, choose_schedule
-from parallel_clip.training.optimizer import Optimizer, wrap_for_data_parallel
+from parallel_clip.training.build import build
 from parallel_clip.training.step import training_step
 
 LR, BETAS, EPS, WEIGHT_DECAY = 5e-4, (0.9, 0.98), 1e-6, 0.2
@@ -190,18 +189,17 @@ def parallel_clip_step(
 ) -> Step:
     """Our own training step with one microbatch, from the same weights."""
     config = config_for(architecture, precision, batch=len(images))
-    model = CLIPModel(architecture, ModelOptions(precision=precision), groups.tensor)
-    ddp = wrap_for_data_parallel(model.to(groups.device), config.parallel.distributed_optimizer)
-    optimizer = Optimizer(ddp, config)
-    for parameter, tensor in model.global_parameters():
-        optimizer.set_weight(tensor, weights[parameter.name])
-    ddp.train()
+    built = build(config, architecture, groups)
+    for parameter, tensor in built.model.global_parameters():
+        built.optimizer.set_weight(tensor, weights[parameter.name])
     loss_function = ClipLoss(groups.data)
     microbatches = [Inputs(images, texts)]
     schedule = choose_schedule(config.parallel.schedule, len(microbatches))
 
     def step() -> float:
-        record = training_step(ddp, optimizer, loss_function, microbatches, schedule, LR)
+        record = training_step(
+            built.ddp, built.optimizer, loss_function, microbatches, schedule, LR
+        )
         return record.loss
 
     return step

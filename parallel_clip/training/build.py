@@ -33,5 +33,7 @@ def build(config: Config, architecture: Architecture, groups: Groups) -> Built:
     )
     with groups.device:
         model = CLIPModel(architecture, options, groups.tensor)
-    ddp = wrap_for_data_parallel(model, config.parallel.distributed_optimizer)
+    # With one data-parallel rank there is nothing to split, only copies to make.
+    split_state = config.parallel.distributed_optimizer and groups.layout.data > 1
+    ddp = wrap_for_data_parallel(model, split_state)
     return Built(model, ddp, Optimizer(ddp, config))

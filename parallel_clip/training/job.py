@@ -11,11 +11,21 @@ from pathlib import Path
 
 from parallel_clip.config import Config
 from parallel_clip.convert.source import Facts, ModelWeights, open_source
+from parallel_clip.data.check import require_usable
 from parallel_clip.data.loader import TrainingData, open_training_data
+from parallel_clip.data.shards import ShardIndex
 from parallel_clip.data.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.transforms import Preprocess
 from parallel_clip.errors import InputError
-from parallel_clip.layout import BatchPlan, Layout, check_model, plan_batch, training_steps
+from parallel_clip.evaluate.held_out import check_held_out
+from parallel_clip.layout import (
+    BatchPlan,
+    Layout,
+    check_model,
+    check_pipeline,
+    plan_batch,
+    training_steps,
+)
 from parallel_clip.model.architectures import Architecture, for_loss, load_architecture
 from parallel_clip.pipeline.schedule import choose_schedule
 from parallel_clip.training.run_folder import ResumePoint, find_resume_point
@@ -58,8 +68,9 @@ def make_job(config: Config, world_size: int) -> Job:
     Raises:
         InputError: whatever is wrong, with the way out.
     """
-    architecture = for_loss(load_architecture(config.model.name), config.loss.kind)
     parallel = config.parallel
+    check_pipeline(parallel.pipeline)
+    architecture = for_loss(load_architecture(config.model.name), config.loss.kind)
     layout = Layout(
         world_size,
         parallel.tensor,
@@ -102,6 +113,20 @@ def open_data(job: Job, say: Say, save_index: bool = True) -> tuple[TrainingData
             f"than the run's {steps} steps; shorten one, or train longer"
         )
     return data, steps
+
+
+def check_data(job: Job, say: Say) -> tuple[int, list[ShardIndex]]:
+    """Look into the training and the held-out shards. Writes nothing: the index of the shards that
+    are returned is still to be kept. Also returns the number of steps.
+
+    Raises:
+        InputError: as `open_data` and `check_held_out`, or shards that are of another kind.
+    """
+    data, steps = open_data(job, say, save_index=False)
+    for shards in data.shards:
+        require_usable(shards, "captions", job.config.data.caption_key)
+    held_out = check_held_out(job.config, say)
+    return steps, [shard for shards in [*data.shards, held_out] for shard in shards]
 
 
 def _starting_point(

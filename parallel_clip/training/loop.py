@@ -14,7 +14,9 @@ from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.save import save_checkpoint
 from parallel_clip.config import Config
+from parallel_clip.data.index import save_index
 from parallel_clip.data.loader import StepSlice, TrainingLoader
+from parallel_clip.data.shards import ShardIndex
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, open_groups
 from parallel_clip.engine.launch import Launch
@@ -28,7 +30,7 @@ from parallel_clip.training import run_folder
 from parallel_clip.training.build import Built, build
 from parallel_clip.training.describe import describe_job
 from parallel_clip.training.feed import Feed, StepBatch
-from parallel_clip.training.job import Job, make_job, open_data
+from parallel_clip.training.job import Job, check_data, make_job, open_data
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.metrics import MetricsLog, StepRecord, Stopwatch
 from parallel_clip.training.step import training_step
@@ -46,19 +48,28 @@ def train(config: Config, launch: Launch) -> None:
         device.make_deterministic()
     groups = open_groups(job.layout, launch)
     say = print if groups.is_rank_zero else _say_nothing
-    groups.rank_zero_first(lambda: open_data(job, say)[1])  # makes the index for all
-    data, steps = groups.everywhere(lambda: open_data(job, _say_nothing))
+    shards: list[ShardIndex] = []  # on rank 0, whose index is still to be kept
+
+    def look_into_data() -> int:
+        steps, found = check_data(job, say)
+        shards.extend(found)
+        return steps
+
+    steps = groups.rank_zero_first(look_into_data)
     if job.resume.step >= steps:
         say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
         return
-
     built = build(config, job.architecture, groups)
     groups.everywhere(lambda: _set_weights(built, job, groups))
+
+    def write_first_files() -> None:  # nothing before this writes anything
+        run_folder.prepare(config, job.layout, device.describe_device(), job.resume)
+        save_index(shards, say)
+
+    groups.rank_zero_first(write_first_files)
+    data, _ = groups.everywhere(lambda: open_data(job, _say_nothing))
     encoder = ModelEncoder(built.model, job.preprocess, job.tokenizer, groups.device)
-    held_out = groups.everywhere(lambda: HeldOut(config, encoder, groups, say))
-    groups.rank_zero_first(
-        lambda: run_folder.prepare(config, job.layout, device.describe_device(), job.resume)
-    )
+    held_out = groups.everywhere(lambda: HeldOut(config, encoder, groups, _say_nothing))
     say(describe_job(job, steps, built.model))
 
     loader = None

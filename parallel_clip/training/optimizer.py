@@ -78,7 +78,7 @@ class Optimizer:
                 adam_eps=settings.eps,
                 bf16=config.precision == "bf16",
                 params_dtype=ddp.module.config.params_dtype,
-                use_distributed_optimizer=config.parallel.distributed_optimizer,
+                use_distributed_optimizer=ddp.ddp_config.use_distributed_optimizer,
                 # The norm is only computed where it may be clipped; infinity clips nothing.
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
@@ -88,6 +88,9 @@ class Optimizer:
         )
         (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
         self._adam: torch.optim.Optimizer = self._megatron.optimizer
+        if isinstance(self._adam, torch.optim.AdamW):
+            for group in self._adam.param_groups:
+                group["fused"] = True  # one pass over memory, not ten
         # Whether masters and moments are split over the data ranks (ZeRO-1).
         self.splits_state = isinstance(self._megatron, DistributedOptimizer)
 
@@ -138,7 +141,7 @@ class Optimizer:
             part = moments[name].reshape(-1)[owned.start : owned.stop]
             state[name] = part.to(master.device, copy=True).view_as(master)
         if isinstance(self._adam, torch.optim.AdamW):
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=master.device)
         else:  # the fused ones count for all parameters together
             for group in self._adam.param_groups:
                 group["step"] = step

@@ -78,7 +78,12 @@ def find_resume_point(config: Config, architecture: Architecture) -> ResumePoint
 def prepare(config: Config, layout: Layout, device: str, resume: ResumePoint) -> None:
     """Write the config and the environment, and cut the logs back to the step resumed from."""
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # what permissions do not tell: a quota, a file system of its own kind
+        raise InputError(
+            f"run_dir {run_dir} cannot be made: {error.strerror}; choose another run_dir"
+        ) from None
     (run_dir / CONFIG_FILE).write_text(config.to_yaml())
     environment = json.dumps(_environment(layout, device), indent=2)
     (run_dir / ENVIRONMENT_FILE).write_text(environment + "\n")
