@@ -50,8 +50,8 @@ BAR_MODEL = "ViT-H-14"
 STATE_BARS = {2: 0.51, 4: 0.26, 8: 0.13}
 ACTIVATION_BARS = {2: 0.51, 4: 0.26, 8: 0.135}
 
-# A part of the model counts as whole on every rank when it keeps this share of its bytes.
-WHOLE = 0.9
+# Padding of sequences that the tensor size does not divide looks like a whole part of this share.
+PADDING = 0.02
 
 _SMALL_TOWER = {"width": 64, "layers": 2}
 SMALL = architecture_from_json(
@@ -85,15 +85,17 @@ class Row:
 
     @property
     def whole_activations(self) -> dict[str, int]:
-        """The parts of the model whose saved activations this tensor size does not split."""
+        """By part of the model, the saved bytes that this tensor size does not split: w, where a
+        part holds w + split at tensor size 1 and w + split / t at t."""
         if self.tensor == 1:
             return {}
-        before = self.unsplit.activations
-        return {
-            part: count
-            for part, count in self.held.activations.items()
-            if count >= WHOLE * before.get(part, 0)
-        }
+        found = {}
+        for part, held in self.held.activations.items():
+            before = self.unsplit.activations.get(part, 0)
+            whole = min(held, (self.tensor * held - before) // (self.tensor - 1))
+            if whole > PADDING * before:
+                found[part] = whole
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         held = self.held
