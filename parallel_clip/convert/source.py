@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,10 @@ def open_source(path: str | Path) -> WeightSource:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"checkpoint {path} does not exist")
+        raise InputError(
+            f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
+            "a checkpoint folder, or an OpenCLIP file or folder"
+        )
     if path.is_file():
         return OpenClipSource(path)
     newest = commit.latest(path)
@@ -144,10 +148,20 @@ class OpenClipSource:
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
         try:
-            content = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            # Only torch's newer format, a zip, can be mapped into memory.
+            content = torch.load(
+                self._file,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(self._file),
+            )
+        except (OSError, EOFError) as error:
+            raise InputError(f"{self._file} cannot be read: {error}") from None
+        except (RuntimeError, ValueError, pickle.UnpicklingError):
             raise InputError(
-                f"{self._file} cannot be read as weights: {str(error).splitlines()[0]}"
+                f"{self._file} is no torch file of plain tensors; a damaged one has to be fetched "
+                "again, and from one that holds more (code could be run by reading it) the state "
+                "dict has to be saved alone, as .safetensors or with torch.save"
             ) from None
         # open_clip_train saves {"state_dict": ..., "optimizer": ...}; DDP adds "module.".
         state = content.get("state_dict", content) if isinstance(content, dict) else None

@@ -12,6 +12,8 @@ def quiet_dependencies() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.cuda", r"torch\.jit"):
         warnings.filterwarnings("ignore", module=module)
+    # That a pickled checkpoint is refused is said by us.
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
     # megatron-core's optimizers look at the gradient of a view of a parameter.
     warnings.filterwarnings(
         "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
