@@ -104,18 +104,26 @@ def plan_batch(layout: Layout, global_batch: int, micro_batch: int) -> BatchPlan
     )
 
 
+def check_pipeline(stages: int) -> None:
+    """To be asked before a number of processes is made to fit the stages.
+
+    Raises:
+        InputError: there is more than one.
+    """
+    if stages > 1:
+        raise InputError(
+            f"parallel.pipeline {stages}: pipeline parallelism is not built yet; "
+            "set parallel.pipeline to 1 and use parallel.tensor and more data-parallel ranks"
+        )
+
+
 def check_model(layout: Layout, architecture: Architecture) -> None:
     """See that the layout can split this model.
 
     Raises:
-        InputError: the tensor size does not divide the heads or the MLP width of both towers
-            (the message has the sizes that do), or there is more than one pipeline stage.
+        InputError: the tensor size does not divide the heads or the MLP width of both towers; the
+            message has the sizes that do.
     """
-    if layout.pipeline > 1:
-        raise InputError(
-            f"parallel.pipeline {layout.pipeline}: pipeline parallelism is not built yet; "
-            "set parallel.pipeline to 1 and use parallel.tensor and more data-parallel ranks"
-        )
     common, refusing = 0, []
     for name, tower in (("vision", architecture.vision), ("text", architecture.text)):
         sizes = {"heads": tower.heads, "MLP channels": tower.mlp_width}

@@ -12,6 +12,7 @@ from parallel_clip.layout import (
     Coordinates,
     Layout,
     check_model,
+    check_pipeline,
     divisors,
     plan_batch,
     training_steps,
@@ -128,7 +129,7 @@ def test_a_tensor_size_that_does_not_divide_the_model(name, tensor, message):
 
 def test_pipelines_are_not_built_yet():
     with pytest.raises(InputError, match="parallel.pipeline 2: .* not built yet"):
-        check_model(Layout(2, pipeline=2), load_architecture("ViT-B-32"))
+        check_pipeline(2)
 
 
 @pytest.mark.parametrize(
