@@ -33,10 +33,13 @@ def _wait_for_rank_zero(launch: Launch) -> bool:
         store, _, _ = next(
             dist.rendezvous("env://", launch.rank, launch.world_size, timeout=PATIENCE)
         )
-        if launch.is_rank_zero:
+        heard = [f"{key}, rank {rank} heard" for rank in range(launch.world_size)]
+        if launch.is_rank_zero:  # the store may live in this process: not gone before it was heard
             store.set(key, "")
+            store.wait(heard[1:], PATIENCE / 10)
         else:
             store.wait([key], PATIENCE)
+            store.set(heard[launch.rank], "")
     except dist.DistStoreError:  # PATIENCE is over
         return launch.is_rank_zero
     except Exception:  # the store lives with rank 0 or its launcher, and ended with them
