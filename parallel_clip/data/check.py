@@ -1,18 +1,29 @@
 """Finding what is bad in shards before a run meets it."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-from parallel_clip.data.decode import captions_of, decode_picture
+from parallel_clip.data.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.index import Say
-from parallel_clip.data.shards import BadSampleError, ShardFiles, expand_shards, scan_shard
+from parallel_clip.data.shards import (
+    BadSampleError,
+    ShardFiles,
+    ShardIndex,
+    expand_shards,
+    scan_shard,
+)
 from parallel_clip.errors import InputError
 
 _SECONDS_BETWEEN_REPORTS = 10
+_FIRST = 64  # samples of which one must be good
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,41 @@ def check_shard(path: Path, caption_key: str | None = None) -> CheckReport:
             report.broken.append(Broken(str(path), error.key, error.reason))
     files.close()
     return report
+
+
+def require_usable(
+    shards: Sequence[ShardIndex],
+    need: Literal["captions", "labels"],
+    caption_key: str | None = None,
+) -> None:
+    """See that the shards hold what is needed beside pictures: read until a sample is good.
+
+    InputError: none of the first is. Shards of the wrong kind are found so before a run begins,
+    where single bad samples are met, and counted, on its way.
+    """
+    files, first = ShardFiles(), None
+    samples = ((shard, index) for shard in shards for index in range(shard.samples))
+    tried = list(islice(samples, _FIRST))
+    for shard, index in tried:
+        try:
+            sample = files.read(shard, index)
+            decode_picture(sample)
+            if need == "captions":
+                captions_of(sample, caption_key)
+            else:
+                label_of(sample)
+        except BadSampleError as error:
+            first = first or Broken(str(shard.path), error.key, error.reason)
+        else:
+            return
+    wanted = {
+        "captions": "a caption, in its .txt or at data.caption_key of its .json",
+        "labels": "the number of its class, in its .cls",
+    }
+    raise InputError(
+        f"none of the first {len(tried):,} samples can be used: {first} (the first of them); "
+        f"a sample needs a picture and {wanted[need]}"
+    )
 
 
 def _gather(run: Callable, check: Callable, paths: Sequence[Path], say: Say) -> CheckReport:

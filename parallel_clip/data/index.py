@@ -40,16 +40,27 @@ def index_shards(
     """
     paths = expand_shards(patterns)
     folders = sorted({path.parent for path in paths})
-    saved = {folder: _load(folder, say) for folder in folders}
-    todo = sorted({path for path in paths if path.name not in saved[path.parent]})
+    found = {folder: _load(folder, say) for folder in folders}
+    todo = sorted({path for path in paths if path.name not in found[path.parent]})
     if todo:
         say(f"making the index of {len(todo):,} of {len(set(paths)):,} shards")
-        for index in _scan(todo, say):
-            saved[index.path.parent][index.path.name] = index
+        scanned = _scan(todo, say)
+        for index in scanned:
+            found[index.path.parent][index.path.name] = index
         if save:
-            for folder in sorted({path.parent for path in todo}):
-                say(_save(folder, saved[folder]))
-    return [saved[path.parent][path.name] for path in paths]
+            save_index(scanned, say)
+    return [found[path.parent][path.name] for path in paths]
+
+
+def save_index(shards: Sequence[ShardIndex], say: Say = print) -> None:
+    """Keep what `index_shards` found with `save=False`, where it is not kept already."""
+    by_folder: dict[Path, dict[str, ShardIndex]] = {}
+    for shard in shards:
+        by_folder.setdefault(shard.path.parent, {})[shard.path.name] = shard
+    for folder, found in sorted(by_folder.items()):
+        saved = _load(folder, _say_nothing)
+        if found.keys() - saved.keys():
+            say(_save(folder, saved | found))
 
 
 def _scan(paths: Sequence[Path], say: Say) -> list[ShardIndex]:
@@ -162,6 +173,10 @@ def _index_files(folder: Path) -> list[Path]:
         cache = os.path.join(home, ".cache", "parallel_clip")
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return [folder / INDEX_NAME, Path(cache) / f"{name}.index"]
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

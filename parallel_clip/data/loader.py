@@ -117,6 +117,11 @@ class TrainingData(Dataset):
         self._files = ShardFiles()
 
     @property
+    def shards(self) -> list[list[ShardIndex]]:
+        """Of each source."""
+        return [list(shards) for shards in self._sources]
+
+    @property
     def samples_per_epoch(self) -> int:
         return self.order.samples_per_epoch
 
@@ -217,6 +222,11 @@ def open_training_data(
     settings = config.data
     if not settings.train:
         raise InputError("data.train names no shards; give a list of {shards: ...}")
+    augment = settings.augment == "train"
+    if augment:
+        transform = training_transform(preprocess, settings.augment_options)
+    else:
+        transform = evaluation_transform(preprocess)
     sources = [index_shards(source.shards, say, save=save_index) for source in settings.train]
     order = Order(
         [
@@ -225,11 +235,6 @@ def open_training_data(
         ],
         config.seed,
     )
-    augment = settings.augment == "train"
-    if augment:
-        transform = training_transform(preprocess, settings.augment_options)
-    else:
-        transform = evaluation_transform(preprocess)
     return TrainingData(
         sources,
         order,

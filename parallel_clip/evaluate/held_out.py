@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable
 
 from parallel_clip.config import Config
+from parallel_clip.data.check import require_usable
 from parallel_clip.data.evaluation import EvaluationData, open_evaluation_data
+from parallel_clip.data.index import index_shards
+from parallel_clip.data.shards import ShardIndex
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.held_out_loss import held_out_loss
@@ -16,6 +19,27 @@ from parallel_clip.evaluate.retrieval import retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
 
 Say = Callable[[str], None]
+
+
+def check_held_out(config: Config, say: Say) -> list[ShardIndex]:
+    """See that the held-out sets are there and of the right kind; their shards. Writes nothing.
+
+    Raises:
+        InputError: shards, classes or templates that are not there or not right.
+    """
+    wanted = config.evaluate
+    sets = [(wanted.loss, "captions"), (wanted.retrieval, "captions")]
+    if wanted.zero_shot is not None:
+        read_classes(wanted.zero_shot.classes)
+        read_templates(wanted.zero_shot.templates)
+        sets.append((wanted.zero_shot.shards, "labels"))
+    found = []
+    for patterns, need in sets:
+        if patterns is not None:
+            shards = index_shards(patterns, say, save=False)
+            require_usable(shards, need, config.data.caption_key)
+            found += shards
+    return found
 
 
 class HeldOut:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from parallel_clip.config import Config
 from parallel_clip.plan.dry_run import RankBytes, dry_run
 from parallel_clip.training.describe import describe_job
-from parallel_clip.training.job import make_job, open_data
+from parallel_clip.training.job import check_data, make_job
 
 _GIB = 2**30
 
@@ -16,7 +16,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Writes nothing. Raises InputError.
     """
     job = make_job(config, world_size)
-    _, steps = open_data(job, print, save_index=False)
+    steps, _ = check_data(job, print)
     held = dry_run(config, job.architecture, job.layout)
     return "\n".join([describe_job(job, steps), *_memory_lines(held, job.plan, job.schedule)])
 
