@@ -55,6 +55,7 @@ class Case:
     def __str__(self) -> str:
         parts = [self.model, f"data{self.data}", f"tensor{self.tensor}{'s' * self.sequence}"]
         parts += [f"micro{self.microbatches}", self.recompute, self.precision]
+        parts += ["clipped"] if self.clip_grad_norm else []
         return "-".join(parts)
 
 
