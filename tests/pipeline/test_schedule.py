@@ -1,0 +1,100 @@
+"""A step in microbatches against a plain one: OpenCLIP's model and loss over the whole batch."""
+
+import functools
+
+import open_clip.loss
+import pytest
+import torch
+
+from parallel_clip.convert.names import parameter_table
+from parallel_clip.errors import InputError
+from parallel_clip.layout import Layout
+from parallel_clip.model.architectures import architecture_from_json
+from parallel_clip.model.patch_dropout import kept_patches_of_batch
+from parallel_clip.pipeline.schedule import choose_schedule
+from tests import reference
+from tests.pipeline.schedule_cases import Way, steps
+from tests.ranks import whole_tensor
+from tests.small_models import distance, image_batch, small_model, token_batch
+
+BATCH = 8
+WAYS = [Way(schedule, count) for schedule in ("two-pass", "stash") for count in (1, 2, 4)]
+LAYOUTS = {
+    "data1": Layout(1),
+    "data2": Layout(2),
+    "tensor2-sequence": Layout(2, tensor=2, sequence=True),
+    "data2-tensor2-sequence": Layout(4, tensor=2, sequence=True),
+}
+# A low scale for the sigmoid loss keeps the gradients of both logit parameters away from zero.
+MODELS = {
+    "infonce": small_model({"patch_dropout": 0.4, "ls_init_value": 0.3}),
+    "sigmoid": small_model({"ls_init_value": 0.3}, init_logit_scale=1.2, init_logit_bias=-2.0),
+}
+
+
+@functools.cache
+def inputs(loss: str):
+    model_cfg = MODELS[loss]
+    vision = architecture_from_json(model_cfg, "small").vision
+    kept = None
+    if vision.patch_dropout:
+        rows = kept_patches_of_batch(0, 1, range(BATCH), vision.patches, vision.patches_kept)
+        kept = torch.from_numpy(rows)
+    weights = reference.random_weights(model_cfg, seed=6)
+    return weights, image_batch(model_cfg, BATCH), token_batch(model_cfg, BATCH), kept
+
+
+@functools.cache
+def expected(loss: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of the whole batch and the gradient of every parameter, by OpenCLIP."""
+    weights, images, tokens, kept = inputs(loss)
+    model = reference.build_model(MODELS[loss])
+    model.load_state_dict(weights)
+    if kept is not None:
+        model.visual.patch_dropout = reference.FedPatchDropout()
+        model.visual.patch_dropout.kept = kept
+    classes = {"infonce": open_clip.loss.ClipLoss, "sigmoid": open_clip.loss.SigLipLoss}
+    value = classes[loss]()(*model(images, tokens))
+    value.backward()
+    return value.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_loss_and_every_gradient_are_the_whole_batchs(processes, layout, loss, recompute):
+    weights, images, tokens, kept = inputs(loss)
+    answers = processes.run(
+        layout,
+        steps,
+        model_cfg=MODELS[loss],
+        weights=weights,
+        images=images,
+        tokens=tokens,
+        kept=kept,
+        loss=loss,
+        ways=WAYS,
+        recompute=recompute,
+    )
+    value, gradients = expected(loss)
+    table = parameter_table(architecture_from_json(MODELS[loss], "small"))
+    assert {p.name for p in table} == gradients.keys()
+    for way in WAYS:
+        for answer in answers:
+            assert answer[way][0] == pytest.approx(value, rel=1e-5), way
+        for copy in range(layout.data):
+            ranks = answers[copy * layout.tensor : (copy + 1) * layout.tensor]
+            for parameter in table:
+                parts = [
+                    gradients_of[parameter.name] for _, gradients_of in (r[way] for r in ranks)
+                ]
+                ours = whole_tensor(parameter, parts)
+                assert distance(ours, gradients[parameter.name]) < 1e-5, (way, parameter.name)
+
+
+def test_auto_is_two_pass_where_there_are_several_microbatches():
+    assert choose_schedule("auto", 1) == "stash"
+    assert choose_schedule("auto", 2) == "two-pass"
+    assert choose_schedule("stash", 4) == "stash"
+    with pytest.raises(InputError, match="expected auto, two-pass or stash"):
+        choose_schedule("three-pass", 2)
