@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -125,7 +126,11 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.tp_group.size() == 1:
             return F.linear(x, self.weight, self.bias), None
-        return super().forward(x)
+        if not self.sequence_parallel:
+            return super().forward(x)
+        # Padded only now: x is what backward keeps, and a padded copy of it would be kept as well.
+        product = pad_to_multiple(F.linear(x, self.weight), self.tp_group.size())
+        return reduce_scatter_to_sequence_parallel_region(product, group=self.tp_group), self.bias
 
 
 class SelfAttention(MegatronModule):
@@ -155,13 +160,12 @@ class SelfAttention(MegatronModule):
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:
         qkv = keep_input_only(self, self.norm, x_Sbh, self.linear_qkv)  # [s + padding, b, 3·h/t]
-        padded, batch, _ = qkv.shape
-        tokens = self.tokens.of(self)
+        tokens, batch = self.tokens.of(self), qkv.shape[1]
         qkv = qkv[:tokens].view(tokens, batch, 3, self.heads, -1)
         q_bnsd, k_bnsd, v_bnsd = qkv.permute(2, 1, 3, 0, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q_bnsd, k_bnsd, v_bnsd, is_causal=self.causal)
         attended = attended.permute(2, 0, 1, 3).reshape(tokens, batch, -1)  # [s, b, h/t]
-        return self.linear_proj(pad_tokens(attended, padded))
+        return self.linear_proj(attended)
 
 
 class MLP(MegatronModule):
@@ -233,9 +237,8 @@ def enter_sequence_parallel(x_sbh: Tensor, config: TransformerConfig, group: Pro
     """[s, b, h] -> [S, b, h]: pad to a multiple of the tensor size, keep this rank's part."""
     if not config.sequence_parallel:
         return x_sbh
-    size = group.size()
-    padded = -(-x_sbh.shape[0] // size) * size
-    return scatter_to_sequence_parallel_region(pad_tokens(x_sbh, padded), group=group)
+    x_Sbh = scatter_to_sequence_parallel_region(pad_to_multiple(x_sbh, group.size()), group=group)
+    return x_Sbh.clone()  # a view would keep the whole sequence for backward
 
 
 def leave_sequence_parallel(x_Sbh: Tensor, tokens: int, config, group: ProcessGroup) -> Tensor:
@@ -251,9 +254,9 @@ def leave_sequence_parallel(x_Sbh: Tensor, tokens: int, config, group: ProcessGr
     return gathered[:tokens]
 
 
-def pad_tokens(x: Tensor, length: int) -> Tensor:
-    """Append zero tokens up to `length`."""
-    missing = length - x.shape[0]
+def pad_to_multiple(x: Tensor, size: int) -> Tensor:
+    """Append zero tokens up to the next multiple of `size`."""
+    missing = -x.shape[0] % size
     return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
 

@@ -68,7 +68,7 @@ class VisionTower(nn.Module):
 
     def _pool(self, x_sbh: Tensor) -> Tensor:
         if self.vision.pool == "tok":  # the norm is per token: only the pooled one needs it
-            return self.post_norm(x_sbh[0])
+            return self.post_norm(x_sbh[0].clone())  # a view would keep every token for backward
         if self.vision.final_norm_after_pool:
             return self.post_norm(x_sbh[1:].mean(0))
         return self.post_norm(x_sbh[1:]).mean(0)
