@@ -20,9 +20,11 @@ def train(options: argparse.Namespace, launch: Launch) -> None:
     if not options.dry_run:
         if options.world_size is not None:
             raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
+        from parallel_clip.engine.groups import close_groups
         from parallel_clip.training.loop import train as run
 
         run(config, launch)
+        close_groups()
         return
     if launch.world_size > 1:
         raise InputError(
@@ -172,8 +174,10 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
 
 
 def _report(title: str, results: dict, options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.engine.groups import close_groups
     from parallel_clip.evaluate.report import print_table, write_json
 
+    close_groups()
     if not launch.is_rank_zero:
         return
     if options.json != "-":
