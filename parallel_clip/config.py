@@ -182,7 +182,9 @@ class Config(Section):
         "bf16", description="of weights and activations in the towers; masters are fp32"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations to compute again in the backward: attention's, or all"
+        "none",
+        description="compute again in the backward: selective: norms and activation functions; full: "
+        "whole layers",
     )
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
@@ -269,8 +271,15 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 _FREE_ON_RESUME = (
-    "parallel.", "batch.micro", "recompute", "data.workers", "data.prefetch", "log.", "evaluate.",
-    "checkpoint.", "run_dir",
+    "parallel.",
+    "batch.micro",
+    "recompute",
+    "data.workers",
+    "data.prefetch",
+    "log.",
+    "evaluate.",
+    "checkpoint.",
+    "run_dir",
 )
 
 
