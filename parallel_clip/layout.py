@@ -117,8 +117,8 @@ def check_pipeline(stages: int) -> None:
         )
 
 
-def check_model(layout: Layout, architecture: Architecture) -> None:
-    """See that the layout can split this model.
+def check_model(tensor: int, architecture: Architecture) -> None:
+    """See that so many tensor ranks can share this model.
 
     Raises:
         InputError: the tensor size does not divide the heads or the MLP width of both towers; the
@@ -128,12 +128,12 @@ def check_model(layout: Layout, architecture: Architecture) -> None:
     for name, tower in (("vision", architecture.vision), ("text", architecture.text)):
         sizes = {"heads": tower.heads, "MLP channels": tower.mlp_width}
         common = gcd(common, *sizes.values())
-        uneven = [f"{size} {what}" for what, size in sizes.items() if size % layout.tensor]
+        uneven = [f"{size} {what}" for what, size in sizes.items() if size % tensor]
         if uneven:
             refusing.append(f"the {' and '.join(uneven)} of the {name} tower")
     if refusing:
         raise InputError(
-            f"parallel.tensor {layout.tensor} does not divide {', nor '.join(refusing)} of "
+            f"parallel.tensor {tensor} does not divide {', nor '.join(refusing)} of "
             f"{architecture.name}; parallel.tensor may be {_listed(divisors(common))}"
         )
 

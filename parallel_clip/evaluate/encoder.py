@@ -83,7 +83,7 @@ def load_encoder(
     tokenize = build_tokenizer(tokenizer or facts.tokenizer, architecture.text, facts.folder)
     if groups is None:
         groups = open_groups(Layout(1), read_launch({}))
-    check_model(groups.layout, architecture)
+    check_model(groups.layout.tensor, architecture)
 
     with groups.device:
         options = ModelOptions(precision=precision, sequence=groups.layout.sequence)

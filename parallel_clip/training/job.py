@@ -71,6 +71,7 @@ def make_job(config: Config, world_size: int) -> Job:
     parallel = config.parallel
     check_pipeline(parallel.pipeline)
     architecture = for_loss(load_architecture(config.model.name), config.loss.kind)
+    check_model(parallel.tensor, architecture)  # before a world is asked for that cannot help
     layout = Layout(
         world_size,
         parallel.tensor,
@@ -78,7 +79,6 @@ def make_job(config: Config, world_size: int) -> Job:
         parallel.virtual_pipeline,
         parallel.sequence,
     )
-    check_model(layout, architecture)
     plan = plan_batch(layout, config.batch.global_, config.batch.micro)
     resume = find_resume_point(config, architecture)
     facts, initial = _starting_point(config, architecture, resume)
