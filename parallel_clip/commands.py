@@ -138,11 +138,15 @@ def doctor(options: argparse.Namespace, launch: Launch) -> None:
 
 def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
     """The encoder, this data rank's part of the shards, and the group that shares the work."""
+    from parallel_clip.data.check import require_usable
     from parallel_clip.data.evaluation import open_evaluation_data
+    from parallel_clip.data.index import index_shards, save_index
     from parallel_clip.engine.groups import open_groups
     from parallel_clip.evaluate.encoder import load_encoder
+    from parallel_clip.evaluate.report import check_json_target
     from parallel_clip.layout import Layout
 
+    check_json_target(options.json)
     groups = open_groups(Layout(launch.world_size, options.tensor), launch)
     encoder = groups.everywhere(
         lambda: load_encoder(
@@ -154,8 +158,17 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
         )
     )
 
-    def open_data(say):
-        return open_evaluation_data(
+    alone = options.json == "-"
+    say = _say_nothing if alone else print
+
+    def look_into_data() -> None:
+        shards = index_shards(options.data, say, save=False)
+        require_usable(shards, need, options.caption_key)
+        save_index(shards, say)
+
+    groups.rank_zero_first(look_into_data)
+    data = groups.everywhere(
+        lambda: open_evaluation_data(
             options.data,
             encoder.preprocess,
             encoder.tokenizer,
@@ -164,12 +177,9 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
             batch=options.batch,
             need=need,
             caption_key=options.caption_key,
-            say=say,
+            say=_say_nothing,
         )
-
-    alone = options.json == "-"
-    groups.rank_zero_first(lambda: open_data(_say_nothing if alone else print).samples)
-    data = groups.everywhere(lambda: open_data(_say_nothing))
+    )
     return encoder, data, groups.data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,22 @@ def print_table(title: str, results: Mapping[str, float | int]) -> None:
         shown = f"{value:.2%}" if isinstance(value, float) else f"{value:,}"
         table.add_row(name.replace("_", " "), shown)
     Console().print(table)
+
+
+def check_json_target(target: str | None) -> None:
+    """See that `write_json` can write, before there are figures to lose.
+
+    Raises:
+        InputError: the folder of the file is not there or not writable.
+    """
+    if target is None or target == "-":
+        return
+    folder = Path(target).absolute().parent
+    if Path(target).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"cannot write --json {target}: {folder} is not a folder that can be written to, or "
+            "the name is that of a folder; name a file in one that can"
+        )
 
 
 def write_json(results: Mapping[str, float | int], target: str) -> None:
