@@ -183,8 +183,8 @@ class Config(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="compute again in the backward: selective: norms and activation functions; full: "
-        "whole layers",
+        description="what the backward computes again; selective: norms and activation functions; "
+        "full: whole layers",
     )
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
