@@ -31,7 +31,7 @@ PAIRS = 5
 
 def fits(kind: str, layout: Layout) -> bool:
     try:
-        check_model(layout, architecture_from_json(KINDS[kind], kind))
+        check_model(layout.tensor, architecture_from_json(KINDS[kind], kind))
     except InputError:
         return False
     return True
