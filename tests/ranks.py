@@ -37,7 +37,8 @@ def loaded_model(
 
 
 def config_of(layout: Layout, **settings: Any) -> Config:
-    """A config for this layout; sections may be given in part."""
+    """An fp32 config for this layout unless `settings` say otherwise; sections may be partial."""
+    settings.setdefault("precision", "fp32")
     parallel = {"tensor": layout.tensor, "sequence": layout.sequence}
     settings["parallel"] = parallel | settings.get("parallel", {})
     settings.setdefault("train", {"steps": 1})
@@ -83,7 +84,7 @@ def whole_tensor(parameter: Parameter, parts: Sequence[Tensor]) -> Tensor:
         for part in parts[1:]:
             assert torch.equal(part, parts[0]), f"{parameter.name} differs between tensor ranks"
         return parts[0]
-    whole = torch.full(parameter.shape, torch.nan)
+    whole = parts[0].new_full(parameter.shape, torch.nan)
     for rank, part in enumerate(parts):
         for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
             piece = part.narrow(axis, segment.local, segment.length)

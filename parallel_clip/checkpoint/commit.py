@@ -35,7 +35,10 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def commit(run_dir: Path, step: int, keep: int | None) -> Path:
-    """Make the checkpoint of `step` count, then remove all but the `keep` newest."""
+    """Make the checkpoint of `step` count, then remove all but the `keep` newest up to it.
+
+    Later ones are there when someone went back to an earlier one by hand; they are left alone.
+    """
     unfinished, final = unfinished_folder(run_dir, step), step_folder(run_dir, step)
     for file in unfinished.iterdir():
         _flush_to_disk(file)
@@ -43,7 +46,8 @@ def commit(run_dir: Path, step: int, keep: int | None) -> Path:
     unfinished.rename(final)
     _point_latest_to(final)
     if keep is not None:
-        for old in _step_folders(run_dir)[:-keep]:
+        folders = _step_folders(run_dir)
+        for old in folders[: folders.index(final) + 1][:-keep]:
             shutil.rmtree(old)
     return final
 
@@ -53,11 +57,12 @@ def latest(run_dir: Path) -> Path | None:
     pointer = run_dir / CHECKPOINTS / LATEST
     if not pointer.is_file():
         return None
-    folder = pointer.parent / pointer.read_text().strip()
-    if not folder.is_dir():
+    name = pointer.read_text().strip()
+    folder = pointer.parent / name
+    if not name or not folder.is_dir():
         others = ", ".join(f.name for f in _step_folders(run_dir)) or "none"
         raise InputError(
-            f"{pointer} names {folder.name}, which is not there (there is: {others}); "
+            f"{pointer} names {name!r}, which is not there (there is: {others}); "
             "write the name of a complete one into it"
         )
     return folder

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,15 +76,21 @@ def write_index(folder: Path, entries: list[dict]) -> None:
 
 
 class PieceReader:
-    """Reads whole tensors, or ranges of them, from a checkpoint written in any layout."""
+    """Reads whole tensors, or ranges of them, from a checkpoint written in any layout.
+
+    Raises InputError, here and in its methods, where the checkpoint is not whole.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            self._tensors: dict[str, dict] = json.loads((folder / INDEX_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} is not a whole checkpoint: {INDEX_FILE}: {error}") from None
         self._open: dict[str, safe_open] = {}
+        try:
+            index = json.loads((folder / INDEX_FILE).read_text())
+            self._tensors = {key: _Tensor.from_json(value) for key, value in index.items()}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder} is not a whole checkpoint: {INDEX_FILE}: {error!r}; use another one"
+            ) from None
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
@@ -91,25 +99,32 @@ class PieceReader:
         return list(self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key]["shape"])
+        return self._tensor(key).shape
 
     def read(self, key: str) -> Tensor:
         """The full tensor: fp32 on the CPU."""
         shape = self.shape(key)
-        return self.read_range(key, 0, 0, shape[0]) if shape else self._piece(key, 0)
+        if shape:
+            return self.read_range(key, 0, 0, shape[0])
+        (piece,) = self._tensor(key).pieces
+        with self._reading(piece.file) as file:
+            return file.get_tensor(piece.stored).float()
 
     def read_range(self, key: str, axis: int, start: int, length: int) -> Tensor:
         """`length` entries of the tensor from `start` along `axis`: fp32 on the CPU.
 
         Only the bytes that overlap are read.
         """
-        tensor = self._tensors[key]
-        shape = list(tensor["shape"])
+        tensor = self._tensor(key)
+        shape = list(tensor.shape)
         shape[axis] = length
         result = torch.empty(shape)
         read = 0
-        for i in range(len(tensor["pieces"])):
-            read += self._copy_overlap(key, i, axis, start, result)
+        for piece in tensor.pieces:
+            with self._reading(piece.file) as file:
+                read += _copy_overlap(
+                    file.get_slice(piece.stored), tensor.axis, piece.start, axis, start, result
+                )
         if read != result.numel():
             raise InputError(
                 f"{self.folder}: {key} has {read} of the {result.numel()} numbers asked of it; "
@@ -117,41 +132,70 @@ class PieceReader:
             )
         return result
 
-    def _copy_overlap(self, key: str, i: int, axis: int, start: int, result: Tensor) -> int:
-        """Copy what piece `i` shares with the range into `result`; how many numbers that were."""
-        tensor = self._tensors[key]
-        piece_axis, piece_start = tensor["axis"], tensor["pieces"][i]["start"]
-        stored = self._stored(key, i)
-        extent = stored.get_shape()
-        window = [slice(0, size) for size in extent]  # of the piece
-        target = [slice(0, size) for size in extent]  # of the result
-        target[piece_axis] = slice(piece_start, piece_start + extent[piece_axis])
-        whole_start = target[axis].start
-        first = max(start, whole_start)
-        last = min(start + result.shape[axis], whole_start + extent[axis])
-        if first >= last:
-            return 0
-        window[axis] = slice(first - whole_start, last - whole_start)
-        target[axis] = slice(first - start, last - start)
-        values = stored[tuple(window)]
-        result[tuple(target)] = values
-        return values.numel()
+    def _tensor(self, key: str) -> _Tensor:
+        if key not in self._tensors:
+            raise InputError(
+                f"{self.folder} is not a whole checkpoint: {INDEX_FILE} has no {key}; "
+                "use another one"
+            )
+        return self._tensors[key]
 
-    def _piece(self, key: str, i: int) -> Tensor:
-        piece = self._tensors[key]["pieces"][i]
-        return self._file(piece["file"]).get_tensor(piece["stored"]).float()
-
-    def _stored(self, key: str, i: int):
-        piece = self._tensors[key]["pieces"][i]
-        return self._file(piece["file"]).get_slice(piece["stored"])
-
-    def _file(self, name: str) -> safe_open:
-        if name not in self._open:
-            try:
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[safe_open]:
+        """The open file; whatever is wrong with it or its tensors is an InputError."""
+        try:
+            if name not in self._open:
                 self._open[name] = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"{self.folder / name} cannot be read ({error}); the checkpoint is not whole, "
-                    "use another one"
-                ) from None
-        return self._open[name]
+            yield self._open[name]
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(
+                f"{self.folder / name} cannot be read ({error}); the checkpoint is not whole, "
+                "use another one"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    file: str
+    stored: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A line of the index: a tensor's full shape, the axis that it is cut along, its pieces."""
+
+    shape: tuple[int, ...]
+    axis: int
+    pieces: list[_Piece]
+
+    @classmethod
+    def from_json(cls, values: dict) -> _Tensor:
+        pieces = [_Piece(**piece) for piece in values["pieces"]]
+        for piece in pieces:
+            if Path(piece.file).name != piece.file:
+                raise ValueError(f"{piece.file} is not a file of the checkpoint")
+        return cls(tuple(values["shape"]), values["axis"], pieces)
+
+
+def _copy_overlap(
+    stored, cut_axis: int, cut_start: int, axis: int, start: int, result: Tensor
+) -> int:
+    """Copy what a piece shares with the range into `result`; how many numbers that were.
+
+    stored: the piece, which begins at `cut_start` on `cut_axis` of the full tensor.
+    """
+    extent = stored.get_shape()
+    window = [slice(0, size) for size in extent]  # of the piece
+    target = [slice(0, size) for size in extent]  # of the result
+    target[cut_axis] = slice(cut_start, cut_start + extent[cut_axis])
+    whole_start = target[axis].start
+    first = max(start, whole_start)
+    last = min(start + result.shape[axis], whole_start + extent[axis])
+    if first >= last:
+        return 0
+    window[axis] = slice(first - whole_start, last - whole_start)
+    target[axis] = slice(first - start, last - start)
+    values = stored[tuple(window)]
+    result[tuple(target)] = values
+    return values.numel()

@@ -1,0 +1,111 @@
+"""What ranks do in test_save_and_load.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel_clip.checkpoint.load import load_checkpoint
+from parallel_clip.checkpoint.meta import Meta
+from parallel_clip.checkpoint.save import save_checkpoint
+from parallel_clip.engine.groups import Groups
+from parallel_clip.loss import ClipLoss
+from parallel_clip.model.architectures import architecture_from_json
+from parallel_clip.model.clip import DTYPES
+from parallel_clip.training.build import Built, build
+from parallel_clip.training.step import training_step
+from tests.ranks import config_of, loaded_training, own_microbatches
+from tests.training.step_cases import Task
+
+LR = 1e-3
+
+
+def train_and_save(groups: Groups, task: Task, steps: int, run_dir: Path) -> dict[str, Tensor]:
+    """Train and save; this rank's tensors of the model by name."""
+    built = _loaded(groups, task)
+    _train(groups, task, built, steps)
+    _save(groups, task, built, steps, run_dir)
+    return _tensors(built)
+
+
+def load_and_save(groups: Groups, task: Task, sources: dict[str, Path], target: Path) -> dict:
+    """Load each checkpoint into this layout and save it again under its name in `target`; this
+    rank's tensors of the model, by source and name."""
+    held = {}
+    for name, source in sources.items():
+        built = _empty(groups, task)
+        meta = load_checkpoint(source, built.model, built.optimizer, groups)
+        _save(groups, task, built, meta.step, target / name)
+        held[name] = _tensors(built)
+    return held
+
+
+def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bool]:
+    """Records of steps 3 and 4, of a run without a break and of one that was saved and loaded
+    before them, and whether both have the same bits in weights, masters and moments."""
+    whole = _loaded(groups, task)
+    expected = _train(groups, task, whole, 4)[2:]
+
+    first = _loaded(groups, task)
+    _train(groups, task, first, 2)
+    folder = _save(groups, task, first, 2, run_dir)
+    second = _empty(groups, task)
+    load_checkpoint(folder, second.model, second.optimizer, groups)
+    records = _train(groups, task, second, 2)
+    equal = all(map(torch.equal, _state(whole), _state(second)))
+    return records, expected, equal
+
+
+def start_from_weights(groups: Groups, task: Task, checkpoint: Path) -> list[dict]:
+    """Load a checkpoint without moments and take one step."""
+    built = _empty(groups, task)
+    load_checkpoint(checkpoint, built.model, built.optimizer, groups)
+    return _train(groups, task, built, 1)
+
+
+def _loaded(groups: Groups, task: Task) -> Built:
+    config = config_of(groups.layout, **task.settings)
+    architecture = architecture_from_json(task.model_cfg, "small")
+    return loaded_training(groups, config, architecture, task.weights)
+
+
+def _empty(groups: Groups, task: Task) -> Built:
+    """Model and optimizer full of other numbers, which loading must leave nothing of."""
+    config = config_of(groups.layout, **task.settings)
+    built = build(config, architecture_from_json(task.model_cfg, "small"), groups)
+    for tensor in built.model.parameters():
+        built.optimizer.set_weight(tensor, torch.full(tensor.shape, 7.0))
+    return built
+
+
+def _train(groups: Groups, task: Task, built: Built, steps: int) -> list[dict]:
+    dtype = DTYPES[task.settings.get("precision", "fp32")]
+    batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
+    loss = ClipLoss(groups.data)
+    return [
+        asdict(training_step(built.ddp, built.optimizer, loss, batch, "two-pass", LR))
+        for _ in range(steps)
+    ]
+
+
+def _save(groups: Groups, task: Task, built: Built, step: int, run_dir: Path) -> Path:
+    meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {})
+    return save_checkpoint(run_dir, meta, built.model, built.optimizer, groups, keep=None)
+
+
+def _tensors(built: Built) -> dict[str, Tensor]:
+    return {p.name: tensor.detach().clone() for p, tensor in built.model.global_parameters()}
+
+
+def _state(built: Built) -> list[Tensor]:
+    """Weights, and what this rank owns of masters and moments."""
+    tensors = []
+    for _, tensor in built.model.global_parameters():
+        owned = built.optimizer.owned_state(tensor)
+        tensors.append(tensor)
+        if owned is not None:
+            tensors += [owned.master, *owned.moments.values()]
+    return tensors
