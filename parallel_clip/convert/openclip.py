@@ -32,9 +32,10 @@ def write_openclip(
     Raises:
         InputError: `target` is not a new or empty folder.
     """
-    make_empty_folder(target)
     dtype = PRECISIONS[precision]
+    # Read before anything is written: the source may be damaged.
     state = {name: tensor.to(dtype) for name, tensor in _all_tensors(weights, architecture)}
+    make_empty_folder(target)
     settings = {"model_cfg": architecture.json, "preprocess_cfg": preprocess}
     (target / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     save_tensors(state, target / OPENCLIP_WEIGHTS[0])
@@ -54,10 +55,11 @@ def write_run(
     Raises:
         InputError: `target` is not a new or empty folder.
     """
+    tensors = _all_tensors(weights, architecture)
     make_empty_folder(target)
     folder = commit.begin(target, 0)
     writer = PieceWriter(folder, rank=0)
-    for name, tensor in _all_tensors(weights, architecture):
+    for name, tensor in tensors:
         writer.add(f"weight:{name}", tensor.float(), tuple(tensor.shape), axis=0, start=0)
     writer.flush()
     write_index(folder, writer.entries)
