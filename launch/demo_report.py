@@ -31,7 +31,7 @@ from parallel_clip.engine.quiet import quiet_dependencies
 matplotlib.use("Agg")
 
 CAPTIONS, FOUND = 8, 6  # rows and columns of the contact sheet
-SHOWN_CAPTION = 1  # of each picture's captions: "a flat emoji of koala: ..."
+SHOWN_CAPTION = 2  # of each picture: "animals & nature: mammals: koala in gray and pink, 3D"
 FEATURE_TOLERANCE = 1e-4  # largest difference between coordinates of two features of length 1
 ENCODE_BATCH = 100
 RIGHT_COLOR = "#2ca02c"

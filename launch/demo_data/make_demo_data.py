@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import webdataset
+from colors import main_colors
 from PIL import Image
 
 SEED = 0
@@ -185,56 +186,69 @@ def split_families(pictures: Sequence[Picture]) -> set[str]:
     return test
 
 
-def captions_of(picture: Picture) -> list[str]:
-    """Four captions; the style in each tells a concept's two pictures apart."""
-    concept, style = picture.concept, STYLES[picture.style]
-    tags = list(concept.tags)
-    random.Random(f"{SEED}/{picture.key}").shuffle(tags)
-    few, many = ", ".join(tags[:3]), ", ".join(tags[:8])
-    return [
-        f"{concept.name}, {style} emoji",
-        f"a {style} emoji of {concept.name}" + (f": {few}" if few else ""),
-        f"{concept.category}: {concept.name}, {style}",
-        (f"{many}: " if many else "") + f"{concept.name} drawn in {style} style",
-    ]
-
-
-def encode(source: Path) -> bytes:
-    """The picture as 64 × 64 RGB on white, WebP."""
+def draw(source: Path) -> Image.Image:
+    """The picture as 64 × 64 RGBA, centred."""
     with Image.open(source) as image:
-        drawn = image.convert("RGBA")
-    drawn.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (PIXELS, PIXELS), "white")
-    canvas.alpha_composite(drawn, ((PIXELS - drawn.width) // 2, (PIXELS - drawn.height) // 2))
+        picture = image.convert("RGBA")
+    picture.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", (PIXELS, PIXELS))
+    canvas.paste(picture, ((PIXELS - picture.width) // 2, (PIXELS - picture.height) // 2))
+    return canvas
+
+
+def encode(drawn: Image.Image) -> bytes:
+    """WebP of the picture on white, without transparency."""
+    canvas = Image.new("RGBA", drawn.size, "white")
+    canvas.alpha_composite(drawn)
     buffer = io.BytesIO()
     canvas.convert("RGB").save(buffer, "WEBP", **WEBP)
     return buffer.getvalue()
 
 
-def train_sample(picture: Picture) -> dict[str, object]:
+def captions_of(picture: Picture, drawn: Image.Image) -> list[str]:
+    """Four captions; the style in each tells a concept's two pictures apart.
+
+    Names of concepts never seen mean nothing to a model; keywords, kinds and colours can.
+    """
+    concept, style, colors = picture.concept, STYLES[picture.style], main_colors(drawn)
+    tags = list(concept.tags)
+    random.Random(f"{SEED}/{picture.key}").shuffle(tags)
+    few, many = ", ".join(tags[:3]), ", ".join(tags[:8])
+    return [
+        f"{concept.name}, {colors}, {style} emoji",
+        f"a {style} emoji of {concept.name}" + (f": {few}" if few else ""),
+        f"{concept.category}: {concept.name} in {colors}, {style}",
+        (f"{many}: " if many else "") + f"{concept.name} in {colors}, drawn in {style} style",
+    ]
+
+
+def train_sample(picture: Picture) -> dict[str, str | bytes]:
+    drawn = draw(picture.source)
     return {
         "__key__": picture.key,
-        "webp": encode(picture.source),
-        "txt": "\n".join(captions_of(picture)),
+        "webp": encode(drawn),
+        "txt": "\n".join(captions_of(picture, drawn)),
     }
 
 
-def test_sample(picture: Picture, classes: list[str]) -> dict[str, object]:
-    concept = picture.concept
+def test_sample(picture: Picture, classes: list[str]) -> dict[str, str | bytes]:
+    sample, concept = train_sample(picture), picture.concept
     facts = {
         "concept": concept.name,
         "style": picture.style,
         "group": concept.group,
         "subgroup": concept.subgroup,
-        "captions": captions_of(picture),
+        "captions": sample["txt"].split("\n"),
     }
-    return train_sample(picture) | {
+    return sample | {
         "cls": str(classes.index(concept.category)),
         "json": json.dumps(facts, ensure_ascii=False).encode(),
     }
 
 
-def write_shards(samples: list[dict[str, object]], output: Path, name: str, shards: int) -> None:
+def write_shards(
+    samples: list[dict[str, str | bytes]], output: Path, name: str, shards: int
+) -> None:
     """Writes `samples` into `shards` tar files of (nearly) equal counts."""
     for shard in range(shards):
         first, last = (len(samples) * s // shards for s in (shard, shard + 1))
