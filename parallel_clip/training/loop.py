@@ -147,12 +147,13 @@ class _Run:
         began = time.perf_counter()
         last = step == self.steps
         evaluate, checkpoint = self.config.evaluate.every, self.config.checkpoint.every
+        # Saved first: held-out shards that turn out to be bad must not cost the training.
+        if (checkpoint and step % checkpoint == 0) or last:
+            self._save(step)
         if evaluate and (step % evaluate == 0 or last):
             results = self.held_out.evaluate()
             if self.log is not None:
                 self.log.write_evaluation(step, results)
-        if (checkpoint and step % checkpoint == 0) or last:
-            self._save(step)
         self.stopwatch.leave_out(time.perf_counter() - began)
 
     def _save(self, step: int) -> None:
