@@ -48,7 +48,7 @@ class Running:
         for process in self.processes:
             process.kill()
 
-    def wait(self, timeout: float = 100) -> list[Ended]:
+    def wait(self, timeout: float = 200) -> list[Ended]:
         for process in self.processes:
             process.join(timeout)
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]

@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.tensor 8", "12 heads of the text tower", "may be 1, 2 or 4"],
     ),
     "batch": (["batch.global=12", "batch.micro=8"], ["batch.global 12", "batch.micro 8", "16"]),
-    "world": (["parallel.tensor=3"], ["parallel.tensor 3", "start 3 processes"]),
+    "world": (["parallel.tensor=4"], ["parallel.tensor 4", "start 4 processes"]),
     "pipeline": (["parallel.pipeline=2"], ["parallel.pipeline 2", "not built yet"]),
     "two lengths": (["train.samples=9"], ["exactly one", "train.steps and train.samples"]),
     "too short": (["train.steps=null", "train.samples=4"], ["train.samples 4", "at least 8"]),
@@ -140,6 +140,16 @@ def test_wrong_input_ends_with_one_message(world, case):
     for words in expected:
         assert all(words in message for message in messages[:2]), (words, messages)
     assert state_of(world) == before and not (world / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(world):
+    """/proc takes no folders, whatever its permissions say, even to root."""
+    before = state_of(world)
+    for processes in (1, 2):
+        wrong = run("train", world / "config.yaml", "run_dir=/proc/run", processes=processes)
+        message = one_message(wrong)
+        assert "run_dir /proc/run" in message and "choose another run_dir" in message
+    assert state_of(world) == before
 
 
 def one_message(ranks: list[Ended]) -> str:

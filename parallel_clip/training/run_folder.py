@@ -80,11 +80,11 @@ def prepare(config: Config, layout: Layout, device: str, resume: ResumePoint) ->
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(config.to_yaml())
     except OSError as error:  # what permissions do not tell: a quota, a file system of its own kind
         raise InputError(
-            f"run_dir {run_dir} cannot be made: {error.strerror}; choose another run_dir"
+            f"run_dir {run_dir} cannot be written to: {error.strerror}; choose another run_dir"
         ) from None
-    (run_dir / CONFIG_FILE).write_text(config.to_yaml())
     environment = json.dumps(_environment(layout, device), indent=2)
     (run_dir / ENVIRONMENT_FILE).write_text(environment + "\n")
     logs = [run_dir / METRICS_FILE, run_dir / EVALUATIONS_FILE, run_dir / BAD_SAMPLES_FILE]
