@@ -14,7 +14,7 @@ Writes into `--output` (this folder unless said otherwise):
     test-0000.tar ...    the same for concepts that training never sees, with KEY.cls (line of
                          classes.txt, from 0) and KEY.json (concept, style, group, subgroup,
                          captions)
-    classes.txt          the emoji subgroups, one a line: classes for zero-shot
+    classes.txt          the emoji groups, one a line: classes for zero-shot
     templates.txt        zero-shot templates in the captions' words
     pictures.csv         one line a picture: key, split, concept, family, style, group, subgroup
 
@@ -45,7 +45,7 @@ LARGEST_TEST_FAMILY = 6  # larger ones (clocks, squares...) train: a test of one
 TRAIN_SHARDS = 8
 TEST_SHARDS = 2
 STYLES = {"noto": "flat", "fluent": "3D"}
-TEMPLATES = ["{}", "{}, flat emoji", "{}, 3D emoji", "a flat emoji of {}", "a 3D emoji of {}"]
+TEMPLATES = ["{}: a picture, flat", "{}: a picture, 3D"]  # worded like the third caption
 
 # Country flags cannot be told for a country never seen; skin tones and hair are parts of pictures.
 LEFT_OUT_SUBGROUPS = {"country-flag", "subdivision-flag", "skin-tone", "hair-style"}
@@ -83,10 +83,6 @@ class Concept:
     group: str
     subgroup: str
     family: str
-
-    @property
-    def category(self) -> str:
-        return f"{self.group}: {self.subgroup}"
 
 
 @dataclass(frozen=True)
@@ -217,7 +213,7 @@ def captions_of(picture: Picture, drawn: Image.Image) -> list[str]:
     return [
         f"{concept.name}, {colors}, {style} emoji",
         f"a {style} emoji of {concept.name}" + (f": {few}" if few else ""),
-        f"{concept.category}: {concept.name} in {colors}, {style}",
+        f"{concept.group}: {concept.subgroup}: {concept.name} in {colors}, {style}",
         (f"{many}: " if many else "") + f"{concept.name} in {colors}, drawn in {style} style",
     ]
 
@@ -241,7 +237,7 @@ def test_sample(picture: Picture, classes: list[str]) -> dict[str, str | bytes]:
         "captions": sample["txt"].split("\n"),
     }
     return sample | {
-        "cls": str(classes.index(concept.category)),
+        "cls": str(classes.index(concept.group)),
         "json": json.dumps(facts, ensure_ascii=False).encode(),
     }
 
@@ -269,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
 
     pictures = find_pictures(read_concepts(options.emojibase), options.noto, options.fluent)
-    classes = list(dict.fromkeys(picture.concept.category for picture in pictures))
+    classes = list(dict.fromkeys(picture.concept.group for picture in pictures))
     test_families = split_families(pictures)
     test = [picture for picture in pictures if picture.concept.family in test_families]
     train = [picture for picture in pictures if picture.concept.family not in test_families]
