@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -60,6 +61,7 @@ class Running:
                                       for name in ("out", "err")))
             for rank, process in enumerate(self.processes)
         ]  # fmt: skip
+        shutil.rmtree(self.folder)
         assert not late, f"ranks {late} had not ended after {timeout} s: {ended}"
         return ended
 
