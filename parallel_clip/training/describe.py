@@ -18,10 +18,14 @@ def describe_job(job: Job, steps: int, model: CLIPModel | None = None) -> str:
         f"  batch: {plan.global_batch} pairs = {layout.data} data-parallel × "
         f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)} × {plan.micro_batch}; "
         f"{_schedule_words(job)}",
-        f"  {config.precision}, recompute {config.recompute}, optimizer state "
-        + ("split over the data-parallel ranks" if config.parallel.distributed_optimizer
-           else "whole on every data-parallel rank"),
-    ]  # fmt: skip
+        f"  {config.precision}, recompute {config.recompute}",
+    ]
+    if layout.data > 1:
+        split = config.parallel.distributed_optimizer
+        lines.append(
+            "  optimizer state "
+            + ("split over the data-parallel ranks" if split else "whole on every data rank")
+        )
     if config.parallel.sequence and layout.tensor == 1:
         lines.append("  parallel.sequence changes nothing at parallel.tensor 1")
     elif config.parallel.sequence:

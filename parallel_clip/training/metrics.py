@@ -100,7 +100,12 @@ class MetricsLog:
         figures = dict(_flat(results))
         for name, value in figures.items():
             self._board.add_scalar(f"evaluate/{name}", value, step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        # The whole is in the file and on the board; a line shows one figure of each kind.
+        shown = "  ".join(
+            f"{name.partition('/')[2] or name} {value:.4g}"
+            for name, value in figures.items()
+            if name.endswith(("loss", "recall@1", "top1"))
+        )
         print(f"held out at step {step}: {shown}", flush=True)
 
     def write_bad_samples(self, step: int, samples: list[dict]) -> None:
