@@ -10,6 +10,7 @@ writes JSON and a picture to benchmarks/results.
 """
 
 import argparse
+import gc
 import math
 import statistics
 import time
@@ -83,19 +84,24 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     groups = open_groups(Layout(world=1), Launch(rank=0, local_rank=0, world_size=1))
-    timings = [
-        measure(load_architecture(name), precision, arguments.batch, arguments.rounds, groups)
-        for name in arguments.models
-        for precision in arguments.precisions
-    ]
-    results = {
-        "environment": environment(),
-        "batch": arguments.batch,
-        "rounds": arguments.rounds,
-        "timings": [timing.as_dict() for timing in timings],
-    }
+    timings: list[Timing] = []
+    for name in arguments.models:
+        for precision in arguments.precisions:
+            architecture = load_architecture(name)
+            timings.append(
+                measure(architecture, precision, arguments.batch, arguments.rounds, groups)
+            )
+            gc.collect()  # the models are in cycles of references
+        # After each model: a run that is stopped leaves what it has.
+        results = {
+            "environment": environment(),
+            "batch": arguments.batch,
+            "rounds": arguments.rounds,
+            "timings": [timing.as_dict() for timing in timings],
+        }
+        written = write_results("step-time", results, draw(timings, results))
     print_table(timings, results)
-    for path in write_results("step-time", results, draw(timings, results)):
+    for path in written:
         print(path)
     close_groups()
 
