@@ -123,8 +123,8 @@ def _install_cpu_seam() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    # `with torch.device(...)` knows torch's factories by identity, and looks them up at its first use:
-    # it is to find them before they are wrapped.
+    # `with torch.device(...)` knows torch's factories by identity and looks them up at its first
+    # use: it is to find them before they are wrapped.
     from torch.utils._device import _device_constructors
 
     _device_constructors()
