@@ -55,7 +55,9 @@ class HeldOut:
         self._groups = groups
         wanted = config.evaluate
         self._loss = self._open(wanted.loss, "captions", say)
-        self._retrieval = self._open(wanted.retrieval, "captions", say)
+        # One set for both is encoded once.
+        same = wanted.retrieval == wanted.loss
+        self._retrieval = self._loss if same else self._open(wanted.retrieval, "captions", say)
         self._zero_shot = None
         if wanted.zero_shot is not None:
             self._zero_shot = self._open(wanted.zero_shot.shards, "labels", say)
@@ -69,8 +71,9 @@ class HeldOut:
         results: dict[str, float | dict[str, float]] = {}
         if self._loss is not None:
             model = encoder.model
+            pairs = encode_pairs(encoder, self._loss, batch, group)
             found = held_out_loss(
-                encode_pairs(encoder, self._loss, batch, group),
+                pairs,
                 self._config.loss.kind,
                 math.exp(model.logit_scale.item()),
                 None if model.logit_bias is None else model.logit_bias.item(),
@@ -78,7 +81,9 @@ class HeldOut:
             )
             results["loss"] = found["loss"]
         if self._retrieval is not None:
-            results["retrieval"] = retrieval(encode_pairs(encoder, self._retrieval, batch, group))
+            if self._retrieval is not self._loss:
+                pairs = encode_pairs(encoder, self._retrieval, batch, group)
+            results["retrieval"] = retrieval(pairs)
         if self._zero_shot is not None:
             classes = encode_classes(encoder, self._classes, self._templates, batch, group)
             results["zero_shot"] = zero_shot(encoder, self._zero_shot, classes, group)
