@@ -15,16 +15,8 @@ from torch.distributed import ProcessGroup
 
 from parallel_clip.convert.names import Parameter, Placement
 from parallel_clip.model.architectures import Architecture
-from parallel_clip.model.clip import CLIPModel
 
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
-
-
-def initialize(model: CLIPModel, seed: int) -> None:
-    """Fill the slice of the model that this rank holds."""
-    for parameter, tensor in model.global_parameters():
-        load_slice(tensor, parameter, initial_value(parameter, model.architecture, seed),
-                   model.tensor_group)  # fmt: skip
 
 
 @torch.no_grad()

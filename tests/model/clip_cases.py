@@ -12,7 +12,7 @@ from parallel_clip.convert.source import ModelWeights, open_source
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.architectures import architecture_from_json, load_architecture
 from parallel_clip.model.clip import CLIPModel, ModelOptions
-from parallel_clip.model.initialize import initialize, load_slice
+from parallel_clip.model.initialize import initial_value, load_slice
 from tests.ranks import Weights, loaded_model, sum_over_tokens
 
 
@@ -84,7 +84,9 @@ def initial_weights(groups: Groups, model_cfg: dict[str, Any], seed: int) -> dic
     """This rank's slices of freshly initialised weights, by name."""
     architecture = architecture_from_json(model_cfg, "small")
     model = CLIPModel(architecture, ModelOptions(), groups.tensor)
-    initialize(model, seed)
+    for parameter, tensor in model.global_parameters():
+        value = initial_value(parameter, model.architecture, seed)
+        load_slice(tensor, parameter, value, model.tensor_group)
     return {parameter.name: tensor.detach() for parameter, tensor in model.global_parameters()}
 
 
