@@ -34,7 +34,7 @@ from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architectures import Architecture, load_architecture
-from parallel_clip.pipeline.schedule import Inputs, choose_schedule
+from parallel_clip.pipeline.schedule import Inputs
 from parallel_clip.training.build import build
 from parallel_clip.training.step import training_step
 
@@ -196,16 +196,13 @@ def parallel_clip_step(
     """Our own training step with one microbatch, from the same weights."""
     config = config_for(architecture, precision, batch=len(images))
     built = build(config, architecture, groups)
-    for parameter, tensor in built.model.global_parameters():
+    for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, weights[parameter.name])
     loss_function = ClipLoss(groups.data)
     microbatches = [Inputs(images, texts)]
-    schedule = choose_schedule(config.parallel.schedule, len(microbatches))
 
     def step() -> float:
-        record = training_step(
-            built.ddp, built.optimizer, loss_function, microbatches, schedule, LR
-        )
+        record = training_step(built, loss_function, microbatches, 1, LR, groups.pipeline)
         return record.loss
 
     return step

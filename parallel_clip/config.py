@@ -6,6 +6,7 @@ processes to be checked is in `layout.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from parallel_clip.errors import InputError
 Shards = str | list[str]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -50,17 +52,37 @@ class Loss(Section):
     )
 
 
+class Stages(Section):
+    vision: list[Count] = Field(description="vision layers on each stage, in order")
+    text: list[Count] = Field(description="text layers on each stage, in order")
+
+
 class Parallel(Section):
     tensor: int = Field(1, ge=1, description="ranks that share every layer's heads and MLP")
     pipeline: int = Field(1, ge=1, description="stages that the layers are dealt to")
     virtual_pipeline: int = Field(
         1, ge=1, description="chunks of layers a stage holds (interleaved pipelining)"
     )
+    stages: Stages | None = Field(
+        None,
+        description="layers on each stage, by hand: {vision: [9, 8, 7], text: [4, 4, 4]}; null: "
+        "balanced by cost",
+    )
     sequence: bool = Field(
         False, description="split activations between the tensor ranks along the sequence as well"
     )
     schedule: Literal["auto", "two-pass", "stash"] = Field(
         "auto", description="how microbatches run: forward twice, or once keeping every graph"
+    )
+    stash: Count | Literal["auto"] = Field(
+        "auto",
+        description="microbatches of a step whose activations are kept from the first pass, so "
+        "that they run forward once; auto: as many as `parallel.memory` allows",
+    )
+    memory: str | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="device memory that a rank may fill, such as 80GB, for parallel.stash auto; "
+        "null: that of the device",
     )
     distributed_optimizer: bool = Field(
         True, description="split optimizer state between the data-parallel ranks (ZeRO-1)"
@@ -208,6 +230,26 @@ class Config(Section):
         return config_file.write_yaml(self.to_tree())
 
 
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def bytes_in(size: str | int, key: str = "parallel.memory") -> int:
+    """80GB is 80 × 10⁹ bytes, 80GiB is 80 × 2³⁰, 80 is 80; `key` is where the user wrote it.
+
+    Raises:
+        InputError: `size` is none of these.
+    """
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(size).strip())
+    number, unit = parts.groups() if parts else ("", "")
+    whole = int(float(number or 0) * _UNITS.get(unit, 0))
+    if whole < 1:
+        raise InputError(
+            f"{key} {size} is no size of a memory; write a number and one of "
+            f"{', '.join(filter(None, _UNITS))}, such as 80GB, or bytes"
+        )
+    return whole
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the YAML file at `path`, lay the `key=value` overrides over it, and check it.
 
@@ -251,6 +293,16 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline of at "
             "least 2; it is 1"
         )
+    if parallel.memory is not None and parallel.stash != "auto":
+        yield (
+            f"parallel.memory {parallel.memory} is for parallel.stash auto, not {parallel.stash}; "
+            "leave one of them out"
+        )
+    elif parallel.memory is not None:
+        try:
+            bytes_in(parallel.memory)
+        except InputError as error:
+            yield str(error)
     if schedule.cooldown and schedule.kind != "wsd":
         yield f"schedule.cooldown is for schedule.kind wsd, not {schedule.kind}; leave it out"
     if schedule.min_lr and schedule.kind == "constant":

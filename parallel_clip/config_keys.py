@@ -145,7 +145,7 @@ def _phrase(annotation: Any, bounds: str = "") -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_phrase(member, bounds) for member in members)
     if origin is Literal:
-        return "one of " + ", ".join(members)
+        return "one of " + ", ".join(members) if len(members) > 1 else members[0]
     if origin is tuple:
         return f"list of {len(members)}, each {_phrase(members[0])}"
     if origin is list:

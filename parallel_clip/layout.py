@@ -31,7 +31,8 @@ class Layout:
     """How `world` processes are dealt to data, tensor and pipeline parallelism.
 
     Raises:
-        InputError: `world` is not a multiple of tensor × pipeline.
+        InputError: `world` is not a multiple of tensor × pipeline, or there are virtual stages
+            without a pipeline.
     """
 
     world: int
@@ -41,6 +42,11 @@ class Layout:
     sequence: bool = False
 
     def __post_init__(self) -> None:
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise InputError(
+                f"parallel.virtual_pipeline {self.virtual_pipeline} needs parallel.pipeline of at "
+                "least 2; set one or the other"
+            )
         copy = self.tensor * self.pipeline
         if self.world % copy == 0:
             return
@@ -104,17 +110,25 @@ def plan_batch(layout: Layout, global_batch: int, micro_batch: int) -> BatchPlan
     )
 
 
-def check_pipeline(stages: int) -> None:
-    """To be asked before a number of processes is made to fit the stages.
+def check_microbatches(layout: Layout, plan: BatchPlan) -> None:
+    """See that there are enough microbatches for virtual stages: one for each rank of a pipeline,
+    or a rank would have to work on two of its chunks at once.
 
     Raises:
-        InputError: there is more than one.
+        InputError: there are fewer.
     """
-    if stages > 1:
-        raise InputError(
-            f"parallel.pipeline {stages}: pipeline parallelism is not built yet; "
-            "set parallel.pipeline to 1 and use parallel.tensor and more data-parallel ranks"
-        )
+    needed = layout.pipeline if layout.virtual_pipeline > 1 else 1
+    if plan.microbatches >= needed:
+        return
+    remedies = [f"batch.global to {layout.data * needed * plan.micro_batch} or more"]
+    if plan.per_rank >= needed:
+        fitting = [size for size in divisors(plan.per_rank) if plan.per_rank // size >= needed]
+        remedies.insert(0, f"batch.micro to {fitting[-1]} or less")
+    raise InputError(
+        f"parallel.virtual_pipeline {layout.virtual_pipeline} needs at least as many microbatches "
+        f"as parallel.pipeline {layout.pipeline}; there are {plan.microbatches} of batch.micro "
+        f"{plan.micro_batch}; set {', or '.join(remedies)}, or parallel.virtual_pipeline to 1"
+    )
 
 
 def check_model(tensor: int, architecture: Architecture) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,12 @@ def loaded_model(
 def config_of(layout: Layout, **settings: Any) -> Config:
     """An fp32 config for this layout unless `settings` say otherwise; sections may be partial."""
     settings.setdefault("precision", "fp32")
-    parallel = {"tensor": layout.tensor, "sequence": layout.sequence}
+    parallel = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "virtual_pipeline": layout.virtual_pipeline,
+        "sequence": layout.sequence,
+    }
     settings["parallel"] = parallel | settings.get("parallel", {})
     settings.setdefault("train", {"steps": 1})
     return config_from_dict({"data": {"train": [{"shards": "unused.tar"}]}, **settings})
@@ -50,7 +55,7 @@ def loaded_training(
 ) -> Built:
     """Model, data-parallel wrapping and optimizer of a rank, with these weights."""
     built = build(config, architecture, groups)
-    for parameter, tensor in built.model.global_parameters():
+    for parameter, tensor in built.global_parameters():
         part = local_slice(
             weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
         )
@@ -61,8 +66,11 @@ def loaded_training(
 def own_microbatches(
     groups: Groups, images: Tensor, tokens: Tensor, count: int, kept: Tensor | None = None
 ) -> list[Inputs]:
-    """This data rank's share of a global batch, in `count` microbatches."""
+    """This data rank's share of a global batch, in `count` microbatches; pictures on the first
+    stage only."""
     ranks, rank = groups.layout.data, groups.data_rank
+    if groups.pipeline_rank > 0:
+        images = kept = None
     parts = [
         [None] * count if x is None else x.chunk(ranks)[rank].chunk(count)
         for x in (images, tokens, kept)
@@ -75,6 +83,22 @@ def sum_over_tokens(tensor: Tensor, values: Tensor, groups: Groups) -> Tensor:
     if getattr(tensor, "sequence_parallel", False):
         dist.all_reduce(values, group=groups.tensor)
     return values
+
+
+def whole_tensors(
+    table: Sequence[Parameter], ranks: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """All full tensors from what each rank of one copy of the model holds, by name."""
+    held = {p.name: [rank[p.name] for rank in ranks if p.name in rank] for p in table}
+    return {p.name: whole_tensor(p, held[p.name]) for p in table}
+
+
+def copies(layout: Layout, answers: Sequence[Any]) -> list[list[Any]]:
+    """The answers of the ranks that share a copy of the model, for each data rank."""
+    found: list[list[Any]] = [[] for _ in range(layout.data)]
+    for rank, answer in enumerate(answers):
+        found[layout.coordinates(rank).data].append(answer)
+    return found
 
 
 def whole_tensor(parameter: Parameter, parts: Sequence[Tensor]) -> Tensor:

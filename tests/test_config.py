@@ -7,7 +7,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_clip.config import Config, config_from_dict, load_config, resume_differences
+from parallel_clip.config import (
+    Config,
+    bytes_in,
+    config_from_dict,
+    load_config,
+    resume_differences,
+)
 from parallel_clip.config_docs import with_key_table
 from parallel_clip.config_file import apply_override, read_yaml, write_yaml
 from parallel_clip.config_keys import keys_of
@@ -149,6 +155,12 @@ def test_yaml_round_trip(tree):
     [
         ({"batch": {"globl": 8}}, "batch.globl", "batch.global"),
         ({"parallel": {"tensr": 2}}, "parallel.tensr", "parallel.tensor"),
+        (
+            {"parallel": {"stages": {"vison": [1], "vision": [1], "text": [1]}}},
+            "parallel.stages.vison",
+            "parallel.stages.vision",
+        ),
+        ({"parallel": {"stage": {}}}, "parallel.stage", "parallel.stages"),
         ({"lr": 1e-3}, "lr", "optimizer.lr"),
         ({"trian": {"steps": 3}}, "trian", "train"),
         ({"optimizer": {"warmup": 3}}, "optimizer.warmup", "schedule.warmup"),
@@ -182,6 +194,29 @@ def test_an_unknown_key_among_the_overrides(tmp_path):
             "optimizer.betas is [0.9, 1.0]; expected list of 2, each number ≥ 0 and < 1",
         ),
         ({"optimizer": {"betas": 0.9}}, "optimizer.betas is 0.9; expected list of 2"),
+        (
+            {"parallel": {"stages": {"vision": [8, -1], "text": [4, 4]}}},
+            "parallel.stages.vision is [8, -1]; expected list, each integer ≥ 0",
+        ),
+        (
+            {"parallel": {"stages": {"vision": 8, "text": [4]}}},
+            "parallel.stages.vision is 8; expected list, each integer ≥ 0",
+        ),
+        (
+            {"parallel": {"stages": {"vision": [8, 8]}}},
+            "parallel.stages.text is missing; expected list, each integer ≥ 0",
+        ),
+        (
+            {"parallel": {"stages": [8, 8]}},
+            "parallel.stages is [8, 8]; expected mapping with vision, text or null",
+        ),
+        ({"parallel": {"stash": "all"}}, 'parallel.stash is "all"; expected integer ≥ 0 or auto'),
+        ({"parallel": {"stash": -1}}, "parallel.stash is -1; expected integer ≥ 0 or auto"),
+        ({"parallel": {"stash": True}}, "parallel.stash is true; expected integer ≥ 0 or auto"),
+        (
+            {"parallel": {"memory": 0}},
+            "parallel.memory is 0; expected text or integer ≥ 1 or null",
+        ),
         ({"model": {"name": 14}}, "model.name is 14; expected text"),
         ({"log": None}, "log is null; expected mapping with every, ledger"),
         ({"data": {"train": "a.tar"}}, 'data.train is "a.tar"; expected list, each mapping'),
@@ -210,6 +245,8 @@ def test_all_problems_are_told_at_once_and_each_once():
         ({"train": {"steps": 3, "epochs": 1}}, "given: train.steps and train.epochs"),
         ({"data": {"train": []}}, "data.train names no shards"),
         ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline 2 needs"),
+        ({"parallel": {"memory": "80GB", "stash": 3}}, "is for parallel.stash auto, not 3"),
+        ({"parallel": {"memory": "plenty"}}, "parallel.memory plenty is no size of a memory"),
         ({"schedule": {"cooldown": 5}}, "schedule.cooldown is for schedule.kind wsd, not cosine"),
         ({"schedule": {"kind": "constant", "min_lr": 1e-5}}, "schedule.min_lr is for"),
         ({"schedule": {"min_lr": 1.0}}, "schedule.min_lr 1 is above optimizer.lr 0.0005"),
@@ -270,8 +307,55 @@ def test_an_override_opens_a_section_that_is_null():
     assert tree == {"evaluate": {"zero_shot": {"shards": "z.tar"}}}
 
 
+def test_stages_by_hand_from_overrides(tmp_path):
+    path = write(tmp_path, write_yaml(SMALL))
+    whole = load_config(path, ["parallel.stages={vision: [9, 8, 7], text: [4, 4, 4]}"])
+    by_tower = ["parallel.stages.vision=[9, 8, 7]", "parallel.stages.text=[4, 4, 4]"]
+    stages = whole.parallel.stages
+    assert (stages.vision, stages.text) == ([9, 8, 7], [4, 4, 4])
+    assert load_config(path, by_tower) == whole
+    assert load_config(write(tmp_path, whole.to_yaml())) == whole
+
+
+@pytest.mark.parametrize("stash", ["auto", 0, 3])
+def test_stash_is_a_number_or_auto(tmp_path, stash):
+    config = load_config(write(tmp_path, write_yaml(SMALL)), [f"parallel.stash={stash}"])
+    assert config.parallel.stash == stash
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("80GB", 80_000_000_000),
+        ("80GiB", 85_899_345_920),
+        ("0.5 GB", 500_000_000),
+        ("512MiB", 536_870_912),
+        ("2TB", 2_000_000_000_000),
+        ("1234", 1234),
+        (1234, 1234),
+    ],
+)
+def test_sizes_of_memories(size, count):
+    assert bytes_in(size) == count
+    assert config_from_dict(merged({"parallel": {"memory": size}})).parallel.memory == size
+
+
+@pytest.mark.parametrize("size", ["", "GB", "80gb", "80G", "-1GB", "0GB", "80GB80", "1e9", "0.5"])
+def test_what_is_no_size_of_a_memory(size):
+    with pytest.raises(InputError, match="--gpu-memory .*is no size of a memory; .* such as 80GB"):
+        bytes_in(size, "--gpu-memory")
+
+
 FREE = {
-    "parallel": {"tensor": 2, "sequence": True, "distributed_optimizer": False},
+    "parallel": {
+        "tensor": 2,
+        "sequence": True,
+        "distributed_optimizer": False,
+        "pipeline": 2,
+        "stages": {"vision": [6, 6], "text": [5, 7]},
+        "memory": "80GB",
+    },
     "batch": {"micro": 4},
     "recompute": "full",
     "data": {"workers": 0, "prefetch": 9},

@@ -11,8 +11,8 @@ from parallel_clip.errors import InputError
 from parallel_clip.layout import (
     Coordinates,
     Layout,
+    check_microbatches,
     check_model,
-    check_pipeline,
     divisors,
     plan_batch,
     training_steps,
@@ -127,9 +127,38 @@ def test_a_tensor_size_that_does_not_divide_the_model(name, tensor, message):
     assert str(caught.value) == message
 
 
-def test_pipelines_are_not_built_yet():
-    with pytest.raises(InputError, match="parallel.pipeline 2: .* not built yet"):
-        check_pipeline(2)
+def test_virtual_stages_need_a_pipeline():
+    with pytest.raises(InputError) as caught:
+        Layout(2, virtual_pipeline=2)
+    assert str(caught.value) == (
+        "parallel.virtual_pipeline 2 needs parallel.pipeline of at least 2; set one or the other"
+    )
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "remedy"),
+    [
+        (24, 4, "set batch.micro to 3 or less, or batch.global to 32 or more"),
+        (6, 3, "set batch.global to 24 or more"),
+    ],
+)
+def test_virtual_stages_need_a_microbatch_for_each_rank(global_batch, micro, remedy):
+    layout = Layout(8, pipeline=4, virtual_pipeline=2)
+    plan = plan_batch(layout, global_batch, micro)
+    with pytest.raises(InputError) as caught:
+        check_microbatches(layout, plan)
+    assert str(caught.value) == (
+        "parallel.virtual_pipeline 2 needs at least as many microbatches as parallel.pipeline 4; "
+        f"there are {plan.microbatches} of batch.micro {micro}; {remedy}, or "
+        "parallel.virtual_pipeline to 1"
+    )
+
+
+def test_a_pipeline_takes_any_number_of_microbatches():
+    layout = Layout(4, pipeline=4)
+    check_microbatches(layout, plan_batch(layout, 6, 6))
+    virtual = Layout(4, pipeline=4, virtual_pipeline=3)
+    check_microbatches(virtual, plan_batch(virtual, 4, 1))
 
 
 @pytest.mark.parametrize(

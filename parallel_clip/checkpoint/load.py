@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,18 +13,20 @@ from parallel_clip.checkpoint.pieces import KINDS, PieceReader
 from parallel_clip.checkpoint.save import StateOwner
 from parallel_clip.convert.names import Parameter
 from parallel_clip.engine.groups import Groups
-from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.clip import CLIPModel, global_parameters
 
 
-def load_checkpoint(folder: Path, model: CLIPModel, optimizer: StateOwner, groups: Groups) -> Meta:
-    """Fill model, masters and moments from a checkpoint written in any layout.
+def load_checkpoint(
+    folder: Path, chunks: Sequence[CLIPModel], optimizer: StateOwner, groups: Groups
+) -> Meta:
+    """Fill a rank's stages, masters and moments from a checkpoint written in any layout.
 
     Raises:
         InputError: the checkpoint is damaged.
     """
     meta = Meta.read(folder)
     reader = PieceReader(folder)
-    for parameter, tensor in model.global_parameters():
+    for parameter, tensor in global_parameters(chunks):
         values = {
             kind: read_local(reader, f"{kind}:{parameter.name}", parameter, groups)
             for kind in (KINDS if meta.has_moments else KINDS[:1])

@@ -1,11 +1,13 @@
 """Writing a checkpoint from all ranks of a layout.
 
 Each tensor is gathered over its data-parallel group onto one rank, another for each tensor, so
-that they share the writing. A tensor that all tensor ranks hold is written by the first.
+that they share the writing. A tensor that all tensor ranks hold is written by the first; each stage
+of a pipeline writes its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import KINDS, PieceWriter, write_index
 from parallel_clip.convert.names import Parameter
 from parallel_clip.engine.groups import Groups
-from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.clip import CLIPModel, global_parameters
 
 
 class StateOwner(Protocol):
@@ -36,7 +38,7 @@ class StateOwner(Protocol):
 def save_checkpoint(
     run_dir: Path,
     meta: Meta,
-    model: CLIPModel,
+    chunks: Sequence[CLIPModel],
     optimizer: StateOwner,
     groups: Groups,
     keep: int | None,
@@ -44,7 +46,7 @@ def save_checkpoint(
     """Write, commit and prune; returns the checkpoint's folder. Called by all ranks."""
     folder = groups.rank_zero_first(lambda: commit.begin(run_dir, meta.step))
     writer = PieceWriter(folder, groups.rank)
-    for number, (parameter, tensor) in enumerate(model.global_parameters()):
+    for number, (parameter, tensor) in enumerate(global_parameters(chunks)):
         if parameter.placement.axis is None and groups.tensor_rank != 0:
             continue
         state = _gather_state(tensor, optimizer, groups, to=number % groups.layout.data)

@@ -53,6 +53,11 @@ class Groups:
     def is_rank_zero(self) -> bool:
         return self.rank == 0
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether this is the rank that reads for its copy of the model."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
     def rank_zero_first(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone and hand everyone its result (or its InputError)."""
         outcome: list[object] = [None, None]
@@ -97,6 +102,9 @@ def open_groups(layout: Layout, launch: Launch) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
         create_gloo_process_groups=False,
     )
     # TransformerBlock forks this tracker under sequence parallelism; nothing of ours draws from it.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel_clip.convert.source import ModelWeights, open_source
@@ -17,41 +18,93 @@ from parallel_clip.engine.launch import read_launch
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout, check_model
 from parallel_clip.model.architectures import Architecture, load_architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.clip import CLIPModel, ModelOptions, global_parameters, normalised
+from parallel_clip.model.handover import Handover, Shape
 from parallel_clip.model.initialize import load_slice
+from parallel_clip.pipeline.last_stage import from_last_stage
 
 
 @dataclass(frozen=True)
 class ModelEncoder:
-    """See `encoder_protocol.Encoder`."""
+    """See `encoder_protocol.Encoder`. `chunks`: the stages that this rank holds."""
 
-    model: CLIPModel
+    chunks: Sequence[CLIPModel]
     preprocess: Preprocess
     tokenizer: Tokenizer
-    device: torch.device
+    groups: Groups
 
     @property
     def architecture(self) -> Architecture:
-        return self.model.architecture
+        return self.chunks[0].architecture
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups.device
 
     def encode_image(self, images: Tensor) -> Tensor:
-        with self._evaluating():
-            return self.model.encode_image(images)
+        def advance(chunk: CLIPModel, x: Tensor | None) -> Tensor:
+            return chunk.advance_image(images if chunk.stage.is_first else x)
+
+        return self._through_stages(len(images), lambda handover: handover.vision, advance)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
+        def advance(chunk: CLIPModel, x: Tensor | None) -> Tensor | None:
+            return chunk.advance_text(x, tokens)
+
+        return self._through_stages(len(tokens), lambda handover: handover.text, advance)
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        return from_last_stage(values, self.groups.pipeline)
+
+    def _through_stages(
+        self,
+        count: int,
+        part: Callable[[Handover], Shape | None],
+        advance: Callable[[CLIPModel, Tensor | None], Tensor | None],
+    ) -> Tensor:
+        """One tower's forward pass through the stages of this rank and the messages between them.
+
+        A rank is done when it has sent: the next batch enters while this one is on its way.
+        """
         with self._evaluating():
-            return self.model.encode_text(tokens)
+            for chunk in self.chunks:
+                stage, received = chunk.stage, None
+                if not stage.is_first:
+                    before = chunk.handover(chunk.stages[stage.number - 1], count)
+                    received = self._receive(part(before), chunk)
+                x = advance(chunk, received)
+                if stage.is_last:
+                    return normalised(x)
+                if x is not None:
+                    self._send(x)
+        return torch.zeros(count, self.architecture.embed_dim, device=self.device)
+
+    def _receive(self, shape: Shape | None, chunk: CLIPModel) -> Tensor | None:
+        if shape is None:
+            return None
+        message = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=self.device)
+        dist.recv(message, self._neighbour(-1), group=self.groups.pipeline)
+        return message
+
+    def _send(self, x: Tensor) -> None:
+        dist.send(x.contiguous(), self._neighbour(1), group=self.groups.pipeline)
+
+    def _neighbour(self, step: int) -> int:
+        group = self.groups.pipeline
+        return dist.get_global_rank(group, (group.rank() + step) % group.size())
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Without gradients and without patch dropout; afterwards the model is as it was."""
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.chunks[0].training
+        for chunk in self.chunks:
+            chunk.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.model.train(was_training)
+            for chunk in self.chunks:
+                chunk.train(was_training)
 
 
 def load_encoder(
@@ -88,6 +141,6 @@ def load_encoder(
     with groups.device:
         options = ModelOptions(precision=precision, sequence=groups.layout.sequence)
         model = CLIPModel(architecture, options, groups.tensor)
-    for parameter, tensor in model.global_parameters():
+    for parameter, tensor in global_parameters([model]):
         load_slice(tensor, parameter, weights.read(parameter.name), groups.tensor)
-    return ModelEncoder(model.eval(), preprocess, tokenize, groups.device)
+    return ModelEncoder([model.eval()], preprocess, tokenize, groups)

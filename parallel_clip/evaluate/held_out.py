@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from parallel_clip.config import Config
@@ -17,6 +16,7 @@ from parallel_clip.evaluate.pairs import encode_pairs
 from parallel_clip.evaluate.prompts import read_classes, read_templates
 from parallel_clip.evaluate.retrieval import retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
+from parallel_clip.pipeline.last_stage import read_logit_parameters
 
 Say = Callable[[str], None]
 
@@ -70,13 +70,13 @@ class HeldOut:
         batch = self._config.evaluate.batch
         results: dict[str, float | dict[str, float]] = {}
         if self._loss is not None:
-            model = encoder.model
+            logit_scale, logit_bias = read_logit_parameters(encoder.chunks, self._groups.pipeline)
             pairs = encode_pairs(encoder, self._loss, batch, group)
             found = held_out_loss(
                 pairs,
                 self._config.loss.kind,
-                math.exp(model.logit_scale.item()),
-                None if model.logit_bias is None else model.logit_bias.item(),
+                logit_scale,
+                logit_bias,
                 batch,
             )
             results["loss"] = found["loss"]

@@ -59,13 +59,13 @@ def encode_pairs(
         pictures += len(batch.images)
     bad.settle(group, "retrieval and loss need a picture and its captions")
 
-    own_images = torch.cat(images)
+    own_images, own_texts = (encoder.from_last_stage(torch.cat(f)) for f in (images, texts))
     captions = torch.bincount(torch.cat(owners).to(device), minlength=pictures)
     all_captions = gather_rows(captions, group)
     everyone = torch.arange(len(all_captions), device=device)
     return PairFeatures(
         images=gather_rows(own_images, group),
-        texts=gather_rows(torch.cat(texts), group),
+        texts=gather_rows(own_texts, group),
         owner=everyone.repeat_interleave(all_captions),
         bad_samples=bad.total,
     )

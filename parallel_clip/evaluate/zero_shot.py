@@ -38,7 +38,9 @@ def encode_classes(
     for start in range(0, len(prompts), batch):
         tokens = encoder.tokenizer(prompts[start : start + batch])
         features.append(encoder.encode_text(tokens.to(encoder.device)))
-    of_prompts = torch.cat(features).unflatten(0, (len(own_names), len(templates)))
+    of_prompts = encoder.from_last_stage(torch.cat(features)).unflatten(
+        0, (len(own_names), len(templates))
+    )
     return gather_rows(F.normalize(of_prompts.mean(dim=1), dim=-1), group)
 
 
@@ -66,7 +68,7 @@ def zero_shot(
                 ranks.append(class_ranks(images, classes, batch.labels.to(encoder.device)))
     bad.settle(group, "zero-shot classification needs a picture and the number of its class, .cls")
 
-    all_ranks = gather_rows(torch.cat(ranks), group)
+    all_ranks = gather_rows(encoder.from_last_stage(torch.cat(ranks)), group)
     return {
         "top1": recall(all_ranks, 1),
         "top5": recall(all_ranks, 5),

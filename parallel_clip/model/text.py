@@ -1,4 +1,5 @@
-"""The text tower: OpenCLIP's own text transformer, split over the tensor-parallel ranks.
+"""The text tower: OpenCLIP's own text transformer, split over the tensor-parallel ranks and its
+layers over the stages of a pipeline.
 
 Shape letters as in layers.py; D embedding width.
 """
@@ -18,10 +19,12 @@ from parallel_clip.model.layers import (
     leave_sequence_parallel,
     transformer_block,
 )
+from parallel_clip.pipeline.partition import LayerRange
 
 
 class TextTower(nn.Module):
-    """Token ids [b, s] -> features [b, D], not normalised."""
+    """Token ids [b, s] -> features [b, D], not normalised; or the stretch of it that `held` says:
+    from token ids or hidden states [S, b, h], to hidden states or features."""
 
     def __init__(
         self,
@@ -29,11 +32,20 @@ class TextTower(nn.Module):
         embed_dim: int,
         config: TransformerConfig,
         tensor_group: ProcessGroup,
+        held: LayerRange,
     ):
         super().__init__()
-        self.text, self.config, self.group = text, config, tensor_group
-        width, dtype = text.width, config.params_dtype
+        self.text, self.config, self.group, self.held = text, config, tensor_group, held
+        if held.embeds:
+            self._build_embedding()
+        tokens = TokenCount(training=text.context_length, evaluation=text.context_length)
+        self.block = transformer_block(config, tokens, text.causal, text.layer_scale)
+        if held.heads:
+            self._build_head(embed_dim)
 
+    def _build_embedding(self) -> None:
+        text, config, tensor_group = self.text, self.config, self.group
+        width, dtype = text.width, config.params_dtype
         self.token_embedding = VocabParallelEmbedding(
             _padded_vocabulary(text.vocab_size, tensor_group.size()),
             width,
@@ -44,16 +56,22 @@ class TextTower(nn.Module):
         self.positional_embedding = nn.Parameter(
             torch.empty(text.context_length, width, dtype=dtype)
         )
-        tokens = TokenCount(training=text.context_length, evaluation=text.context_length)
-        self.block = transformer_block(config, tokens, text.causal, text.layer_scale)
+
+    def _build_head(self, embed_dim: int) -> None:
+        text = self.text
+        width, dtype = text.width, self.config.params_dtype
         self.post_norm = nn.LayerNorm(width, eps=text.norm_eps, dtype=dtype)
         if text.projection_bias:
             self.projection = nn.Linear(width, embed_dim, dtype=dtype)
         else:
             self.projection = nn.Parameter(torch.empty(width, embed_dim, dtype=dtype))
 
-    def forward(self, tokens_bs: Tensor) -> Tensor:
-        return self.head(self.block(self.embed(tokens_bs), attention_mask=None), tokens_bs)
+    def forward(self, x: Tensor, tokens_bs: Tensor) -> Tensor:
+        """x: the hidden states that this stretch goes on from; not used where it embeds itself."""
+        if self.held.embeds:
+            x = self.embed(tokens_bs)
+        x = self.block(x, attention_mask=None)
+        return self.head(x, tokens_bs) if self.held.heads else x
 
     def embed(self, tokens_bs: Tensor) -> Tensor:
         """[b, s] -> [S, b, h]"""

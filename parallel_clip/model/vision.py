@@ -1,4 +1,5 @@
-"""The image tower: a vision transformer, its blocks split over the tensor-parallel ranks.
+"""The image tower: a vision transformer, its blocks split over the tensor-parallel ranks and its
+layers over the stages of a pipeline.
 
 Shape letters as in layers.py; p patches, k kept patches, D embedding width.
 """
@@ -19,10 +20,12 @@ from parallel_clip.model.layers import (
     leave_sequence_parallel,
     transformer_block,
 )
+from parallel_clip.pipeline.partition import LayerRange
 
 
 class VisionTower(nn.Module):
-    """Pictures [b, 3, height, width] -> features [b, D], not normalised."""
+    """Pictures [b, 3, height, width] -> features [b, D], not normalised; or the stretch of it that
+    `held` says: from pictures or hidden states [S, b, h], to hidden states or features."""
 
     def __init__(
         self,
@@ -30,29 +33,39 @@ class VisionTower(nn.Module):
         embed_dim: int,
         config: TransformerConfig,
         tensor_group: ProcessGroup,
+        held: LayerRange,
     ):
         super().__init__()
-        self.vision, self.config, self.group = vision, config, tensor_group
-        width, dtype = vision.width, config.params_dtype
+        self.vision, self.config, self.group, self.held = vision, config, tensor_group, held
+        self.tokens = TokenCount(training=1 + vision.patches_kept, evaluation=vision.tokens)
+        if held.embeds:
+            self._build_embedding()
+        self.block = transformer_block(config, self.tokens, False, vision.layer_scale)
+        if held.heads:
+            width, dtype = vision.width, config.params_dtype
+            self.post_norm = nn.LayerNorm(width, eps=vision.norm_eps, dtype=dtype)
+            self.projection = nn.Parameter(torch.empty(width, embed_dim, dtype=dtype))
 
+    def _build_embedding(self) -> None:
+        vision, config = self.vision, self.config
+        width, dtype = vision.width, config.params_dtype
         self.patch_embedding = nn.Conv2d(
             3, width, vision.patch_size, stride=vision.patch_size, bias=False, dtype=dtype
         )
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
         self.positional_embedding = nn.Parameter(torch.empty(vision.tokens, width, dtype=dtype))
         self.pre_norm = LayerNorm(config, width, vision.norm_eps) if vision.pre_norm else None
-        self.tokens = TokenCount(training=1 + vision.patches_kept, evaluation=vision.tokens)
-        self.block = transformer_block(config, self.tokens, False, vision.layer_scale)
-        self.post_norm = nn.LayerNorm(width, eps=vision.norm_eps, dtype=dtype)
-        self.projection = nn.Parameter(torch.empty(width, embed_dim, dtype=dtype))
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """`kept` [b, k]: the patches to work on (patch dropout); None: all of them."""
-        return self.head(self.block(self.embed(images, kept), attention_mask=None))
+        if self.held.embeds:
+            x = self.embed(x, kept)
+        x = self.block(x, attention_mask=None)
+        return self.head(x) if self.held.heads else x
 
     def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """[b, 3, height, width] -> [S, b, h]"""
-        patches = self.patch_embedding(images.to(self.projection.dtype))
+        patches = self.patch_embedding(images.to(self.config.params_dtype))
         x_pbh = patches.flatten(2).permute(2, 0, 1)
         class_token = self.class_embedding.expand(1, x_pbh.shape[1], -1)
         x_sbh = torch.cat([class_token, x_pbh]) + self.positional_embedding.unsqueeze(1)

@@ -1,30 +1,36 @@
-"""One optimizer step's forward and backward over its microbatches.
+"""One optimizer step's forward and backward over its microbatches and pipeline stages.
 
 A contrastive batch cannot be split into microbatches by averaging: the loss needs every embedding.
-Two exact ways, chosen by `parallel.schedule`:
+So a step makes two passes, both through megatron-core's own schedule:
 
-- two-pass: all microbatches forward without a graph, the loss over the whole global batch and its
-  gradient with respect to each embedding, then all microbatches forward and backward with that
-  gradient. One more forward; the memory of one microbatch. (Gao et al., "Scaling Deep Contrastive
-  Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.)
-- stash: all microbatches forward keeping their graphs, the loss, then all backward. No extra
-  forward; the memory of all microbatches. With one microbatch this is a plain step.
+1. All microbatches forward; the last stage collects their features. The last `stash` of them keep
+   their graphs, the others run without one. Then the loss over the whole global batch, and its
+   gradient with respect to each feature, on the last stage.
+2. All microbatches forward and backward (1F1B), with that gradient. For those that kept their
+   graphs, forward is there already: only their backward runs.
 
-m microbatches, b pairs in each, D the embedding width; `features` are [2, b, D], pictures first.
+`stash` none is known as gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup", arXiv 2101.06983): one more forward, and the memory of 1F1B. `stash`
+all is a plain step: no extra forward, and the memory of all microbatches. In between, each
+microbatch that keeps its graph saves a forward and costs its activations. The gradient is the same.
+
+m microbatches, b pairs in each, D the embedding width; features are [2, b, D], pictures first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from parallel_clip.errors import InputError
 from parallel_clip.model.clip import CLIPModel
+from parallel_clip.pipeline.orders import microbatch_group_size
 
 # (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
 ContrastiveLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -32,118 +38,169 @@ ContrastiveLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """A microbatch on the device: images fp32 [b, 3, height, width], tokens int64 [b, context],
-    kept patches int64 [b, k] (None: all)."""
+    """A microbatch on the device: images fp32 [b, 3, height, width] (None but on the first stage),
+    tokens int64 [b, context], kept patches int64 [b, k] (None: all)."""
 
-    images: Tensor
+    images: Tensor | None
     tokens: Tensor
     kept: Tensor | None = None
 
 
-def choose_schedule(requested: str, microbatches: int) -> str:
-    """What `parallel.schedule` comes to: `stash` or `two-pass`."""
-    if requested == "auto":
-        return "stash" if microbatches == 1 else "two-pass"
-    if requested not in ("stash", "two-pass"):
-        raise InputError(f"parallel.schedule {requested!r}: expected auto, two-pass or stash")
-    return requested
-
-
 def forward_backward(
-    ddp: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     microbatches: Sequence[Inputs],
     loss: ContrastiveLoss,
-    schedule: str,
+    stash: int,
 ) -> Tensor:
-    """Accumulate the gradient of the global batch's loss in the model; return that loss (0-dim).
+    """Accumulate the gradient of the global batch's loss in the model.
 
-    Gradients are summed over microbatches in fp32 and averaged over data-parallel ranks, as `loss`
-    expects of its caller.
+    chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
+    stash: how many microbatches keep their graphs. Gradients are summed over microbatches in fp32
+    and averaged over data-parallel ranks, as `loss` expects of its caller.
+    Returns the loss (0-dim) on the last stage, zero elsewhere.
     """
-    run = _stash if schedule == "stash" else _two_pass
-    return run(ddp, microbatches, loss)
+    step = _Step(chunks, microbatches, loss, stash)
+    step.first_pass()
+    step.take_loss()
+    step.second_pass()
+    return step.value
 
 
-def _two_pass(
-    ddp: DistributedDataParallel, microbatches: Sequence[Inputs], loss: ContrastiveLoss
-) -> Tensor:
-    model: CLIPModel = ddp.module
-    count = len(microbatches)
-    run_microbatches = get_forward_backward_func()
+class _Graph(NamedTuple):
+    """What backward needs of a forward pass that was run before: where its result begins in the
+    graph, and the message that it began with. The result itself is gone once it has been sent."""
 
-    def forward(inputs, model):
-        batch = next(inputs)
-        return model(batch.images, batch.tokens, batch.kept), lambda features, **_: features
+    result: GradientEdge
+    received: Tensor | None
 
-    with torch.no_grad():  # forward_only alone does not switch autograd off
-        features = run_microbatches(
-            forward_step_func=forward,
-            data_iterator=iter(microbatches),
-            model=ddp,
-            num_microbatches=count,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
+
+class _Step:
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        microbatches: Sequence[Inputs],
+        loss: ContrastiveLoss,
+        stash: int,
+    ):
+        self.chunks = list(chunks)
+        self.microbatches = microbatches
+        self.loss = loss
+        self.first_stashed = len(microbatches) - stash
+        self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
+        self.features: list[Tensor] = []
+        self.value = torch.zeros((), device=microbatches[0].tokens.device)
+
+    # ------------------------------------------------------------------------------ two passes
+
+    def first_pass(self) -> None:
+        """Fills `features` (on the last stage) and `graphs`."""
+        self.features = self._run(self._forward, forward_only=True)
+
+    def take_loss(self) -> None:
+        """On the last stage, the loss over all microbatches, and its gradient with respect to
+        each microbatch's features and to the logit parameters."""
+        last: CLIPModel = self.chunks[-1].module
+        if not last.stage.is_last:
+            return
+        leaves = torch.cat(self.features, dim=1).requires_grad_()
+        value = self.loss(leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias)
+        self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
+        leaf_grad, *self.logit_grads = torch.autograd.grad(
+            value, [leaves, *self.logit_parameters], materialize_grads=True
         )
-    value, feature_grads, logit_grads = _loss_gradients(model, features, loss)
-    logit_parameters = _logit_parameters(model)
+        self.feature_grads = leaf_grad.split([f.shape[1] for f in self.features], dim=1)
+        self.value = value.detach()
 
-    def forward_with_gradient(inputs, model):
-        batch, feature_grad = next(inputs)
+    def second_pass(self) -> None:
+        self._run(self._forward_for_backward, forward_only=False)
 
-        def surrogate(features: Tensor):
-            # The schedule divides by the count, so the features' part is multiplied by it; the
-            # logit parameters' gradient is whole already and each microbatch adds its share.
-            dot = count * (features * feature_grad).sum()
-            for parameter, grad in zip(logit_parameters, logit_grads, strict=True):
-                dot = dot + parameter * grad
-            return dot, {}
+    def _run(self, forward_step: Callable, forward_only: bool) -> list:
+        count, model = len(self.microbatches), self.chunks[0].module
+        virtual = len(self.chunks) > 1
+        config = model.config
+        if virtual:
+            config.virtual_pipeline_model_parallel_size = len(self.chunks)
+            config.microbatch_group_size_per_vp_stage = microbatch_group_size(
+                count, len(model.stages) // len(self.chunks)
+            )
+        length = model.message_length(len(self.microbatches[0].tokens))
+        numbers = [iter(range(count)) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=numbers if virtual else numbers[0],
+            model=self.chunks if virtual else self.chunks[0],
+            num_microbatches=count,
+            # The schedule divides by the tensor size for sequence parallelism. A message has this
+            # rank's tokens already.
+            seq_length=length * (model.tensor_group.size() if config.sequence_parallel else 1),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
-        return model(batch.images, batch.tokens, batch.kept), surrogate
+    # ------------------------------------------------ what the schedule calls for a microbatch
 
-    run_microbatches(
-        forward_step_func=forward_with_gradient,
-        data_iterator=zip(microbatches, feature_grads, strict=True),
-        model=ddp,
-        num_microbatches=count,
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    return value
+    def _forward(self, numbers: Iterator[int], chunk: DistributedDataParallel):
+        """Pass 1: the result without its graph, which is put aside where it is to be kept."""
+        number = next(numbers)
+        keep = number >= self.first_stashed
+        with torch.set_grad_enabled(keep):  # forward_only alone does not switch autograd off
+            received = chunk.module.received
+            result = self._through(chunk, number)
+        if keep:
+            self.graphs[chunk.module, number] = _Graph(get_gradient_edge(result), received)
+        return result.detach(), lambda features, **_: features
+
+    def _forward_for_backward(self, numbers: Iterator[int], chunk: DistributedDataParallel):
+        """Pass 2: the result with its graph, and how the last stage begins backward."""
+        number = next(numbers)
+        graph = self.graphs.pop((chunk.module, number), None)
+        if graph is None:
+            result = self._through(chunk, number)
+        else:
+            result = self._replay(chunk.module, number, graph)
+        return result, lambda features: (self._surrogate(features, number), {})
+
+    def _through(self, chunk: DistributedDataParallel, number: int) -> Tensor:
+        inputs = self.microbatches[number]
+        return chunk(inputs.images, inputs.tokens, inputs.kept)
+
+    def _replay(self, model: CLIPModel, number: int, graph: _Graph) -> Tensor:
+        """A result whose backward is that of pass 1's forward. On the last stage its values are the
+        features; a message's do not matter, as the next stage replays too."""
+        tokens = self.microbatches[number].tokens
+        if model.stage.is_last:
+            values = self.features[number].clone()
+        else:
+            length = model.message_length(len(tokens))
+            values = torch.empty(
+                length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
+            )
+        received = model.received
+        if received is None:  # autograd records nothing where no input wants a gradient
+            received = torch.empty(0, requires_grad=True)
+        return _Replay.apply(received, graph, lambda: values)
+
+    def _surrogate(self, features: Tensor, number: int) -> Tensor:
+        """A number whose gradient is the loss's. The schedule divides it by m, so the features'
+        part is multiplied by m; the logit parameters' gradient is whole already, and each
+        microbatch adds its share, so that they take part in the data-parallel sum like others."""
+        dot = len(self.microbatches) * (features * self.feature_grads[number]).sum()
+        for parameter, grad in zip(self.logit_parameters, self.logit_grads, strict=True):
+            dot = dot + parameter * grad
+        return dot
 
 
-def _stash(
-    ddp: DistributedDataParallel, microbatches: Sequence[Inputs], loss: ContrastiveLoss
-) -> Tensor:
-    # megatron-core's schedules free a microbatch's graph before the next begins, so this loop is
-    # our own.
-    model: CLIPModel = ddp.module
-    features = [ddp(batch.images, batch.tokens, batch.kept) for batch in microbatches]
-    value, feature_grads, logit_grads = _loss_gradients(model, features, loss)
-    roots = list(zip(features, feature_grads, strict=True))
-    with ddp.no_sync():  # gradients travel once, with the last microbatch
-        for root, grad in roots[:-1]:
-            root.backward(grad)
-    torch.autograd.backward([roots[-1][0], *_logit_parameters(model)], [roots[-1][1], *logit_grads])
-    finalize_model_grads([ddp])
-    return value
+class _Replay(torch.autograd.Function):
+    """Stands in for a forward pass that was run before and whose graph is still there."""
 
+    @staticmethod
+    def forward(ctx, received: Tensor, graph: _Graph, values: Callable[[], Tensor]) -> Tensor:
+        ctx.graph = graph
+        return values()
 
-def _loss_gradients(
-    model: CLIPModel, features: Sequence[Tensor], loss: ContrastiveLoss
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The loss over all microbatches, and its gradients: of each microbatch's features, and of
-    the logit parameters."""
-    leaves = torch.cat([f.detach() for f in features], dim=1).requires_grad_()
-    value = loss(leaves[0], leaves[1], model.logit_scale.exp(), model.logit_bias)
-    parameters = _logit_parameters(model)
-    leaf_grad, *logit_grads = torch.autograd.grad(
-        value, [leaves, *parameters], materialize_grads=True
-    )
-    return value.detach(), list(leaf_grad.split([f.shape[1] for f in features], dim=1)), logit_grads
-
-
-def _logit_parameters(model: CLIPModel) -> list[Tensor]:
-    return [p for p in (model.logit_scale, model.logit_bias) if p is not None]
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        graph, ctx.graph = ctx.graph, None
+        torch.autograd.backward(graph.result, grad)
+        return (None if graph.received is None else graph.received.grad), None, None

@@ -29,7 +29,8 @@ class RankBytes:
     `weights` are those of the forward pass; `optimizer` the fp32 masters, where the weights are not
     fp32 themselves, and both of Adam's moments. `replicated` is the part of all these that every
     tensor rank holds in full. `activations`: what the forward pass of one microbatch keeps for its
-    backward pass, by part of the model; the loss, which sees the whole batch, is not in it.
+    backward pass, for each stage that the rank holds by part of the model; the loss, which sees the
+    whole batch, is not in it.
     """
 
     parameters: int
@@ -37,7 +38,7 @@ class RankBytes:
     gradients: int
     optimizer: int
     replicated: int
-    activations: dict[str, int]
+    activations: tuple[dict[str, int], ...]
 
     @property
     def state(self) -> int:
@@ -46,7 +47,12 @@ class RankBytes:
 
     @property
     def saved(self) -> int:
-        return sum(self.activations.values())
+        """Of one microbatch in all of the rank's stages."""
+        return sum(self.saved_by_chunk)
+
+    @property
+    def saved_by_chunk(self) -> list[int]:
+        return [sum(of_chunk.values()) for of_chunk in self.activations]
 
 
 def dry_run(config: Config, architecture: Architecture, layout: Layout, rank: int = 0) -> RankBytes:
@@ -56,17 +62,13 @@ def dry_run(config: Config, architecture: Architecture, layout: Layout, rank: in
 
 
 def count_rank(config: Config, architecture: Architecture, groups: Groups) -> RankBytes:
-    """Build what the trainer builds, run one microbatch forward, and count: with fake tensors in a
-    fake world, with real ones in a real world."""
+    """Build what the trainer builds, run one microbatch forward through each stage that the rank
+    holds, and count: with fake tensors in a fake world, with real ones in a real world."""
     built = build(config, architecture, groups)
-    model, optimizer = built.model, built.optimizer
-    weights = list(model.parameters())
+    held, optimizer = built.global_parameters(), built.optimizer
+    weights = [tensor for _, tensor in held]
     gradients = [weight.main_grad for weight in weights]
-    whole = [
-        tensor
-        for parameter, tensor in model.global_parameters()
-        if parameter.placement.axis is None
-    ]
+    whole = [tensor for parameter, tensor in held if parameter.placement.axis is None]
     return RankBytes(
         parameters=sum(weight.numel() for weight in weights),
         weights=_bytes_of(weights),
@@ -74,18 +76,26 @@ def count_rank(config: Config, architecture: Architecture, groups: Groups) -> Ra
         optimizer=_bytes_of(_optimizer_state(optimizer, weights), besides=weights),
         replicated=sum(weight.nbytes + weight.main_grad.nbytes for weight in whole)
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
-        activations=_saved_activations(model, config.batch.micro, groups.device),
+        activations=tuple(
+            _saved_activations(chunk, config.batch.micro, groups.device) for chunk in built.chunks
+        ),
     )
 
 
 def _saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
     vision, text = model.architecture.vision, model.architecture.text
-    images = torch.zeros(pairs, 3, *vision.image_size, device=device)
     tokens = torch.zeros(pairs, text.context_length, dtype=torch.int64, device=device)
-    kept = None
-    if vision.patch_dropout:
-        kept = torch.arange(vision.patches_kept, device=device).expand(pairs, -1)
-    with SavedActivations(model, excluded=(images, tokens)) as saved:
+    images = kept = None
+    if model.stage.is_first:
+        images = torch.zeros(pairs, 3, *vision.image_size, device=device)
+        if vision.patch_dropout:
+            kept = torch.arange(vision.patches_kept, device=device).expand(pairs, -1)
+    else:
+        model.received = torch.zeros(
+            model.message_length(pairs), 1, 1, dtype=model.config.pipeline_dtype, device=device
+        ).requires_grad_()
+    inputs = [x for x in (images, tokens) if x is not None]
+    with SavedActivations(model, excluded=inputs) as saved:
         features = model(images, tokens, kept)
     del features  # it held what was counted
     return saved.by_module

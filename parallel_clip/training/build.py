@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from parallel_clip.config import Config
+from parallel_clip.convert.names import Parameter
 from parallel_clip.engine.groups import Groups
+from parallel_clip.layout import Layout
 from parallel_clip.model.architectures import Architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.clip import CLIPModel, ModelOptions, global_parameters
+from parallel_clip.pipeline.partition import Stage, chunks_of, partition
 from parallel_clip.training.optimizer import (
     DistributedDataParallel,
     Optimizer,
@@ -17,11 +22,22 @@ from parallel_clip.training.optimizer import (
 
 @dataclass(frozen=True)
 class Built:
-    """A rank's slice of the model, wrapped, with its optimizer. Weights are not set yet."""
+    """A rank's slice of the model, wrapped, with its optimizer. Weights are not set yet.
 
-    model: CLIPModel
-    ddp: DistributedDataParallel
+    chunks: the stages that this rank holds, in order: one, or several virtual ones.
+    """
+
+    chunks: list[CLIPModel]
+    wrapped: list[DistributedDataParallel]
     optimizer: Optimizer
+
+    def global_parameters(self) -> list[tuple[Parameter, nn.Parameter]]:
+        return global_parameters(self.chunks)
+
+
+def stages_of(config: Config, architecture: Architecture, layout: Layout) -> tuple[Stage, ...]:
+    """The layers of each stage, in the order in which data pass through them."""
+    return partition(architecture, layout.pipeline, layout.virtual_pipeline, config.parallel.stages)
 
 
 def build(config: Config, architecture: Architecture, groups: Groups) -> Built:
@@ -31,9 +47,14 @@ def build(config: Config, architecture: Architecture, groups: Groups) -> Built:
         sequence=config.parallel.sequence,
         deterministic=config.deterministic,
     )
+    layout = groups.layout
+    stages = stages_of(config, architecture, layout)
     with groups.device:
-        model = CLIPModel(architecture, options, groups.tensor)
+        chunks = [
+            CLIPModel(architecture, options, groups.tensor, stages, stage.number)
+            for stage in chunks_of(stages, layout.pipeline, groups.pipeline_rank)
+        ]
     # With one data-parallel rank there is nothing to split, only copies to make.
-    split_state = config.parallel.distributed_optimizer and groups.layout.data > 1
-    ddp = wrap_for_data_parallel(model, split_state)
-    return Built(model, ddp, Optimizer(ddp, config))
+    split_state = config.parallel.distributed_optimizer and layout.data > 1
+    wrapped = wrap_for_data_parallel(chunks, split_state)
+    return Built(chunks, wrapped, Optimizer(wrapped, config))

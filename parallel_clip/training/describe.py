@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from parallel_clip.model.architectures import TextArchitecture, VisionArchitecture
-from parallel_clip.model.clip import CLIPModel
 from parallel_clip.training.job import Job
 
 
-def describe_job(job: Job, steps: int, model: CLIPModel | None = None) -> str:
-    """Several lines for people; with a rank's `model`, its parameters are counted."""
+def describe_job(job: Job, steps: int) -> str:
+    """Several lines for people."""
     layout, plan, config = job.layout, job.plan, job.config
     lines = [
         f"{job.architecture.name} on {layout.world} process{'es' * (layout.world > 1)}: "
@@ -31,9 +30,6 @@ def describe_job(job: Job, steps: int, model: CLIPModel | None = None) -> str:
     elif config.parallel.sequence:
         lines.append("  sequence parallel: activations split along the tokens, padded to a "
                      f"multiple of {layout.tensor}")  # fmt: skip
-    if model is not None:
-        held = sum(tensor.numel() for tensor in model.parameters())
-        lines.append(f"  parameters on a rank: {held / 1e6:.2f} million")
     if job.resume.checkpoint is not None:
         lines.append(f"  goes on from {job.resume.checkpoint} (step {job.resume.step})")
     elif config.init.from_ is not None:
@@ -52,8 +48,9 @@ def _tower_line(name: str, tower: VisionArchitecture | TextArchitecture, tensor:
 
 
 def _schedule_words(job: Job) -> str:
-    if job.schedule == "two-pass":
+    count, stash = job.plan.microbatches, job.stash
+    if stash == count:
+        return "one forward and backward" + (", keeping all graphs" if count > 1 else "")
+    if stash == 0:
         return "two-pass: forward for the loss, then forward and backward"
-    if job.plan.microbatches == 1:
-        return "one forward and backward"
-    return "stash: all forward keeping graphs, then all backward"
+    return f"two-pass, but for {stash} microbatches whose graphs are kept"

@@ -1,4 +1,8 @@
-"""From the loader to the device: one rank of each tensor group reads, and shares what it read."""
+"""From the loader to the device: one rank of each copy of the model reads, and shares what it read.
+
+Pictures go to the tensor ranks of the first stage; tokens to all ranks of all stages, as texts are
+pooled where the end-of-text token is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from parallel_clip.data.loader import BadSample, Microbatch, TrainingLoader
 from parallel_clip.engine.groups import Groups
@@ -20,7 +25,7 @@ from parallel_clip.pipeline.schedule import Inputs
 @dataclass(frozen=True)
 class StepBatch:
     """A data rank's share of one global batch. `read` and what comes of it is there on the rank
-    that read it, and empty on the others of its tensor group."""
+    that read it, and empty on the others that share the model with it."""
 
     inputs: list[Inputs]
     read: Sequence[Microbatch]
@@ -33,7 +38,7 @@ class StepBatch:
 class Feed:
     """Yields the batch of each step from `first_step` (counted from 0) on.
 
-    loader: given on the first rank of each tensor group, None on the others.
+    loader: given where `groups.reads_data`, None on the others.
     """
 
     def __init__(
@@ -63,29 +68,44 @@ class Feed:
             yield StepBatch(inputs, read)
 
     def _share(self, step: int, microbatch: Microbatch | None) -> Inputs:
-        """Put a microbatch on the device of every rank of the tensor group."""
-        pairs = self._plan.micro_batch
-        vision, text = self._architecture.vision, self._architecture.text
+        """Put a microbatch on the device of every rank that works on it."""
+        pairs, text = self._plan.micro_batch, self._architecture.text
         if microbatch is None:
-            images = torch.empty(pairs, 3, *vision.image_size, dtype=self._dtype)
             tokens = torch.empty(pairs, text.context_length, dtype=torch.int64)
+        else:
+            tokens = microbatch.tokens
+        groups = self._groups
+        if groups.pipeline_rank == 0:
+            tokens = self._broadcast(tokens, groups.tensor)
+        tokens = self._broadcast(tokens, groups.pipeline)
+        if groups.pipeline_rank > 0:
+            return Inputs(None, tokens)
+        images, positions = self._share_pictures(microbatch)
+        return Inputs(images, tokens, self._kept_patches(step, positions))
+
+    def _share_pictures(self, microbatch: Microbatch | None) -> tuple[Tensor, Tensor]:
+        """Pictures and their positions in the order, on every tensor rank of the first stage."""
+        if microbatch is None:
+            pairs, size = self._plan.micro_batch, self._architecture.vision.image_size
+            images = torch.empty(pairs, 3, *size, dtype=self._dtype)
             positions = torch.empty(pairs, dtype=torch.int64)
         else:
-            images = microbatch.images.to(self._dtype)
-            tokens, positions = microbatch.tokens, microbatch.positions
-        images, tokens, positions = map(self._broadcast, (images, tokens, positions))
-        kept = None
-        if vision.patch_dropout:
-            kept = torch.from_numpy(
-                kept_patches_of_batch(
-                    self._seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept
-                )
-            ).to(self._groups.device)
-        return Inputs(images, tokens, kept)
-
-    def _broadcast(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self._groups.device, non_blocking=True)
+            images, positions = microbatch.images.to(self._dtype), microbatch.positions
         group = self._groups.tensor
+        return self._broadcast(images, group), self._broadcast(positions, group)
+
+    def _kept_patches(self, step: int, positions: Tensor) -> Tensor | None:
+        vision = self._architecture.vision
+        if not vision.patch_dropout:
+            return None
+        kept = kept_patches_of_batch(
+            self._seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept
+        )
+        return torch.from_numpy(kept).to(self._groups.device)
+
+    def _broadcast(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        """From the first rank of the group."""
+        tensor = tensor.to(self._groups.device, non_blocking=True)
         if group.size() > 1:
             dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
         return tensor

@@ -21,13 +21,15 @@ from parallel_clip.evaluate.held_out import check_held_out
 from parallel_clip.layout import (
     BatchPlan,
     Layout,
+    check_microbatches,
     check_model,
-    check_pipeline,
     plan_batch,
     training_steps,
 )
 from parallel_clip.model.architectures import Architecture, for_loss, load_architecture
-from parallel_clip.pipeline.schedule import choose_schedule
+from parallel_clip.pipeline.partition import Stage
+from parallel_clip.pipeline.stash import choose_stash
+from parallel_clip.training.build import stages_of
 from parallel_clip.training.run_folder import ResumePoint, find_resume_point
 
 Say = Callable[[str], None]
@@ -45,10 +47,8 @@ class Job:
     preprocess: Preprocess
     tokenizer: Tokenizer
     initial: ModelWeights | None
-
-    @property
-    def schedule(self) -> str:
-        return choose_schedule(self.config.parallel.schedule, self.plan.microbatches)
+    stages: tuple[Stage, ...]
+    stash: int  # microbatches of a step that keep their graphs, see pipeline/schedule.py
 
     @property
     def run_dir(self) -> Path:
@@ -69,7 +69,6 @@ def make_job(config: Config, world_size: int) -> Job:
         InputError: whatever is wrong, with the way out.
     """
     parallel = config.parallel
-    check_pipeline(parallel.pipeline)
     architecture = for_loss(load_architecture(config.model.name), config.loss.kind)
     check_model(parallel.tensor, architecture)  # before a world is asked for that cannot help
     layout = Layout(
@@ -79,7 +78,10 @@ def make_job(config: Config, world_size: int) -> Job:
         parallel.virtual_pipeline,
         parallel.sequence,
     )
+    stages = stages_of(config, architecture, layout)
     plan = plan_batch(layout, config.batch.global_, config.batch.micro)
+    check_microbatches(layout, plan)
+    stash = choose_stash(parallel, plan.microbatches)
     resume = find_resume_point(config, architecture)
     facts, initial = _starting_point(config, architecture, resume)
 
@@ -94,7 +96,9 @@ def make_job(config: Config, world_size: int) -> Job:
         architecture.text,
         facts.folder if facts else None,
     )
-    return Job(config, architecture, layout, plan, resume, preprocess, tokenizer, initial)
+    return Job(
+        config, architecture, layout, plan, resume, preprocess, tokenizer, initial, stages, stash
+    )
 
 
 def open_data(job: Job, say: Say, save_index: bool = True) -> tuple[TrainingData, int]:

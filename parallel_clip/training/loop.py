@@ -68,12 +68,12 @@ def train(config: Config, launch: Launch) -> None:
 
     groups.rank_zero_first(write_first_files)
     data, _ = groups.everywhere(lambda: open_data(job, _say_nothing))
-    encoder = ModelEncoder(built.model, job.preprocess, job.tokenizer, groups.device)
+    encoder = ModelEncoder(built.chunks, job.preprocess, job.tokenizer, groups)
     held_out = groups.everywhere(lambda: HeldOut(config, encoder, groups, _say_nothing))
-    say(describe_job(job, steps, built.model))
+    say(describe_job(job, steps))
 
     loader = None
-    if groups.tensor_rank == 0:
+    if groups.reads_data:
         part = StepSlice(
             job.plan.global_batch, job.plan.micro_batch, groups.data_rank, job.layout.data
         )
@@ -118,12 +118,7 @@ class _Run:
             lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
             try:
                 record = training_step(
-                    self.built.ddp,
-                    self.built.optimizer,
-                    loss,
-                    batch.inputs,
-                    self.job.schedule,
-                    lr,
+                    self.built, loss, batch.inputs, self.job.stash, lr, self.groups.pipeline
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
@@ -170,7 +165,7 @@ class _Run:
         save_checkpoint(
             job.run_dir,
             meta,
-            self.built.model,
+            self.built.chunks,
             self.built.optimizer,
             self.groups,
             self.config.checkpoint.keep,
@@ -209,7 +204,7 @@ class _Ledger:
     groups: Groups
 
     def write(self, step: int, batch: StepBatch) -> None:
-        if self.groups.tensor_rank != 0:
+        if not self.groups.reads_data:
             return
         folder = self.job.run_dir / run_folder.LEDGER_FOLDER
         folder.mkdir(exist_ok=True)
@@ -225,10 +220,10 @@ class _Ledger:
 def _set_weights(built: Built, job: Job, groups: Groups) -> None:
     """From the checkpoint to go on from, else from `init.from`, else random."""
     if job.resume.checkpoint is not None:
-        load_checkpoint(job.resume.checkpoint, built.model, built.optimizer, groups)
+        load_checkpoint(job.resume.checkpoint, built.chunks, built.optimizer, groups)
         return
     rank, size = groups.tensor_rank, groups.layout.tensor
-    for parameter, tensor in built.model.global_parameters():
+    for parameter, tensor in built.global_parameters():
         whole = job.initial.read(parameter.name) if job.initial is not None else None
         if whole is None:
             whole = initial_value(parameter, job.architecture, job.config.seed)

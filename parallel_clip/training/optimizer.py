@@ -7,6 +7,7 @@ not depend on how they are split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,27 +23,27 @@ from torch import Tensor, nn
 
 from parallel_clip.config import Config
 from parallel_clip.convert.names import is_decayed
-from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.clip import CLIPModel, global_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def wrap_for_data_parallel(
-    model: CLIPModel, distributed_optimizer: bool
-) -> DistributedDataParallel:
-    """megatron-core's DDP: gradients are accumulated and reduced in fp32, while backward runs."""
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=True,
-            use_distributed_optimizer=distributed_optimizer,
-        ),
-        model,
+    chunks: Sequence[CLIPModel], distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """megatron-core's DDP around each stage of a rank: gradients are accumulated and reduced in
+    fp32, while backward runs."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        use_distributed_optimizer=distributed_optimizer,
     )
-    model.config.no_sync_func = ddp.no_sync
-    model.config.finalize_model_grads_func = finalize_model_grads
-    return ddp
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    no_sync = [ddp.no_sync for ddp in wrapped]
+    for chunk in chunks:
+        chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class OwnedState:
 class Optimizer:
     """AdamW over a rank's tensors, decayed as OpenCLIP 3.x does."""
 
-    def __init__(self, ddp: DistributedDataParallel, config: Config):
+    def __init__(self, wrapped: Sequence[DistributedDataParallel], config: Config):
         settings = config.optimizer
-        self.ddp = ddp
+        self.wrapped = list(wrapped)
+        first = self.wrapped[0]
         self.weight_decay = settings.weight_decay
         undecayed = ParamKey(
-            with_name_predicate=ParamWithNamePredicate("undecayed", _undecayed(ddp.module))
+            with_name_predicate=ParamWithNamePredicate("undecayed", _undecayed(self.wrapped))
         )
         chain = get_megatron_optimizer(
             OptimizerConfig(
@@ -77,12 +79,12 @@ class Optimizer:
                 adam_beta2=settings.betas[1],
                 adam_eps=settings.eps,
                 bf16=config.precision == "bf16",
-                params_dtype=ddp.module.config.params_dtype,
-                use_distributed_optimizer=ddp.ddp_config.use_distributed_optimizer,
+                params_dtype=first.module.config.params_dtype,
+                use_distributed_optimizer=first.ddp_config.use_distributed_optimizer,
                 # The norm is only computed where it may be clipped; infinity clips nothing.
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
-            [ddp],
+            self.wrapped,
             config_overrides={undecayed: {"wd_mult": 0.0}},
             use_gloo_process_groups=False,
         )
@@ -95,7 +97,8 @@ class Optimizer:
         self.splits_state = isinstance(self._megatron, DistributedOptimizer)
 
     def zero_grad(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
         self._megatron.zero_grad()
 
     def step(self, lr: float) -> float:
@@ -156,10 +159,11 @@ class Optimizer:
         return getattr(tensor, "main_param", tensor)
 
 
-def _undecayed(model: CLIPModel):
-    decayed = {p.module for p, _ in model.global_parameters() if is_decayed(p.name, p.shape)}
+def _undecayed(wrapped: Sequence[DistributedDataParallel]):
+    parameters = global_parameters([ddp.module for ddp in wrapped])
+    decayed = {id(tensor) for p, tensor in parameters if is_decayed(p.name, p.shape)}
 
     def predicate(tensor: nn.Parameter, name: str) -> bool:
-        return name.removeprefix("module.") not in decayed
+        return id(tensor) not in decayed
 
     return predicate

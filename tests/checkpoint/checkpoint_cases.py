@@ -37,7 +37,7 @@ def load_and_save(groups: Groups, task: Task, sources: dict[str, Path], target: 
     held = {}
     for name, source in sources.items():
         built = _empty(groups, task)
-        meta = load_checkpoint(source, built.model, built.optimizer, groups)
+        meta = load_checkpoint(source, built.chunks, built.optimizer, groups)
         _save(groups, task, built, meta.step, target / name)
         held[name] = _tensors(built)
     return held
@@ -53,7 +53,7 @@ def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bo
     _train(groups, task, first, 2)
     folder = _save(groups, task, first, 2, run_dir)
     second = _empty(groups, task)
-    load_checkpoint(folder, second.model, second.optimizer, groups)
+    load_checkpoint(folder, second.chunks, second.optimizer, groups)
     records = _train(groups, task, second, 2)
     equal = all(map(torch.equal, _state(whole), _state(second)))
     return records, expected, equal
@@ -62,7 +62,7 @@ def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bo
 def start_from_weights(groups: Groups, task: Task, checkpoint: Path) -> list[dict]:
     """Load a checkpoint without moments and take one step."""
     built = _empty(groups, task)
-    load_checkpoint(checkpoint, built.model, built.optimizer, groups)
+    load_checkpoint(checkpoint, built.chunks, built.optimizer, groups)
     return _train(groups, task, built, 1)
 
 
@@ -76,7 +76,7 @@ def _empty(groups: Groups, task: Task) -> Built:
     """Model and optimizer full of other numbers, which loading must leave nothing of."""
     config = config_of(groups.layout, **task.settings)
     built = build(config, architecture_from_json(task.model_cfg, "small"), groups)
-    for tensor in built.model.parameters():
+    for _, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, torch.full(tensor.shape, 7.0))
     return built
 
@@ -85,25 +85,22 @@ def _train(groups: Groups, task: Task, built: Built, steps: int) -> list[dict]:
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
     loss = ClipLoss(groups.data)
-    return [
-        asdict(training_step(built.ddp, built.optimizer, loss, batch, "two-pass", LR))
-        for _ in range(steps)
-    ]
+    return [asdict(training_step(built, loss, batch, 0, LR, groups.pipeline)) for _ in range(steps)]
 
 
 def _save(groups: Groups, task: Task, built: Built, step: int, run_dir: Path) -> Path:
     meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {})
-    return save_checkpoint(run_dir, meta, built.model, built.optimizer, groups, keep=None)
+    return save_checkpoint(run_dir, meta, built.chunks, built.optimizer, groups, keep=None)
 
 
 def _tensors(built: Built) -> dict[str, Tensor]:
-    return {p.name: tensor.detach().clone() for p, tensor in built.model.global_parameters()}
+    return {p.name: tensor.detach().clone() for p, tensor in built.global_parameters()}
 
 
 def _state(built: Built) -> list[Tensor]:
     """Weights, and what this rank owns of masters and moments."""
     tensors = []
-    for _, tensor in built.model.global_parameters():
+    for _, tensor in built.global_parameters():
         owned = built.optimizer.owned_state(tensor)
         tensors.append(tensor)
         if owned is not None:

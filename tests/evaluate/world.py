@@ -50,6 +50,9 @@ class ArithmeticEncoder:
         self.texts_encoded += len(tokens)
         return self._features(tokens / 100, self._text)
 
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        return values
+
     @staticmethod
     def _features(inputs: Tensor, weights: Tensor) -> Tensor:
         rows = [(row[:, None] * weights).sum(dim=0) for row in inputs]

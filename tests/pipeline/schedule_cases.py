@@ -8,18 +8,19 @@ from torch import Tensor
 
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.model.architectures import architecture_from_json
+from parallel_clip.pipeline.last_stage import from_last_stage
 from parallel_clip.pipeline.schedule import forward_backward
-from parallel_clip.training.optimizer import wrap_for_data_parallel
-from tests.ranks import Weights, loaded_model, own_microbatches
+from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
 LOSSES = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
 
 
 class Way(NamedTuple):
-    """How a step runs: in how many microbatches, and by which schedule."""
+    """How a step runs: in how many microbatches, and how many of them keep their graphs."""
 
-    schedule: str
     microbatches: int
+    stash: int
 
 
 def steps(
@@ -31,22 +32,22 @@ def steps(
     kept: Tensor | None,
     loss: str,
     ways: list[Way],
-    recompute: str,
+    settings: dict[str, Any],
 ) -> dict[Way, tuple[float, dict[str, Tensor]]]:
     """The loss and this rank's reduced gradients by name, for the same weights in several ways."""
-    model = loaded_model(
-        groups, model_cfg, weights, sequence=groups.layout.sequence, recompute=recompute
-    )
-    ddp = wrap_for_data_parallel(model, distributed_optimizer=False)
+    settings["parallel"] = {**settings.get("parallel", {}), "distributed_optimizer": False}
+    config = config_of(groups.layout, **settings)
+    architecture = architecture_from_json(model_cfg, "small")
+    built = loaded_training(groups, config, architecture, weights)
     outcomes = {}
     for way in ways:
-        ddp.zero_grad_buffer()
+        built.optimizer.zero_grad()
         value = forward_backward(
-            ddp,
+            built.wrapped,
             own_microbatches(groups, images, tokens, way.microbatches, kept),
             LOSSES[loss](groups.data),
-            way.schedule,
+            way.stash,
         )
-        gradients = {p.name: tensor.main_grad.clone() for p, tensor in model.global_parameters()}
-        outcomes[way] = value.item(), gradients
+        gradients = {p.name: tensor.main_grad.clone() for p, tensor in built.global_parameters()}
+        outcomes[way] = from_last_stage(value, groups.pipeline).item(), gradients
     return outcomes

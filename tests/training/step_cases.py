@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.model.architectures import architecture_from_json
-from parallel_clip.pipeline.schedule import choose_schedule
+from parallel_clip.pipeline.stash import choose_stash
 from parallel_clip.training.step import training_step
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
@@ -35,12 +35,11 @@ def train(
     built = loaded_training(groups, config, architecture, task.weights)
     loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](groups.data)
     batch = own_microbatches(groups, task.images, task.tokens, microbatches)
-    schedule = choose_schedule(config.parallel.schedule, microbatches)
+    stash = choose_stash(config.parallel, microbatches)
     records = [
-        asdict(training_step(built.ddp, built.optimizer, loss, batch, schedule, lr))
-        for _ in range(steps)
+        asdict(training_step(built, loss, batch, stash, lr, groups.pipeline)) for _ in range(steps)
     ]
-    return records, {p.name: tensor.detach() for p, tensor in built.model.global_parameters()}
+    return records, {p.name: tensor.detach() for p, tensor in built.global_parameters()}
 
 
 def masters(groups: Groups, task: Task) -> dict[str, tuple[Tensor, Tensor, list[torch.dtype]]]:
@@ -51,9 +50,9 @@ def masters(groups: Groups, task: Task) -> dict[str, tuple[Tensor, Tensor, list[
     built = loaded_training(groups, config, architecture, task.weights)
     batch = own_microbatches(groups, task.images.bfloat16(), task.tokens, 2)
     for _ in range(2):
-        training_step(built.ddp, built.optimizer, ClipLoss(groups.data), batch, "two-pass", 1e-3)
+        training_step(built, ClipLoss(groups.data), batch, 0, 1e-3, groups.pipeline)
     held = {}
-    for parameter, tensor in built.model.global_parameters():
+    for parameter, tensor in built.global_parameters():
         owned = built.optimizer.owned_state(tensor)
         if owned is not None:
             dtypes = [x.dtype for x in (owned.master, *owned.moments.values(), tensor.main_grad)]
@@ -70,10 +69,11 @@ def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
     images = task.images.clone()
     images[0] = torch.inf
     batch = own_microbatches(groups, images, task.tokens, 1)
-    before = [p.detach().clone() for p in built.model.parameters()]
+    before = [p.detach().clone() for _, p in built.global_parameters()]
     try:
-        training_step(built.ddp, built.optimizer, ClipLoss(groups.data), batch, "stash", 1e-3)
+        training_step(built, ClipLoss(groups.data), batch, 1, 1e-3, groups.pipeline)
     except FloatingPointError as error:
-        same = all(map(torch.equal, before, built.model.parameters()))
+        after = [p for _, p in built.global_parameters()]
+        same = all(map(torch.equal, before, after))
         return str(error), same
     return "no error", False

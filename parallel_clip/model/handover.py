@@ -1,0 +1,82 @@
+"""What one stage of the pipeline hands on to the next: both towers in one flat message.
+
+One message a microbatch means one schedule, with one fill and one drain, for both towers. For each
+tower it has the hidden states [S, b, h] that the next stage goes on from; the features [b, D] where
+the tower has ended; nothing where it has not begun. Shape letters as in layers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel_clip.model.architectures import Architecture
+from parallel_clip.pipeline.partition import LayerRange, Stage
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Handover:
+    """The shape of each tower's part; None where there is nothing to hand on."""
+
+    vision: Shape | None
+    text: Shape | None
+
+    @property
+    def sizes(self) -> list[int]:
+        return [prod(shape) for shape in (self.vision, self.text) if shape is not None]
+
+    def pack(self, vision: Tensor | None, text: Tensor | None, length: int) -> Tensor:
+        """Both parts as one column [length, 1, 1], which megatron-core takes for a sequence of
+        `length` tokens of width 1; filled up with zeros."""
+        parts = [part.reshape(-1, 1, 1) for part in (vision, text) if part is not None]
+        message = torch.cat(parts)
+        missing = length - len(message)
+        return F.pad(message, (0, 0, 0, 0, 0, missing)) if missing else message
+
+    def unpack(self, message: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The two parts, as views. They come from one split, so that backward makes the message's
+        gradient in one piece."""
+        used = self.sizes
+        parts = iter(message.split([*used, len(message) - sum(used)]))
+        vision, text = (
+            None if shape is None else next(parts).view(shape) for shape in (self.vision, self.text)
+        )
+        return vision, text
+
+
+def handover(
+    stage: Stage,
+    architecture: Architecture,
+    pairs: int,
+    image_tokens: int,
+    tensor_size: int,
+    sequence: bool,
+) -> Handover:
+    """What `stage` hands on for a microbatch of `pairs` whose pictures have `image_tokens`.
+
+    sequence: whether sequence parallelism splits the tokens over the `tensor_size` ranks.
+    """
+    share = tensor_size if sequence else 1
+
+    def shape(held: LayerRange, tokens: int, width: int) -> Shape | None:
+        if held.finished:
+            return pairs, architecture.embed_dim
+        return (-(-tokens // share), pairs, width) if held.begun else None
+
+    text = architecture.text
+    return Handover(
+        shape(stage.vision, image_tokens, architecture.vision.width),
+        shape(stage.text, text.context_length, text.width),
+    )
+
+
+def message_length(handovers: Sequence[Handover]) -> int:
+    """The length that all messages of a pipeline have: megatron-core's schedules know one."""
+    return max((sum(found.sizes) for found in handovers), default=1)

@@ -1,0 +1,191 @@
+"""What each pipeline rank executes in one step, in program order, as megatron-core's schedules do.
+
+P pipeline ranks of V chunks each are P × V virtual stages; chunk c of rank r is stage c × P + r.
+A contrastive step over m microbatches is two passes without a barrier between them:
+
+- pass 1: every microbatch forward. The last K, the stash, keep their graphs; the others have none.
+- the loss over all embeddings, on the last rank.
+- pass 2: 1F1B, interleaved where V > 1, over every microbatch. Those without a graph go forward
+  again; a stashed one is replayed: its place in the schedule is kept, its forward costs nothing.
+
+K = 0 is two-pass, K = m is stash. The last microbatches are stashed and not the first: the first
+would be replayed at a quicker pace than the pipeline can keep up when forwards follow, and the last
+rank would wait for up to P - 1 of these.
+
+Interleaving is that of Narayanan et al., "Efficient Large-Scale Language Model Training on GPU
+Clusters Using Megatron-LM", arXiv 2104.04473, section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from parallel_clip.errors import InputError
+
+
+class Kind(Enum):
+    """What an op does. The first two belong to pass 1, the forwards after the loss to pass 2."""
+
+    FORWARD_WITHOUT_GRAPH = "forward without graph"
+    FORWARD_KEEPING_GRAPH = "forward keeping graph"
+    LOSS = "loss"
+    FORWARD_AGAIN = "forward again"
+    REPLAY = "replay"
+    BACKWARD = "backward"
+
+
+class Op(NamedTuple):
+    """One op of a rank: of a microbatch in one of the rank's chunks (both 0 for the loss).
+
+    `tower` tells pipelines apart that share the ranks one after the other; 0 where there is one.
+    """
+
+    kind: Kind
+    microbatch: int = 0
+    chunk: int = 0
+    tower: int = 0
+
+
+def step_orders(
+    ranks: int, microbatches: int, stash: int = 0, chunks: int = 1, towers: int = 1
+) -> list[list[Op]]:
+    """The ops of a step, for each rank.
+
+    With two `towers`, each is a pipeline of its own: pass 1 of the first, pass 1 of the second, the
+    loss, pass 2 of the first, pass 2 of the second.
+
+    Raises:
+        InputError: the stash is larger than the step; chunks on one rank, or over more ranks than
+            there are microbatches.
+    """
+    _check(ranks, microbatches, stash, chunks)
+    kept = range(microbatches - stash, microbatches)
+    orders = []
+    for rank in range(ranks):
+        first, second = [], []
+        for tower in range(towers):
+            first += _first_pass(ranks, microbatches, kept, chunks, tower)
+            second += _one_forward_one_backward(
+                rank, ranks, microbatches, chunks, Kind.FORWARD_AGAIN, kept, tower
+            )
+        orders.append(first + [Op(Kind.LOSS)] * (rank == ranks - 1) + second)
+    return orders
+
+
+def one_pass_orders(ranks: int, microbatches: int, chunks: int = 1) -> list[list[Op]]:
+    """The ops of a single pass of 1F1B, for each rank: a loss that splits over microbatches.
+
+    Raises:
+        InputError: as `step_orders`.
+    """
+    _check(ranks, microbatches, 0, chunks)
+    return [
+        _one_forward_one_backward(rank, ranks, microbatches, chunks, Kind.FORWARD_KEEPING_GRAPH)
+        for rank in range(ranks)
+    ]
+
+
+def warmup_forwards(rank: int, ranks: int, microbatches: int, chunks: int = 1) -> int:
+    """How many forwards a rank runs in a pass of 1F1B before the first that a backward follows."""
+    if ranks == 1:
+        return 0
+    if chunks == 1:
+        return min(ranks - 1 - rank, microbatches)
+    group = microbatch_group_size(microbatches, ranks)
+    return min(2 * (ranks - 1 - rank) + (chunks - 1) * group, microbatches * chunks)
+
+
+def microbatch_group_size(microbatches: int, ranks: int) -> int:
+    """How many microbatches go through one chunk before the next chunk's turn: the fewest, and so
+    the least memory, that megatron-core takes.
+
+    A group is at least as large as the pipeline, since its first microbatch must be back at the
+    first rank when that one has sent the group's last; this holds for the remainder too.
+
+    Raises:
+        InputError: fewer microbatches than ranks.
+    """
+    for group in range(ranks, microbatches + 1):
+        if microbatches % group == 0 or microbatches % group >= ranks:
+            return group
+    raise InputError(
+        f"parallel.virtual_pipeline above 1 needs at least parallel.pipeline {ranks} microbatches, "
+        f"and a step has {microbatches}; set parallel.virtual_pipeline to 1, or lower batch.micro"
+    )
+
+
+def peak_graphs(order: Iterable[Op]) -> int:
+    """The most graphs alive at once on a rank, each of one microbatch in one chunk.
+
+    With one chunk: K + min(P - rank, m - K).
+    """
+    alive = peak = 0
+    for op in order:
+        if op.kind in (Kind.FORWARD_KEEPING_GRAPH, Kind.FORWARD_AGAIN):
+            alive += 1
+        elif op.kind is Kind.BACKWARD:
+            alive -= 1
+        peak = max(peak, alive)
+    return peak
+
+
+def _check(ranks: int, microbatches: int, stash: int, chunks: int) -> None:
+    if ranks < 1 or microbatches < 1 or chunks < 1:
+        raise InputError(
+            f"{ranks} pipeline ranks, {microbatches} microbatches, {chunks} virtual stages a rank: "
+            "each must be at least 1"
+        )
+    if not 0 <= stash <= microbatches:
+        raise InputError(f"a stash of {stash} microbatches: a step has {microbatches}")
+    if chunks > 1 and ranks == 1:
+        raise InputError(
+            f"parallel.virtual_pipeline {chunks} needs more than one pipeline rank; "
+            "set parallel.virtual_pipeline to 1, or raise parallel.pipeline"
+        )
+
+
+def _first_pass(
+    ranks: int, microbatches: int, kept: range, chunks: int, tower: int
+) -> Iterable[Op]:
+    for microbatch, chunk in _turns(ranks, microbatches, chunks):
+        keeps = microbatch in kept
+        kind = Kind.FORWARD_KEEPING_GRAPH if keeps else Kind.FORWARD_WITHOUT_GRAPH
+        yield Op(kind, microbatch, chunk, tower)
+
+
+def _one_forward_one_backward(
+    rank: int,
+    ranks: int,
+    microbatches: int,
+    chunks: int,
+    forward: Kind,
+    kept: Sequence[int] = (),
+    tower: int = 0,
+) -> list[Op]:
+    turns = _turns(ranks, microbatches, chunks)
+    forwards = [
+        Op(Kind.REPLAY if microbatch in kept else forward, microbatch, chunk, tower)
+        for microbatch, chunk in turns
+    ]
+    backwards = [
+        Op(Kind.BACKWARD, microbatch, chunks - 1 - chunk, tower) for microbatch, chunk in turns
+    ]
+    warmup = warmup_forwards(rank, ranks, microbatches, chunks)
+    steady = len(forwards) - warmup
+    order = forwards[:warmup]
+    for pair in zip(forwards[warmup:], backwards[:steady], strict=True):
+        order += pair
+    return order + backwards[steady:]
+
+
+def _turns(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:
+    """(microbatch, chunk) in the order of the forwards: a group through each chunk in turn."""
+    group = microbatch_group_size(microbatches, ranks) if chunks > 1 else microbatches
+    return [
+        (microbatch, chunk)
+        for start in range(0, microbatches, group)
+        for chunk in range(chunks)
+        for microbatch in range(start, min(start + group, microbatches))
+    ]

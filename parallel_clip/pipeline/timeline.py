@@ -1,0 +1,245 @@
+"""The time of a step on a pipeline: a simulation of its ops, and closed forms for equal stages.
+
+P pipeline ranks of V chunks each are Q = P × V virtual stages (see `orders`). Each op starts when
+its rank has done the op before it and its input has arrived:
+
+- the forward of stage q: that of stage q - 1 in the same pass, and a message;
+- the backward of stage q: that of stage q + 1, and a message;
+- the loss: pass 1 of every microbatch on the last stage, which precedes it on its own rank.
+
+Nothing else waits for the loss, so the fill of pass 2 hides in the drain of pass 1. Buffers hold
+any number of messages, and a message keeps no rank busy. A replay still receives and sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from parallel_clip.errors import InputError
+from parallel_clip.pipeline.orders import Kind, Op, step_orders
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one microbatch: on each virtual stage q, and of a message between two of them.
+
+    `forward_without_graph` is [Q] as the others; None where it equals `forward`.
+    """
+
+    forward: Sequence[float]
+    backward: Sequence[float]
+    message: float = 0.0
+    forward_without_graph: Sequence[float] | None = None
+
+    def seconds(self, kind: Kind, stage: int) -> float:
+        """Seconds of an op of `kind` (any but the loss) on a virtual stage."""
+        if kind is Kind.REPLAY:
+            return 0
+        if kind is Kind.BACKWARD:
+            return self.backward[stage]
+        if kind is Kind.FORWARD_WITHOUT_GRAPH and self.forward_without_graph is not None:
+            return self.forward_without_graph[stage]
+        return self.forward[stage]
+
+
+class Span(NamedTuple):
+    """When a rank ran an op, in seconds from the step's start."""
+
+    rank: int
+    op: Op
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a simulated step took. `spans` are by rank, then by time; `busy` is [P], in seconds."""
+
+    spans: list[Span]
+    total: float
+    busy: list[float]
+    messages: int
+
+    @property
+    def wait(self) -> list[float]:
+        """Seconds in which each rank does nothing, [P]."""
+        return [self.total - busy for busy in self.busy]
+
+    @property
+    def bubble(self) -> float:
+        """The part of all ranks' time, 0 to 1, in which they do nothing."""
+        return sum(self.wait) / (len(self.busy) * self.total) if self.total else 0.0
+
+
+def simulate(
+    orders: Sequence[Sequence[Op]], towers: Sequence[Costs], loss: float = 0.0
+) -> Timeline:
+    """Run the `orders` of all ranks, [P], with the costs of each tower in them.
+
+    `loss` is the seconds of the loss on the last rank.
+
+    Raises:
+        InputError: costs for another number of virtual stages than the orders have.
+        ValueError: the ranks wait for one another in a circle, or for an op that none of them has.
+    """
+    ranks = len(orders)
+    stages = ranks * (1 + max(op.chunk for order in orders for op in order))
+    for costs in towers:
+        _check_stages(costs, stages)
+    arrivals: dict[_Message, float] = {}
+    spans: list[list[Span]] = [[] for _ in orders]
+    clocks = [0.0] * ranks
+    while any(len(done) < len(order) for done, order in zip(spans, orders, strict=True)):
+        moved = False
+        for rank, order in enumerate(orders):
+            for op in order[len(spans[rank]) :]:
+                costs = towers[op.tower]
+                stage = op.chunk * ranks + rank
+                received, sent = _messages(op, stage, stages - 1)
+                if received and received not in arrivals:
+                    break
+                start = max(clocks[rank], arrivals[received]) if received else clocks[rank]
+                end = start + (loss if op.kind is Kind.LOSS else costs.seconds(op.kind, stage))
+                spans[rank].append(Span(rank, op, start, end))
+                clocks[rank] = end
+                moved = True
+                if sent:
+                    arrivals[sent] = end + costs.message
+        if not moved:
+            raise ValueError("no rank can go on: each waits for an input that nobody will send")
+    return Timeline(
+        spans=[span for done in spans for span in done],
+        total=max(clocks),
+        busy=[sum(span.end - span.start for span in done) for done in spans],
+        messages=len(arrivals),
+    )
+
+
+class TowerComparison(NamedTuple):
+    """A step of two towers: as one pipeline, and as two that take turns on the same ranks."""
+
+    fused: Timeline
+    separate: Timeline
+
+    @property
+    def speedup(self) -> float:
+        """The separate pipelines' time divided by the fused one's."""
+        return self.separate.total / self.fused.total
+
+
+def compare_towers(
+    vision: Costs,
+    text: Costs,
+    ranks: int,
+    microbatches: int,
+    stash: int = 0,
+    chunks: int = 1,
+    loss: float = 0.0,
+) -> TowerComparison:
+    """Both towers in each op, against vision pass 1, text pass 1, loss, vision pass 2, text pass 2.
+
+    A fused op and a fused message take the two towers' seconds together; there are half as many of
+    either. Per microbatch the fused pipeline advances at the pace max(v + t) over ranks, separate
+    ones at max v + max t, which is more where the towers' deepest stages are on different ranks.
+    With equal stages, instant messages and no stash they are equal where a text forward takes no
+    longer than a vision forward. With everything stashed separate ones are then faster, by P - 1
+    text forwards: pass 2 of the text tower fills by replays, in no time.
+
+    Raises:
+        InputError: as `step_orders` and `simulate`.
+    """
+    taking_turns = step_orders(ranks, microbatches, stash, chunks, towers=2)
+    separate = simulate(taking_turns, [vision, text], loss)
+    together = step_orders(ranks, microbatches, stash, chunks)
+    return TowerComparison(simulate(together, [_together(vision, text)], loss), separate)
+
+
+def ideal_one_pass_seconds(
+    ranks: int, microbatches: int, forward: float, backward: float, chunks: int = 1
+) -> float:
+    """A pass of 1F1B over equal stages with instant messages: m (f + b) + (P - 1)(f + b) / V.
+
+    f and b are a rank's seconds for one microbatch in all its V chunks. The last rank begins when
+    P - 1 forwards of one chunk are done, works without a pause, and P - 1 backwards of one chunk
+    follow. With V = 1 it is (m + P - 1)(f + b), an efficiency of m / (m + P - 1). Narayanan et al.,
+    arXiv 2104.04473, section 2.2; they have it for m a multiple of P, and it holds for every m that
+    the schedule takes.
+    """
+    return (microbatches + (ranks - 1) / chunks) * (forward + backward)
+
+
+def ideal_step_seconds(
+    ranks: int,
+    microbatches: int,
+    forward: float,
+    backward: float,
+    stash: int = 0,
+    chunks: int = 1,
+) -> float:
+    """A step over equal stages with instant messages: m (f + b) + (m - K) f + (P - 1)(f + b) / V.
+
+    f and b as in `ideal_one_pass_seconds`; the loss comes on top. The last rank begins pass 1 when
+    P - 1 forwards of one chunk are done. As it ends, the other ranks have already brought the
+    first microbatch of pass 2 to it, so the two passes have one fill and one drain between them.
+
+    With V = 1 this holds for every K, and for fewer microbatches than ranks as well. With V > 1 it
+    holds where the m - K microbatches without a graph are whole groups of `microbatch_group_size`
+    (so for K = 0 and K = m). Where replays and forwards share a group, a rank may wait for forwards
+    while it could replay: the step then takes up to (V - 1)(P - 1) f / V longer.
+    """
+    first_pass_again = (microbatches - stash) * forward
+    return first_pass_again + ideal_one_pass_seconds(ranks, microbatches, forward, backward, chunks)
+
+
+class _Message(NamedTuple):
+    content: str
+    receiver: int
+    microbatch: int
+    tower: int
+
+
+_CONTENTS = {
+    Kind.FORWARD_WITHOUT_GRAPH: "activations of pass 1",
+    Kind.FORWARD_KEEPING_GRAPH: "activations of pass 1",
+    Kind.FORWARD_AGAIN: "activations of pass 2",
+    Kind.REPLAY: "activations of pass 2",
+    Kind.BACKWARD: "gradients",
+}
+
+
+def _messages(op: Op, stage: int, last: int) -> tuple[_Message | None, _Message | None]:
+    """What an op on virtual stage `stage` waits for, and what it sends on."""
+    if op.kind is Kind.LOSS:
+        return None, None
+    before, after = (stage + 1, stage - 1) if op.kind is Kind.BACKWARD else (stage - 1, stage + 1)
+    content = _CONTENTS[op.kind]
+    received = _Message(content, stage, op.microbatch, op.tower)
+    sent = _Message(content, after, op.microbatch, op.tower)
+    return (received if 0 <= before <= last else None), (sent if 0 <= after <= last else None)
+
+
+def _check_stages(costs: Costs, stages: int) -> None:
+    for seconds in (costs.forward, costs.backward, costs.forward_without_graph):
+        if seconds is not None and len(seconds) != stages:
+            raise InputError(
+                f"costs of {len(seconds)} virtual stages for a pipeline of {stages}; give one "
+                "number for each virtual stage"
+            )
+
+
+def _together(vision: Costs, text: Costs) -> Costs:
+    def without_graph(costs: Costs) -> Sequence[float]:
+        apart = costs.forward_without_graph
+        return costs.forward if apart is None else apart
+
+    def added(a: Sequence[float], b: Sequence[float]) -> list[float]:
+        return [of_a + of_b for of_a, of_b in zip(a, b, strict=True)]
+
+    return Costs(
+        forward=added(vision.forward, text.forward),
+        backward=added(vision.backward, text.backward),
+        message=vision.message + text.message,
+        forward_without_graph=added(without_graph(vision), without_graph(text)),
+    )
