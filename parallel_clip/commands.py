@@ -21,9 +21,11 @@ def train(options: argparse.Namespace, launch: Launch) -> None:
         if options.world_size is not None:
             raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
         from parallel_clip.engine.groups import close_groups
+        from parallel_clip.plan.stash import with_room
+        from parallel_clip.training.job import make_job
         from parallel_clip.training.loop import train as run
 
-        run(config, launch)
+        run(with_room(make_job(config, launch.world_size)), launch)
         close_groups()
         return
     if launch.world_size > 1:

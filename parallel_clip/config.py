@@ -81,8 +81,8 @@ class Parallel(Section):
     )
     memory: str | Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="device memory that a rank may fill, such as 80GB, for parallel.stash auto; "
-        "null: that of the device",
+        description="memory that a rank may fill, such as 70GB, for parallel.stash auto; null: not "
+        "known, so no more activations are kept than the first stage of 1F1B holds",
     )
     distributed_optimizer: bool = Field(
         True, description="split optimizer state between the data-parallel ranks (ZeRO-1)"
@@ -293,10 +293,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline of at "
             "least 2; it is 1"
         )
-    if parallel.memory is not None and parallel.stash != "auto":
+    if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):
         yield (
-            f"parallel.memory {parallel.memory} is for parallel.stash auto, not {parallel.stash}; "
-            "leave one of them out"
+            f"parallel.memory {parallel.memory} is for parallel.schedule auto with parallel.stash "
+            f"auto, not {parallel.schedule} with {parallel.stash}; leave parallel.memory out"
         )
     elif parallel.memory is not None:
         try:

@@ -1,6 +1,6 @@
 """Writes the table of keys into docs/configuration.md, from the descriptions in `config.py`.
 
-python -m parallel_clip.config_docs docs/configuration.md
+Run it by `python -m parallel_clip.config_docs docs/configuration.md`.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def test_all_problems_are_told_at_once_and_each_once():
         ({"train": {"steps": 3, "epochs": 1}}, "given: train.steps and train.epochs"),
         ({"data": {"train": []}}, "data.train names no shards"),
         ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline 2 needs"),
-        ({"parallel": {"memory": "80GB", "stash": 3}}, "is for parallel.stash auto, not 3"),
+        ({"parallel": {"memory": "80GB", "stash": 3}}, "parallel.stash auto, not auto with 3"),
         ({"parallel": {"memory": "plenty"}}, "parallel.memory plenty is no size of a memory"),
         ({"schedule": {"cooldown": 5}}, "schedule.cooldown is for schedule.kind wsd, not cosine"),
         ({"schedule": {"kind": "constant", "min_lr": 1e-5}}, "schedule.min_lr is for"),

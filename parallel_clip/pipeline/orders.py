@@ -116,17 +116,19 @@ def microbatch_group_size(microbatches: int, ranks: int) -> int:
     )
 
 
-def peak_graphs(order: Iterable[Op]) -> int:
+def peak_graphs(order: Iterable[Op], sizes: Sequence[int] | None = None) -> int:
     """The most graphs alive at once on a rank, each of one microbatch in one chunk.
 
-    With one chunk: K + min(P - rank, m - K).
+    With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, the most
+    that all alive come to, such as bytes of saved activations.
     """
     alive = peak = 0
     for op in order:
+        size = 1 if sizes is None else sizes[op.chunk]
         if op.kind in (Kind.FORWARD_KEEPING_GRAPH, Kind.FORWARD_AGAIN):
-            alive += 1
+            alive += size
         elif op.kind is Kind.BACKWARD:
-            alive -= 1
+            alive -= size
         peak = max(peak, alive)
     return peak
 

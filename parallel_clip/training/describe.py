@@ -12,8 +12,8 @@ def describe_job(job: Job, steps: int) -> str:
     lines = [
         f"{job.architecture.name} on {layout.world} process{'es' * (layout.world > 1)}: "
         f"data {layout.data} × tensor {layout.tensor} × pipeline {layout.pipeline}",
-        _tower_line("vision", job.architecture.vision, layout.tensor),
-        _tower_line("text", job.architecture.text, layout.tensor),
+        _tower_line(job, "vision", job.architecture.vision),
+        _tower_line(job, "text", job.architecture.text),
         f"  batch: {plan.global_batch} pairs = {layout.data} data-parallel × "
         f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)} × {plan.micro_batch}; "
         f"{_schedule_words(job)}",
@@ -38,12 +38,18 @@ def describe_job(job: Job, steps: int) -> str:
     return "\n".join(lines)
 
 
-def _tower_line(name: str, tower: VisionArchitecture | TextArchitecture, tensor: int) -> str:
+def _tower_line(job: Job, name: str, tower: VisionArchitecture | TextArchitecture) -> str:
     tokens = tower.tokens if isinstance(tower, VisionArchitecture) else tower.context_length
+    tensor = job.layout.tensor
+    if len(job.stages) == 1:
+        layers = f"layers 0 to {tower.layers - 1} of width {tower.width} on every rank"
+    else:
+        dealt = ", ".join(str(getattr(stage, name).layers) for stage in job.stages)
+        layers = f"{tower.layers} layers of width {tower.width} on the stages: {dealt}"
     return (
-        f"  {name}: layers 0 to {tower.layers - 1} of width {tower.width} on every rank; "
-        f"{tower.heads // tensor} of {tower.heads} heads and {tower.mlp_width // tensor} of "
-        f"{tower.mlp_width} MLP channels on each tensor rank; {tokens} tokens"
+        f"  {name}: {layers}; {tower.heads // tensor} of {tower.heads} heads and "
+        f"{tower.mlp_width // tensor} of {tower.mlp_width} MLP channels on each tensor rank; "
+        f"{tokens} tokens"
     )
 
 

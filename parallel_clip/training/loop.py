@@ -13,7 +13,6 @@ import torch.distributed as dist
 from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.save import save_checkpoint
-from parallel_clip.config import Config
 from parallel_clip.data.index import save_index
 from parallel_clip.data.loader import StepSlice, TrainingLoader
 from parallel_clip.data.shards import ShardIndex
@@ -30,20 +29,20 @@ from parallel_clip.training import run_folder
 from parallel_clip.training.build import Built, build
 from parallel_clip.training.describe import describe_job
 from parallel_clip.training.feed import Feed, StepBatch
-from parallel_clip.training.job import Job, check_data, make_job, open_data
+from parallel_clip.training.job import Job, check_data, open_data
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.metrics import MetricsLog, StepRecord, Stopwatch
 from parallel_clip.training.step import training_step
 
 
-def train(config: Config, launch: Launch) -> None:
-    """Run, or go on with, the training that `config` describes. Called by every process.
+def train(job: Job, launch: Launch) -> None:
+    """Run, or go on with, a training. Called by every process.
 
     Raises:
         InputError: the input is wrong; nothing has been written.
         BadDataError: more of the samples are bad than `data.max_bad_fraction`.
     """
-    job = make_job(config, launch.world_size)
+    config = job.config
     if config.deterministic:
         device.make_deterministic()
     groups = open_groups(job.layout, launch)

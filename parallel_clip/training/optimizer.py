@@ -95,6 +95,8 @@ class Optimizer:
                 group["fused"] = True  # one pass over memory, not ten
         # Whether masters and moments are split over the data ranks (ZeRO-1).
         self.splits_state = isinstance(self._megatron, DistributedOptimizer)
+        if self.splits_state:
+            self._owned_masters = _masters_by_tensor(self._megatron)
 
     def zero_grad(self) -> None:
         for ddp in self.wrapped:
@@ -151,12 +153,26 @@ class Optimizer:
 
     def _master(self, tensor: nn.Parameter) -> nn.Parameter | None:
         if self.splits_state:
-            place = self._megatron.model_param_group_index_map.get(tensor)
-            if place is None:
-                return None
-            group, index = place
-            return self._adam.param_groups[group]["params"][index]
+            return self._owned_masters.get(tensor)
         return getattr(tensor, "main_param", tensor)
+
+
+def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Parameter]:
+    """The parts of the masters that this data rank owns.
+
+    Its own `model_param_group_index_map` is not right where a group has fp32 tensors behind bf16
+    ones, as with the logit scale of a second virtual stage: the optimizer puts fp32 ones first.
+    """
+    pairs = [
+        (split.model_float16_groups, split.shard_fp32_from_float16_groups),
+        (split.model_fp32_groups, split.shard_fp32_groups),
+    ]
+    return {
+        tensor: master
+        for model_groups, master_groups in pairs
+        for tensors, masters in zip(model_groups, master_groups, strict=True)
+        for tensor, master in zip(tensors, masters, strict=True)
+    }
 
 
 def _undecayed(wrapped: Sequence[DistributedDataParallel]):
