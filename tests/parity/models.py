@@ -57,6 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
         init_logit_bias=-10,
         custom_text=True,
     ),
+    # Of other depths, which few numbers of stages divide.
+    "uneven": model_cfg(vision={"layers": 5, "ls_init_value": 0.1}, text={"layers": 2}),
     "wide-picture": model_cfg(
         vision={"image_size": [24, 40], "pool_type": "avg"},
         text={"pool_type": "first", "no_causal_mask": True},

@@ -7,15 +7,16 @@ blind. A covering set runs always; the whole grid with `pytest -m parity`.
 """
 
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from parallel_clip.model import kept_patches
-from tests.parity.commands import parallel_clip, read_ledger, read_metrics, write_config
+from tests.launcher import succeed
+from tests.parity.cases import COVERING, Case, grid
 from tests.parity.models import MODELS
+from tests.parity.run_files import read_ledger, read_metrics, write_config
 from tests.reference import (
     Batch,
     Reference,
@@ -29,84 +30,15 @@ from tests.reference import (
 )
 
 STEPS = 20
-BATCH = 16
 SEED = 5
 WARMUP = 4
 OPTIMIZER = {"lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.2}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One run. `model` is a name of MODELS; "siglip" trains with the sigmoid loss."""
-
-    model: str = "plain"
-    data: int = 1
-    tensor: int = 1
-    sequence: bool = False
-    microbatches: int = 1
-    recompute: str = "none"
-    precision: str = "fp32"
-    clip_grad_norm: float | None = None
-
-    @property
-    def loss(self) -> str:
-        return "sigmoid" if self.model == "siglip" else "infonce"
-
-    def __str__(self) -> str:
-        parts = [self.model, f"data{self.data}", f"tensor{self.tensor}{'s' * self.sequence}"]
-        parts += [f"micro{self.microbatches}", self.recompute, self.precision]
-        parts += ["clipped"] if self.clip_grad_norm else []
-        return "-".join(parts)
-
-
-COVERING = [
-    Case(),
-    Case(data=2, tensor=2, sequence=True, microbatches=4, recompute="selective"),
-    Case("quickgelu-layerscale", tensor=2, microbatches=4, recompute="full", clip_grad_norm=1.0),
-    Case("clipa", tensor=2, sequence=True),
-    Case("patch-dropout", tensor=2, sequence=True, microbatches=4),
-    Case("three-heads", tensor=3, sequence=True, microbatches=4),
-    Case("siglip", data=2, microbatches=4),
-    Case(tensor=2, sequence=True, microbatches=4, precision="bf16"),
-]
-
-#          data, tensor, sequence
-LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (1, 2, True), (2, 2, True)]
-
-
-def _grid() -> list[Case]:
-    recomputes = ("none", "selective", "full")
-    cases = [
-        Case("plain", *layout, microbatches, recompute, precision)
-        for layout, microbatches, recompute, precision in product(
-            LAYOUTS, (1, 4), recomputes, ("fp32", "bf16")
-        )
-    ]
-    cases += [
-        Case("siglip", *layout, microbatches, precision=precision)
-        for layout, microbatches, precision in product(LAYOUTS, (1, 4), ("fp32", "bf16"))
-    ]
-    cases += [
-        Case(model, *layout, microbatches, recompute)
-        for model, layout, (microbatches, recompute) in product(
-            MODELS,
-            [(1, 2, False), (1, 2, True), (2, 2, True)],
-            [(1, "none"), (4, "selective"), (4, "full")],
-        )
-        if model != "three-heads"
-    ]
-    cases += [
-        Case(model, 1, 3, sequence, microbatches, recompute)
-        for model, sequence, (microbatches, recompute) in product(
-            ("three-heads", "six-heads"), (False, True), [(1, "none"), (4, "full")]
-        )
-    ]
-    return [case for case in dict.fromkeys(cases) if case not in COVERING]
-
-
-@dataclass(frozen=True)
 class Setting:
-    """What all cases of one model share: a checkpoint, a data set, and the reference on it."""
+    """What all cases of one model and batch share: a checkpoint, a data set, and the reference on
+    it."""
 
     model: str
     checkpoint: Path
@@ -132,16 +64,17 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    made: dict[str, Setting] = {}
+    made: dict[tuple[str, int], Setting] = {}
 
-    def get(model: str) -> Setting:
-        if model not in made:
+    def get(case: Case) -> Setting:
+        model, key = case.model, (case.model, case.batch)
+        if key not in made:
             folder = tmp_path_factory.mktemp(model)
             weights = make_checkpoint(MODELS[model], seed=1, folder=folder / "checkpoint")
-            shards = make_shards(folder / "shards", samples=BATCH, image_size=32, seed=2)
+            shards = make_shards(folder / "shards", samples=case.batch, image_size=32, seed=2)
             batch = batch_from_shards(folder / "shards", folder / "checkpoint")
-            made[model] = Setting(model, folder / "checkpoint", shards, weights, batch)
-        return made[model]
+            made[key] = Setting(model, folder / "checkpoint", shards, weights, batch)
+        return made[key]
 
     return get
 
@@ -152,9 +85,9 @@ def reference(setting):
     trained: dict[tuple, Reference] = {}
 
     def get(case: Case, precision: str) -> Reference:
-        key = (case.model, case.clip_grad_norm, precision)
+        key = (case.model, case.batch, case.clip_grad_norm, precision)
         if key not in trained:
-            trained[key] = setting(case.model).reference(case, precision)
+            trained[key] = setting(case).reference(case, precision)
         return trained[key]
 
     return get
@@ -166,8 +99,8 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
         "model": {"name": str(setting.checkpoint / "open_clip_config.json")},
         "init": {"from": str(setting.checkpoint)},
         "loss": {"kind": case.loss},
-        "parallel": {"tensor": case.tensor, "sequence": case.sequence},
-        "batch": {"global": BATCH, "micro": BATCH // case.data // case.microbatches},
+        "parallel": case.parallel,
+        "batch": {"global": case.batch, "micro": case.batch // case.data // case.microbatches},
         "precision": case.precision,
         "recompute": case.recompute,
         "train": {"steps": STEPS},
@@ -184,7 +117,7 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
     }
     run = folder / "run"
     config_path = write_config(folder / "config.yaml", config)
-    parallel_clip("train", config_path, f"run_dir={run}", processes=case.data * case.tensor)
+    succeed("train", config_path, f"run_dir={run}", processes=case.processes)
     return run
 
 
@@ -209,7 +142,7 @@ def fed_patches(case: Case, run: Path, samples: list[Sample]):
     return kept
 
 
-def assert_same_steps(ours: list[dict], reference: Reference) -> None:
+def assert_same_steps(ours: list[dict], reference: Reference, batch: int) -> None:
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     for line, wanted in zip(ours, reference.steps, strict=True):
         tolerance = 1e-5 if line["step"] == 1 else 1e-4
@@ -217,7 +150,7 @@ def assert_same_steps(ours: list[dict], reference: Reference) -> None:
         for key in ("loss", "grad_norm"):
             limit = max(tolerance * wanted[key], 1e-6 if wanted[key] < 0.01 else 0.0)
             assert abs(line[key] - wanted[key]) <= limit, (where, key, line[key], wanted[key])
-        assert line["samples_seen"] == line["step"] * BATCH
+        assert line["samples_seen"] == line["step"] * batch
         assert line["lr"] == pytest.approx(wanted["lr"], rel=1e-6), where
         assert line["logit_scale"] == pytest.approx(wanted["logit_scale"], rel=tolerance), where
         if wanted["logit_bias"] is None:
@@ -265,11 +198,11 @@ def assert_bf16_like_open_clip(ours: list[dict], case: Case, reference) -> None:
     "case",
     [
         *(pytest.param(case, id=str(case)) for case in COVERING),
-        *(pytest.param(case, id=str(case), marks=pytest.mark.parity) for case in _grid()),
+        *(pytest.param(case, id=str(case), marks=pytest.mark.parity) for case in grid()),
     ],
 )
 def test_a_run_is_open_clips(case, setting, reference, tmp_path):
-    shared = setting(case.model)
+    shared = setting(case)
     run = train(case, shared, tmp_path)
     metrics = read_metrics(run)
     if case.precision == "bf16":
@@ -280,6 +213,6 @@ def test_a_run_is_open_clips(case, setting, reference, tmp_path):
         wanted = shared.reference(case, "fp32", fed_patches(case, run, shared.batch.samples))
     else:
         wanted = reference(case, "fp32")
-    assert_same_steps(metrics, wanted)
-    parallel_clip("convert", run, tmp_path / "converted", "--to", "openclip")
+    assert_same_steps(metrics, wanted, case.batch)
+    succeed("convert", run, tmp_path / "converted", "--to", "openclip")
     assert_same_weights(load_weights(tmp_path / "converted"), wanted.weights)

@@ -1,0 +1,147 @@
+"""The runs compared with open_clip: a covering set that always runs, and the whole grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from tests.parity.models import MODELS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `model` is a name of MODELS; "siglip" trains with the sigmoid loss."""
+
+    model: str = "plain"
+    data: int = 1
+    tensor: int = 1
+    sequence: bool = False
+    microbatches: int = 1
+    recompute: str = "none"
+    precision: str = "fp32"
+    clip_grad_norm: float | None = None
+    pipeline: int = 1
+    virtual: int = 1
+    stash: int | str = "auto"  # microbatches that keep their graphs
+    stages: dict[str, list[int]] | None = field(default=None, hash=False)
+
+    @property
+    def loss(self) -> str:
+        return "sigmoid" if self.model == "siglip" else "infonce"
+
+    @property
+    def batch(self) -> int:
+        """Pairs in a global batch: so many microbatches must divide it."""
+        return 12 if self.microbatches % 3 == 0 else 16
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """The `parallel` section of the run's config."""
+        return {
+            "tensor": self.tensor,
+            "sequence": self.sequence,
+            "pipeline": self.pipeline,
+            "virtual_pipeline": self.virtual,
+            "stash": self.stash,
+            "stages": self.stages,
+        }
+
+    def __str__(self) -> str:
+        parts = [self.model, f"data{self.data}", f"tensor{self.tensor}{'s' * self.sequence}"]
+        if self.pipeline > 1:
+            parts += [f"pipeline{self.pipeline}x{self.virtual}", f"stash{self.stash}"]
+            parts += ["byhand"] if self.stages else []
+        parts += [f"micro{self.microbatches}", self.recompute, self.precision]
+        parts += ["clipped"] if self.clip_grad_norm else []
+        return "-".join(parts)
+
+
+COVERING = [
+    Case(),
+    Case(data=2, tensor=2, sequence=True, microbatches=4, recompute="selective"),
+    Case("quickgelu-layerscale", tensor=2, microbatches=4, recompute="full", clip_grad_norm=1.0),
+    Case("clipa", tensor=2, sequence=True),
+    Case("patch-dropout", tensor=2, sequence=True, microbatches=4),
+    Case("three-heads", tensor=3, sequence=True, microbatches=4),
+    Case("siglip", data=2, microbatches=4),
+    Case(tensor=2, sequence=True, microbatches=4, precision="bf16"),
+    Case("patch-dropout", pipeline=2, microbatches=4, stash=0),
+    Case("uneven", pipeline=3, microbatches=3, stash=1, recompute="full"),
+    Case(pipeline=4, microbatches=4, clip_grad_norm=1.0),
+    Case("uneven", tensor=2, sequence=True, pipeline=2, microbatches=1, recompute="selective"),
+    Case("siglip", data=2, pipeline=2, microbatches=4, stash=4),
+    Case("uneven", pipeline=2, virtual=2, microbatches=4, stash=2),
+    Case(pipeline=2, virtual=2, microbatches=2, precision="bf16"),
+]
+
+#          data, tensor, sequence
+LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (1, 2, True), (2, 2, True)]
+
+
+def grid() -> list[Case]:
+    recomputes = ("none", "selective", "full")
+    cases = [
+        Case("plain", *layout, microbatches, recompute, precision)
+        for layout, microbatches, recompute, precision in product(
+            LAYOUTS, (1, 4), recomputes, ("fp32", "bf16")
+        )
+    ]
+    cases += [
+        Case("siglip", *layout, microbatches, precision=precision)
+        for layout, microbatches, precision in product(LAYOUTS, (1, 4), ("fp32", "bf16"))
+    ]
+    cases += [
+        Case(model, *layout, microbatches, recompute)
+        for model, layout, (microbatches, recompute) in product(
+            MODELS,
+            [(1, 2, False), (1, 2, True), (2, 2, True)],
+            [(1, "none"), (4, "selective"), (4, "full")],
+        )
+        if model != "three-heads"
+    ]
+    cases += [
+        Case(model, 1, 3, sequence, microbatches, recompute)
+        for model, sequence, (microbatches, recompute) in product(
+            ("three-heads", "six-heads"), (False, True), [(1, "none"), (4, "full")]
+        )
+    ]
+    cases += _pipelines()
+    return [case for case in dict.fromkeys(cases) if case not in COVERING]
+
+
+#             data, tensor, sequence, pipeline, virtual
+PIPELINES = [
+    (1, 1, False, 2, 1), (1, 1, False, 3, 1), (1, 1, False, 4, 1), (2, 1, False, 2, 1),
+    (1, 2, True, 2, 1), (2, 2, True, 2, 1), (1, 1, False, 2, 2), (1, 2, False, 3, 1),
+]  # fmt: skip
+
+
+def _pipelines() -> list[Case]:
+    """Numbers of microbatches that the stages divide and that they do not; each schedule."""
+    cases = []
+    for data, tensor, sequence, pipeline, virtual in PIPELINES:
+        layout = {
+            "data": data, "tensor": tensor, "sequence": sequence,
+            "pipeline": pipeline, "virtual": virtual,
+        }  # fmt: skip
+        multiple, odd = (3, 4) if pipeline == 3 else (4, 3)
+        if data == 2:
+            odd = 1  # a data rank's share of 12 pairs is 6, and of 16 it is 8
+        ways = [(multiple, 0, "none"), (multiple, 1, "selective"), (multiple, multiple, "full")]
+        ways += [(odd, 0, "full"), (odd, odd, "none")] if odd >= pipeline * (virtual > 1) else []
+        cases += [
+            Case(model, microbatches=microbatches, stash=stash, recompute=recompute, **layout)
+            for model, (microbatches, stash, recompute) in product(
+                ("patch-dropout", "uneven"), ways
+            )
+        ]
+        cases.append(Case("siglip", microbatches=multiple, stash=0, **layout))
+        cases.append(Case("uneven", microbatches=multiple, precision="bf16", **layout))
+    by_hand = {"vision": [2, 3, 0], "text": [0, 1, 1]}
+    cases.append(Case("uneven", pipeline=3, microbatches=3, stash=0, stages=by_hand))
+    return cases
