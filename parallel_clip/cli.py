@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from parallel_clip import __version__, commands
-from parallel_clip.engine.last_words import say_once
+from parallel_clip.engine.last_words import say_once, was_left_alone
 from parallel_clip.engine.launch import Launch, read_launch
 from parallel_clip.engine.quiet import quiet_dependencies
 from parallel_clip.errors import BadDataError, InputError
@@ -29,9 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BadDataError, FloatingPointError) as error:
         say_once(f"parallel-clip: {error}", launch)
         return 1
-    except Exception:
-        print(f"parallel-clip: rank {launch.rank} failed:", file=sys.stderr)
-        traceback.print_exc()
+    except Exception as error:
+        if was_left_alone(error):
+            print(
+                f"parallel-clip: rank {launch.rank} stops: the connection to another rank was "
+                "closed; the rank that failed says why",
+                file=sys.stderr,
+            )
+        else:
+            print(f"parallel-clip: rank {launch.rank} failed:", file=sys.stderr)
+            traceback.print_exc()
         sys.stderr.flush()
         return 1
 

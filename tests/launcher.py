@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -66,13 +67,21 @@ class Running:
         return ended
 
 
-def start(*arguments: object, processes: int = 1, cwd: Path | None = None) -> Running:
-    """Start `parallel-clip ARGUMENTS` on the CPU, in a world of so many processes."""
+def start(
+    *arguments: object,
+    processes: int = 1,
+    cwd: Path | None = None,
+    before: Callable[[int], None] | None = None,
+) -> Running:
+    """Start `parallel-clip ARGUMENTS` on the CPU, in a world of so many processes.
+
+    `before(rank)` is called in each of them first: a way to break something in it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="parallel_clip_"))
     port = _free_port() if processes > 1 else None
     words = [str(argument) for argument in arguments]
     started = [
-        _SERVER.Process(target=_command, args=(words, rank, processes, port, folder, cwd))
+        _SERVER.Process(target=_command, args=(words, rank, processes, port, folder, cwd, before))
         for rank in range(processes)
     ]
     for process in started:
@@ -94,7 +103,13 @@ def succeed(*arguments: object, processes: int = 1, cwd: Path | None = None) -> 
 
 
 def _command(
-    words: list[str], rank: int, world: int, port: int | None, folder: Path, cwd: Path | None
+    words: list[str],
+    rank: int,
+    world: int,
+    port: int | None,
+    folder: Path,
+    cwd: Path | None,
+    before: Callable[[int], None] | None,
 ) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT)
@@ -113,6 +128,8 @@ def _command(
     from parallel_clip.cli import main
 
     torch.set_num_threads(1)
+    if before is not None:
+        before(rank)
     sys.exit(main(words))
 
 

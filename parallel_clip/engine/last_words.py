@@ -13,6 +13,9 @@ from parallel_clip.engine.launch import Launch, set_rendezvous_address
 
 PATIENCE = datetime.timedelta(seconds=30)
 
+# What gloo says of a connection whose other end is gone.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe")
+
 
 def say_once(message: str, launch: Launch) -> None:
     """Print the error that every rank has, on rank 0 alone. A rank that has an error which rank 0
@@ -21,6 +24,12 @@ def say_once(message: str, launch: Launch) -> None:
         print(message, file=sys.stderr, flush=True)
     if launch.world_size > 1 and not _wait_for_rank_zero(launch):
         print(f"{message} (rank {launch.rank})", file=sys.stderr, flush=True)
+
+
+def was_left_alone(error: Exception) -> bool:
+    """Whether this rank fails only because another one ended. Its traceback would bury the other's,
+    and there may be a hundred of it."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
 def _wait_for_rank_zero(launch: Launch) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,4 +114,36 @@ def test_a_stage_that_dies_ends_the_run(config, tmp_path, victim):
     for rank, process in enumerate(ended):
         assert process.code != 0
         if rank != victim:
-            assert "Error" in process.err, (rank, process)
+            assert process.err.strip().endswith("the rank that failed says why"), (rank, process)
+            assert "Traceback" not in process.err
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_stage_that_fails_says_why_and_ends_the_run(config, tmp_path, failing):
+    """One rank runs out of memory in the middle of the second step's schedule."""
+    overrides = ["parallel.pipeline=3", "batch.micro=2", "parallel.stash=0"]
+    running = start(
+        "train", config, f"run_dir={tmp_path / 'run'}", *overrides,
+        processes=3, before=partial(fail_in_forward, failing),
+    )  # fmt: skip
+    ended = running.wait(timeout=60)
+    assert [process.code for process in ended] == [1, 1, 1]
+    assert f"rank {failing} failed" in ended[failing].err
+    assert "out of memory" in ended[failing].err
+    for rank in {0, 1, 2} - {failing}:
+        assert "says why" in ended[rank].err and "Traceback" not in ended[rank].err
+
+
+def fail_in_forward(failing: int, rank: int) -> None:
+    from parallel_clip.model.clip import CLIPModel
+
+    if rank != failing:
+        return
+    forward, calls = CLIPModel.forward, iter(range(1000))
+
+    def forward_until_full(self, *inputs):
+        if next(calls) == 14:  # a step of 4 microbatches runs 8 times forward
+            raise MemoryError("out of memory")
+        return forward(self, *inputs)
+
+    CLIPModel.forward = forward_until_full
