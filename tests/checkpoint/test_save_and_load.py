@@ -10,7 +10,7 @@ from parallel_clip.layout import Layout
 from parallel_clip.model.architectures import architecture_from_json
 from tests import reference
 from tests.checkpoint.checkpoint_cases import interrupt, load_and_save, train_and_save
-from tests.ranks import whole_tensor
+from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch
 from tests.training.step_cases import Task
 
@@ -28,7 +28,11 @@ LAYOUTS = {
     "tensor4-whole": (Layout(4, tensor=4, sequence=True), "fp32", False),
     "data2-tensor2-bf16": (Layout(4, tensor=2, sequence=True), "bf16", True),
     "data2-whole-bf16": (Layout(2), "bf16", False),
-}
+    "pipeline3": (Layout(3, pipeline=3), "fp32", True),
+    "data2-pipeline2-virtual2-bf16": (
+        Layout(4, pipeline=2, virtual_pipeline=2), "bf16", True
+    ),
+}  # fmt: skip
 
 
 def task(name: str) -> Task:
@@ -40,16 +44,10 @@ def task(name: str) -> Task:
 
 def whole_model(layout: Layout, ranks: list[dict]) -> dict[str, torch.Tensor]:
     """Full tensors by name from what the ranks hold; the same on every data-parallel rank."""
-    copies = [
-        {
-            p.name: whole_tensor(p, [r[p.name] for r in ranks[at : at + layout.tensor]])
-            for p in TABLE
-        }
-        for at in range(0, layout.world, layout.tensor)
-    ]
-    for copy in copies[1:]:
-        assert all(torch.equal(copy[name], copies[0][name]) for name in copy)
-    return copies[0]
+    models = [whole_tensors(TABLE, of_copy) for of_copy in copies(layout, ranks)]
+    for other in models[1:]:
+        assert all(torch.equal(other[name], models[0][name]) for name in other)
+    return models[0]
 
 
 def read_all(folder) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from parallel_clip.convert.names import parameter_table
 from parallel_clip.layout import Layout
 from parallel_clip.model.architectures import architecture_from_json
 from tests import reference
-from tests.ranks import whole_tensor
+from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch
 from tests.training.step_cases import Task, bad_number, train
 
@@ -40,6 +40,14 @@ RUNS = {
     ),
     "data2-tensor2-sequence-whole": (
         Layout(4, tensor=2, sequence=True), 1, "infonce", None, False
+    ),
+    "pipeline2-clipped": (Layout(2, pipeline=2), 4, "infonce", 0.3, False),
+    "pipeline3-sigmoid-clipped": (Layout(3, pipeline=3), 2, "sigmoid", 0.5, False),
+    "data2-pipeline2-virtual2-zero-clipped": (
+        Layout(4, pipeline=2, virtual_pipeline=2), 2, "infonce", 0.3, True
+    ),
+    "tensor2-sequence-pipeline2-sigmoid": (
+        Layout(4, tensor=2, pipeline=2, sequence=True), 1, "sigmoid", None, False
     ),
 }  # fmt: skip
 
@@ -105,10 +113,9 @@ def test_twenty_steps_are_openclips(processes, run):
                 else:
                     assert ours[what] == pytest.approx(value, rel=tolerance, abs=1e-6), (step, what)
 
-    for copy in range(layout.data):
-        ranks = answers[copy * layout.tensor : (copy + 1) * layout.tensor]
-        table = parameter_table(architecture_from_json(MODELS[loss], "small"))
-        ours = {p.name: whole_tensor(p, [rank[1][p.name] for rank in ranks]) for p in table}
+    table = parameter_table(architecture_from_json(MODELS[loss], "small"))
+    for ranks in copies(layout, answers):
+        ours = whole_tensors(table, [held for _, held in ranks])
         assert ours.keys() == weights.keys()
         assert distance(flat(ours), flat({name: weights[name] for name in ours})) < 1e-4
         for name, theirs in weights.items():
@@ -126,8 +133,9 @@ def without_key_bias(name: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat([query, value]) for query, _, value in (x.chunk(3) for x in tensors)]
 
 
-def test_numbers_that_are_not_finite_end_the_run_before_the_update(processes):
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, pipeline=2)], ids=str)
+def test_numbers_that_are_not_finite_end_the_run_before_the_update(processes, layout):
     given = task("infonce", BATCH, None, True)
-    for message, unchanged in processes.run(Layout(2), bad_number, task=given):
+    for message, unchanged in processes.run(layout, bad_number, task=given):
         assert "loss is nan" in message
         assert unchanged
