@@ -209,7 +209,6 @@ def _schedule_config(options: ModelOptions, tensor_group: ProcessGroup) -> Trans
     )
     config.hidden_size = 1  # a message is one column of numbers, see handover.py
     config.deallocate_pipeline_outputs = True  # what has been sent is not needed for backward
-    config.batch_p2p_comm = False  # over gloo, batched messages of virtual stages mix up
     return config
 
 

@@ -119,6 +119,7 @@ class _Step:
         virtual = len(self.chunks) > 1
         config = model.config
         if virtual:
+            config.batch_p2p_comm = False  # over gloo, batched messages of several chunks mix up
             config.virtual_pipeline_model_parallel_size = len(self.chunks)
             config.microbatch_group_size_per_vp_stage = microbatch_group_size(
                 count, len(model.stages) // len(self.chunks)

@@ -137,6 +137,7 @@ def _environment(layout: Layout, device: str) -> dict:
             "data": layout.data,
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            "virtual_pipeline": layout.virtual_pipeline,
             "sequence": layout.sequence,
         },
     }
