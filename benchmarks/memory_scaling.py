@@ -1,13 +1,14 @@
-"""Memory of one rank as the tensor size grows: weights, gradients, optimizer, saved activations.
+"""Memory of one rank by tensor and pipeline size: weights, gradients, optimizer, activations.
 
     python benchmarks/memory_scaling.py [--models ViT-H-14 ...] [--pairs 32] [--quick]
 
-Runs the trainer's own code as rank 0 of each layout with fake tensors and a fake process group, so
+Runs the trainer's own code as a rank of each layout with fake tensors and a fake process group, so
 it needs no memory to speak of, and counts what is allocated: bf16, both towers, one data-parallel
-rank, no ZeRO, one microbatch; the loss is not in it. The count itself is checked against two real
-processes with a small model. Prints tables and writes JSON and a picture to benchmarks/results.
-Exit code 1 where ViT-H-14 misses its bars. `--quick` takes one model and few layouts, and prints
-only.
+rank, no ZeRO; the loss is not in it. Tensor sizes are shown for one microbatch; pipelines, and
+products of both, by their fullest stage in a two-pass step of 16. The count itself is checked
+against real processes with a small model. Prints tables and writes JSON and a picture to
+benchmarks/results. Exit code 1 where ViT-H-14 misses its bars. `--quick` takes one model and few
+layouts, and prints only.
 """
 
 import argparse
@@ -22,12 +23,25 @@ import torch
 import torch.distributed as dist
 from common import describe, environment, write_results
 from matplotlib.figure import Figure
+from memory_counts import Counts, config_for
+from memory_pipelines import (
+    LARGE_WORLD,
+    MICROBATCHES,
+    PIPELINE_RECOMPUTES,
+    PIPELINE_SIZES,
+    PipelineRow,
+    draw_fullest,
+    draw_shares,
+    measure_large_world,
+    measure_pipelines,
+    print_large_world,
+    print_pipelines,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from parallel_clip import __version__
-from parallel_clip.config import Config, config_from_dict
 from parallel_clip.engine.groups import close_groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import InputError
@@ -43,6 +57,9 @@ MODELS = ["ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
 TENSOR_SIZES = [1, 2, 4, 8]
 RECOMPUTES = ["none", "selective", "full"]
 GIB = 2**30
+
+# Shown with data parallelism as well: model, tensor size, pipeline size, recompute.
+LARGE = ("ViT-bigG-14", 4, 8, "none")
 
 # Largest shares of tensor size 1 at which the split counts as whole: by tensor size, for all that
 # stays from step to step, and for activations with sequence parallelism and no recompute.
@@ -90,8 +107,8 @@ class Row:
         if self.tensor == 1:
             return {}
         found = {}
-        for part, held in self.held.activations.items():
-            before = self.unsplit.activations.get(part, 0)
+        for part, held in self.held.activations[0].items():
+            before = self.unsplit.activations[0].get(part, 0)
             whole = min(held, (self.tensor * held - before) // (self.tensor - 1))
             if whole > PADDING * before:
                 found[part] = whole
@@ -124,17 +141,29 @@ def main() -> int:
     sizes = TENSOR_SIZES[:2] if arguments.quick else TENSOR_SIZES
     recomputes = RECOMPUTES[:1] if arguments.quick else RECOMPUTES
 
+    pipeline_sizes = PIPELINE_SIZES[:2] if arguments.quick else PIPELINE_SIZES
+
     check_against_processes()
-    console.print("two real processes with a small model hold what the dry run counts, to the byte")
+    console.print("real processes with a small model hold what the dry run counts, to the byte")
     rows: list[Row] = []
+    pipelines: list[PipelineRow] = []
     stops: dict[str, str] = {}
+    large_world = None
     for name in names:
         architecture = load_architecture(name)
+        counts = Counts(architecture, arguments.pairs)
         fitting, refusals = tensor_sizes(architecture, sizes)
-        of_model = list(measure(architecture, fitting, recomputes, arguments.pairs))
+        of_model = list(measure(counts, fitting, recomputes))
         rows += of_model
         stops |= {name: refusals[0]} if refusals else {}
         print_table(console, name, of_model, arguments.pairs, refusals)
+        staged = list(measure_pipelines(counts, fitting, pipeline_sizes, PIPELINE_RECOMPUTES))
+        pipelines += staged
+        print_pipelines(console, name, staged, arguments.pairs)
+        for row in staged:
+            if (row.model, row.tensor, row.pipeline, row.recompute) == LARGE:
+                large_world = measure_large_world(architecture, row, arguments.pairs)
+                print_large_world(console, row, large_world)
 
     results = {
         "environment": environment(),
@@ -142,10 +171,14 @@ def main() -> int:
         "precision": "bf16",
         "rows": [row.as_dict() for row in rows],
         "stops": stops,
+        "microbatches": MICROBATCHES,
+        "pipelines": [row.as_dict() for row in pipelines],
+        f"at_{LARGE_WORLD}_ranks": large_world,
     }
     console.print(describe(results["environment"]), style="dim", highlight=False)
     if not arguments.quick:
-        for path in write_results(f"memory-scaling-{__version__}", results, draw(rows, results)):
+        figure = draw(rows, pipelines, results)
+        for path in write_results(f"memory-scaling-{__version__}", results, figure):
             print(path)
     misses = missed_bars(rows)
     for miss in misses:
@@ -168,9 +201,7 @@ def tensor_sizes(architecture: Architecture, sizes: list[int]) -> tuple[list[int
     return fitting, refusals
 
 
-def measure(
-    architecture: Architecture, sizes: list[int], recomputes: list[str], pairs: int
-) -> Iterator[Row]:
+def measure(counts: Counts, sizes: list[int], recomputes: list[str]) -> Iterator[Row]:
     cases = [
         (recompute, size, sequence)
         for recompute in recomputes
@@ -178,42 +209,27 @@ def measure(
         for sequence in ((False, True) if size > 1 else (False,))
     ]
     unsplit: dict[str, RankBytes] = {}
+    name = counts.architecture.name
     for recompute, size, sequence in track(
-        cases, description=architecture.name, disable=not sys.stdout.isatty()
+        cases, description=name, disable=not sys.stdout.isatty()
     ):
-        layout = Layout(size, tensor=size, sequence=sequence)
-        held = dry_run(config_for(layout, recompute, pairs), architecture, layout)
+        held = counts.held(Layout(size, tensor=size, sequence=sequence), recompute)
         unsplit.setdefault(recompute, held)  # the first case is tensor size 1
-        yield Row(architecture.name, size, sequence, recompute, held, unsplit[recompute])
-
-
-def config_for(layout: Layout, recompute: str, pairs: int) -> Config:
-    return config_from_dict(
-        {
-            "batch": {"global": pairs, "micro": pairs},
-            "precision": "bf16",
-            "recompute": recompute,
-            "parallel": {
-                "tensor": layout.tensor,
-                "sequence": layout.sequence,
-                "distributed_optimizer": False,
-            },
-            "train": {"steps": 1},
-            "data": {"train": [{"shards": "none.tar"}]},
-        }
-    )
+        yield Row(name, size, sequence, recompute, held, unsplit[recompute])
 
 
 def check_against_processes() -> None:
-    """Count the small model in two real processes; RuntimeError where the dry run differs."""
-    layout = Layout(2, tensor=2, sequence=True)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_count_for_real, (layout, folder), nprocs=2)
-        for rank in range(2):
-            real = torch.load(f"{folder}/{rank}.pt", weights_only=False)
-            dry = dry_run(config_for(layout, "none", pairs=5), SMALL, layout, rank)
-            if real != dry:
-                raise RuntimeError(f"rank {rank} really holds {real}, the dry run counts {dry}")
+    """Count the small model in real processes; RuntimeError where the dry run differs."""
+    for layout in (Layout(2, tensor=2, sequence=True), Layout(2, pipeline=2)):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_count_for_real, (layout, folder), nprocs=layout.world)
+            for rank in range(layout.world):
+                real = torch.load(f"{folder}/{rank}.pt", weights_only=False)
+                dry = dry_run(config_for(layout, "none", pairs=5), SMALL, layout, rank)
+                if real != dry:
+                    raise RuntimeError(
+                        f"rank {rank} of {layout} really holds {real}, the dry run counts {dry}"
+                    )
 
 
 def _count_for_real(rank: int, layout: Layout, folder: str) -> None:
@@ -282,10 +298,11 @@ def print_table(
     console.print()
 
 
-def draw(rows: list[Row], results: dict[str, Any]) -> Figure:
-    """Left: what one model's rank holds. Right: each model's share of tensor size 1."""
-    figure = Figure(figsize=(12, 4.8))
-    bars, lines = figure.subplots(1, 2)
+def draw(rows: list[Row], pipelines: list[PipelineRow], results: dict[str, Any]) -> Figure:
+    """Above by tensor size, below by pipeline size. Left: what one model's rank holds. Right: each
+    model's share of the unsplit model."""
+    figure = Figure(figsize=(12, 9.6))
+    (bars, lines), (stage_bars, stage_lines) = figure.subplots(2, 2)
     rows = [row for row in rows if row.recompute == "none" and (row.sequence or row.tensor == 1)]
     names = list(dict.fromkeys(row.model for row in rows))
     shown = BAR_MODEL if BAR_MODEL in names else names[0]
@@ -307,8 +324,11 @@ def draw(rows: list[Row], results: dict[str, Any]) -> Figure:
     lines.set_xlabel("tensor size")
     lines.set_title("share of tensor size 1\n(circles: state; squares: activations)", fontsize=10)
     lines.legend(fontsize=8)
+    pipelines = [row for row in pipelines if row.recompute == "none" and row.tensor == 1]
+    draw_fullest(stage_bars, [row for row in pipelines if row.model == shown], results["pairs"])
+    draw_shares(stage_lines, pipelines)
     figure.text(0.01, 0.01, describe(results["environment"]), fontsize=6, color="grey")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 
 

@@ -98,7 +98,7 @@ class CLIPModel(MegatronModule):
         vision, text = images, None
         if not self.stage.is_first:
             before = self.stages[self.stage.number - 1]
-            vision, text = self.handover(before, pairs).unpack(self.received)
+            vision, text = self.handover(before, pairs).unpack(self.take_received())
         vision = self.advance_image(vision, kept)
         text = self.advance_text(text, tokens)
         if self.stage.is_last:
@@ -153,6 +153,11 @@ class CLIPModel(MegatronModule):
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before hands on: one message, None on the first stage."""
         (self.received,) = input_tensor
+
+    def take_received(self) -> Tensor | None:
+        """The message that has come. It is not kept here: whoever needs it for backward has it."""
+        received, self.received = self.received, None
+        return received
 
 
 def global_parameters(chunks: Sequence[CLIPModel]) -> list[tuple[Parameter, nn.Parameter]]:

@@ -177,7 +177,7 @@ class _Step:
             values = torch.empty(
                 length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
             )
-        received = model.received
+        received = model.take_received()
         if received is None:  # autograd records nothing where no input wants a gradient
             received = torch.empty(0, requires_grad=True)
         return _Replay.apply(received, graph, lambda: values)

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from parallel_clip.config import Parallel
 
 
-def choose_stash(parallel: Parallel, microbatches: int, room: int | None = None) -> int:
+def choose_stash(parallel: Parallel, microbatches: int) -> int:
     """The number of microbatches, between 0 (two-pass) and all of them (stash).
 
-    room: how many the memory has room for; None where that is not known. Then `auto` keeps all
-    graphs if a step has no more microbatches than the pipeline has stages, as the first stage of
-    1F1B holds that many anyway, and otherwise none.
+    `auto` keeps all graphs if a step has no more microbatches than the pipeline has stages, as the
+    first stage of 1F1B holds that many anyway, and otherwise none. Where `parallel.memory` is
+    given, plan/stash.py counts how many there is room for.
 
     Raises:
         InputError: `parallel.stash` is more than there are microbatches, or contradicts
@@ -30,9 +30,7 @@ def choose_stash(parallel: Parallel, microbatches: int, room: int | None = None)
         return microbatches
     if asked != "auto":
         return asked
-    if microbatches <= parallel.pipeline:
-        return microbatches
-    return min(microbatches, room or 0)
+    return microbatches if microbatches <= parallel.pipeline else 0
 
 
 def _check(parallel: Parallel, microbatches: int) -> None:

@@ -77,12 +77,12 @@ def count_rank(config: Config, architecture: Architecture, groups: Groups) -> Ra
         replicated=sum(weight.nbytes + weight.main_grad.nbytes for weight in whole)
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
         activations=tuple(
-            _saved_activations(chunk, config.batch.micro, groups.device) for chunk in built.chunks
+            saved_activations(chunk, config.batch.micro, groups.device) for chunk in built.chunks
         ),
     )
 
 
-def _saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
+def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
     vision, text = model.architecture.vision, model.architecture.text
     tokens = torch.zeros(pairs, text.context_length, dtype=torch.int64, device=device)
     images = kept = None

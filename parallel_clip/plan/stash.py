@@ -7,7 +7,6 @@ from dataclasses import replace
 from parallel_clip.config import bytes_in
 from parallel_clip.errors import InputError
 from parallel_clip.pipeline.orders import microbatch_group_size
-from parallel_clip.pipeline.stash import choose_stash
 from parallel_clip.plan.dry_run import RankBytes
 from parallel_clip.plan.stages import held_by, peak_activations
 from parallel_clip.training.job import Job
@@ -29,7 +28,7 @@ def with_room(job: Job) -> Job:
     if parallel.memory is None:
         return job
     rooms = [_room(job, rank, bytes_in(parallel.memory)) for rank in range(job.layout.pipeline)]
-    return replace(job, stash=choose_stash(parallel, job.plan.microbatches, min(rooms)))
+    return replace(job, stash=min(rooms))
 
 
 def _room(job: Job, pipeline_rank: int, memory: int) -> int:

@@ -12,10 +12,21 @@ from parallel_clip.pipeline.timeline import Costs, Span
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def pipeline(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return pytest.importorskip("pipeline")
+@pytest.fixture(scope="module")
+def pipeline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield pytest.importorskip("pipeline_cases")
+
+
+@pytest.fixture(scope="module")
+def measured(pipeline):
+    """Cases and a step of each: those of the quick run, towers in turns, a real model."""
+    cases = [plan.case for plan in pipeline.quick_plans()]
+    cases.append(pipeline.Case(2, 3, 1, towers=2 * cases[0].towers))
+    cases.append(pipeline.Case(2, 2, 1))
+    measure = pytest.importorskip("simulated_stages").measure
+    return [(case, step) for case, (step,) in zip(cases, measure(cases, 1), strict=True)]
 
 
 def test_the_quick_run_prints_tables():
@@ -25,12 +36,8 @@ def test_the_quick_run_prints_tables():
     assert "interleaved" in done.stdout and "ideal" in done.stdout
 
 
-def test_ranks_run_the_ops_of_the_schedule_in_its_order(pipeline):
-    plans = pipeline.quick_plans()
-    towers = 2 * plans[0].case.towers
-    cases = [*(plan.case for plan in plans), pipeline.Case(2, 3, 1, towers=towers)]
-    cases.append(pipeline.Case(2, 2, 1))  # a real model
-    for case, (step,) in zip(cases, pipeline.measure(cases, steps=1), strict=True):
+def test_ranks_run_the_ops_of_the_schedule_in_its_order(measured):
+    for case, step in measured:
         expected = step_orders(
             case.ranks, case.microbatches, case.stash, case.chunks, len(case.towers or [None])
         )
@@ -42,15 +49,15 @@ def test_ranks_run_the_ops_of_the_schedule_in_its_order(pipeline):
             assert spans[-1].end <= step.total
 
 
-def test_stages_sleep_at_least_as_long_as_they_are_told(pipeline):
-    plan = pipeline.quick_plans()[0]
-    (steps,) = pipeline.measure([plan.case], steps=1)
-    row = pipeline.row_of(plan, steps)
-    asked = plan.case.towers[0]
-    (taken,) = pipeline.costs_taken(plan.case, steps[0])
+def test_stages_sleep_at_least_as_long_as_they_are_told(pipeline, measured):
+    case, step = measured[0]
+    row = pipeline.row_of(pipeline.quick_plans()[0], [step])
+    asked = case.towers[0]
+    (taken,) = pipeline.costs_taken(case, step)
     assert min(taken.forward) >= asked.forward[0] and min(taken.backward) >= asked.backward[0]
     # a forward and a backward of each microbatch, and two of three forwards a second time
     assert row.compute >= (3 * (1 + 2) + 2) / (3 * (1 + 2))
+    assert row.overslept >= 0
     assert row.ideal <= row.step.total
 
 

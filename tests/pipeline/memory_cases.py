@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 

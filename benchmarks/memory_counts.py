@@ -1,0 +1,99 @@
+"""What ranks of a layout hold, counted by the trainer's own code and each thing once.
+
+State (weights, gradients, optimizer) does not depend on recompute nor on sequence parallelism, and
+stages in the middle of a pipeline are alike; what has been counted is not counted again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from parallel_clip.config import Config, config_from_dict
+from parallel_clip.engine.fake_world import fake_rank
+from parallel_clip.layout import Layout
+from parallel_clip.model.architectures import Architecture
+from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.handover import handover, message_length
+from parallel_clip.pipeline.partition import LayerRange, Stage, partition
+from parallel_clip.plan.dry_run import RankBytes, dry_run, saved_activations
+
+
+class Counts:
+    """Of one model, at `pairs` in a microbatch, bf16 and without ZeRO."""
+
+    def __init__(self, architecture: Architecture, pairs: int):
+        self.architecture, self.pairs = architecture, pairs
+        self._states: dict[Any, RankBytes] = {}
+        self._activations: dict[Any, tuple[dict[str, int], ...]] = {}
+
+    def stages(self, layout: Layout) -> tuple[Stage, ...]:
+        return partition(self.architecture, layout.pipeline)
+
+    def held(self, layout: Layout, recompute: str, number: int = 0) -> RankBytes:
+        """What the first tensor rank of a stage holds; one data rank, no virtual stages."""
+        stages = self.stages(layout)
+        rank = number * layout.tensor
+        config = config_for(layout, recompute, self.pairs)
+        state_key = (layout.tensor, _alike(stages[number]))
+        activations_key = (
+            *state_key,
+            layout.sequence,
+            recompute,
+            self._message(stages, number, layout),
+        )
+        if state_key not in self._states:
+            found = dry_run(config, self.architecture, layout, rank)
+            self._states[state_key] = found
+            self._activations[activations_key] = found.activations
+        if activations_key not in self._activations:
+            self._activations[activations_key] = self._count_activations(
+                config, layout, stages, number
+            )
+        return dataclasses.replace(
+            self._states[state_key], activations=self._activations[activations_key]
+        )
+
+    def _count_activations(
+        self, config: Config, layout: Layout, stages: tuple[Stage, ...], number: int
+    ) -> tuple[dict[str, int], ...]:
+        options = ModelOptions(config.precision, config.recompute, layout.sequence)
+        with fake_rank(layout, number * layout.tensor) as groups:
+            model = CLIPModel(self.architecture, options, groups.tensor, stages, number)
+            return (saved_activations(model, self.pairs, groups.device),)
+
+    def _message(self, stages: tuple[Stage, ...], number: int, layout: Layout) -> Any:
+        """What a stage receives, and how long every message is: a graph keeps all of it."""
+        tokens = 1 + self.architecture.vision.patches_kept
+        handovers = [
+            handover(s, self.architecture, self.pairs, tokens, layout.tensor, layout.sequence)
+            for s in stages[:-1]
+        ]
+        return number and handovers[number - 1], message_length(handovers)
+
+
+def _alike(stage: Stage) -> Any:
+    """Equal for stages that hold the same, wherever in the middle they are."""
+
+    def part(held: LayerRange) -> tuple:
+        return held.layers, held.embeds, held.heads, held.begun, held.finished
+
+    return stage.is_first, stage.is_last, part(stage.vision), part(stage.text)
+
+
+def config_for(layout: Layout, recompute: str, pairs: int, zero: bool = False) -> Config:
+    return config_from_dict(
+        {
+            "batch": {"global": pairs * layout.data, "micro": pairs},
+            "precision": "bf16",
+            "recompute": recompute,
+            "parallel": {
+                "tensor": layout.tensor,
+                "pipeline": layout.pipeline,
+                "sequence": layout.sequence,
+                "distributed_optimizer": zero,
+            },
+            "train": {"steps": 1},
+            "data": {"train": [{"shards": "none.tar"}]},
+        }
+    )

@@ -1,0 +1,73 @@
+"""What `train --dry-run` prints of stages."""
+
+from pathlib import Path
+
+import pytest
+
+from parallel_clip.config import load_config
+from parallel_clip.plan.report import dry_run_report
+from tests.launcher import run, succeed
+from tests.small_world import make_world
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def rows(report: str, stages: int) -> list[list[str]]:
+    """The lines of the table, cut into words; each begins with the stage's number."""
+    lines = report.splitlines()
+    start = next(i for i, line in enumerate(lines) if "vision layers" in line) + 2
+    found = [line.split() for line in lines[start : start + stages]]
+    assert [row[0] for row in found] == [str(stage) for stage in range(stages)]
+    return found
+
+
+def test_the_dry_run_of_vit_l_14_on_three_stages_deals_8_and_4_to_each(config):
+    report = succeed(
+        "train", config, "model.name=ViT-L-14", "batch.global=48", "batch.micro=4",
+        "parallel.pipeline=3", "--dry-run", "--world-size", 6,
+    )  # fmt: skip
+    assert "ViT-L-14 on 6 processes: data 2 × tensor 1 × pipeline 3" in report
+    found = rows(report, 3)
+    assert [row[1:5] for row in found] == [
+        ["8", "(0-7)", "4", "(0-3)"],
+        ["8", "(8-15)", "4", "(4-7)"],
+        ["8", "(16-23)", "4", "(8-11)"],
+    ]
+    # Of the model's 427.62 million; the first has the token embedding's 49,408 × 768.
+    parameters = [float(row[5]) for row in found]
+    assert sum(parameters) == pytest.approx(427.62, abs=0.02)
+    assert parameters[0] - parameters[1] > 37.9
+    assert {row[6] for row in found} == {"M"}
+    assert max(float(row[8].rstrip("%")) for row in found) == 100
+    assert "a rank of stage 0, the fullest," in report
+    assert "saved activations of 3 microbatches" in report
+
+
+def test_virtual_stages_of_a_rank_stand_beside_one_another(config):
+    report = dry_run_report(
+        load_config(config, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]), 2
+    )
+    first, second = rows(report, 2)
+    assert len(first) > 5 and "," in " ".join(first)
+    assert "2 layers of width 32 on the stages: 1, 1, 0, 0" in report
+    assert "Bubble: ranks wait" in report
+
+
+def test_one_stage_needs_no_table(config):
+    report = dry_run_report(load_config(config, []), 2)
+    assert "vision layers" not in report and "Bubble" not in report
+    assert "a rank holds" in report and "saved activations of 1 microbatch " in report
+
+
+def test_a_memory_is_filled_with_stashed_microbatches(config):
+    few = dry_run_report(load_config(config, ["batch.micro=2", "parallel.memory=80GB"]), 1)
+    assert "keeping all graphs" in few and "saved activations of 4 microbatches" in few
+
+
+def test_a_memory_that_is_too_little_ends_with_its_message(config):
+    (ended,) = run("train", config, "parallel.memory=1MB", "--dry-run", "--world-size", 1)
+    assert ended.code == 2
+    assert "parallel.memory 1MB is too little for stage 0" in ended.err
