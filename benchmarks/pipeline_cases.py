@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from simulated_stages import Case, Step
 
 from parallel_clip.model.architectures import load_architecture
 from parallel_clip.pipeline.costs import TowerCosts, text_costs, vision_costs
-from parallel_clip.pipeline.orders import Kind, step_orders
+from parallel_clip.pipeline.orders import step_orders
 from parallel_clip.pipeline.partition import LayerRange, partition
 from parallel_clip.pipeline.timeline import Costs, ideal_step_seconds, simulate
 
@@ -29,8 +28,6 @@ REAL = "a small real model: says nothing of more stages than the machine has cor
 
 MODELS = [("ViT-L-14", 3, 8), ("ViT-H-14", 3, 8), ("ViT-B-16", 8, 16)]  # ranks, microbatches
 DRAWN = (4, 8)  # ranks, microbatches of the timelines
-
-FORWARDS = (Kind.FORWARD_WITHOUT_GRAPH, Kind.FORWARD_KEEPING_GRAPH, Kind.FORWARD_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,10 @@ class Row:
     @property
     def overhead(self) -> float:
         return self.step.total / self.ideal - 1
+
+    @property
+    def formula(self) -> float | None:
+        return formula_seconds(self.plan.case)
 
     @property
     def busy(self) -> float:
@@ -92,6 +93,7 @@ class Row:
             "case": dataclasses.asdict(self.plan.case),
             "seconds": self.step.total,
             "ideal_seconds": self.ideal,
+            "formula_seconds": self.formula,
             "overhead": self.overhead,
             "busy_seconds": self.busy,
             "compute": self.compute,
@@ -196,47 +198,37 @@ def row_of(plan: Plan, steps: Sequence[Step]) -> Row:
 
 
 def ideal_seconds(case: Case, step: Step) -> float:
-    """The least that a step can take whose ops take as long as they did on average: the closed form
-    where the stages are equal and there is one, a simulation elsewhere."""
-    towers = costs_taken(case, step)
-    loss = sum(span.end - span.start for span in step.spans if span.op.kind is Kind.LOSS)
+    """The least that a step can take whose ops took as long as they did: no message takes time, and
+    none waits for its receiver."""
+    orders = step_orders(case.ranks, case.microbatches, case.stash, case.chunks, _towers(case))
+    taken = {(span.rank, span.op): span.end - span.start for span in step.spans}
+    stages = [0.0] * (case.ranks * case.chunks)
+    nothing = [Costs(stages, stages)] * _towers(case)
+    return simulate(orders, nothing, taken=taken).total
+
+
+def formula_seconds(case: Case) -> float | None:
+    """What the arithmetic says for the seconds that were asked for: the closed form where stages
+    are equal and there is one, a simulation elsewhere; None for a real model."""
+    if case.towers is None:
+        return None
+    forward, backward = case.towers[0].forward, case.towers[0].backward
     whole = case.chunks == 1 or case.stash in (0, case.microbatches)
-    if _equal_stages(case) and whole:
-        forward, backward = (
-            case.chunks * seconds[0] for seconds in (towers[0].forward, towers[0].backward)
+    if _towers(case) == 1 and len(set(forward)) == 1 and whole:
+        return ideal_step_seconds(
+            case.ranks,
+            case.microbatches,
+            case.chunks * forward[0],
+            case.chunks * backward[0],
+            case.stash,
+            case.chunks,
         )
-        return loss + ideal_step_seconds(
-            case.ranks, case.microbatches, forward, backward, case.stash, case.chunks
-        )
-    orders = step_orders(case.ranks, case.microbatches, case.stash, case.chunks, towers=len(towers))
-    return simulate(orders, towers, loss).total
+    orders = step_orders(case.ranks, case.microbatches, case.stash, case.chunks, _towers(case))
+    return simulate(orders, list(case.towers)).total
 
 
-def costs_taken(case: Case, step: Step) -> list[Costs]:
-    """The mean seconds of each virtual stage's ops; over all stages where these are equal."""
-    stages = case.ranks * case.chunks
-
-    def mean(tower: int, stage: int, kinds: Sequence[Kind]) -> float:
-        return statistics.mean(
-            span.end - span.start
-            for span in step.spans
-            if span.op.kind in kinds
-            and span.op.tower == tower
-            and (_equal_stages(case) or span.op.chunk * case.ranks + span.rank == stage)
-        )
-
-    return [
-        Costs(
-            [mean(tower, stage, FORWARDS) for stage in range(stages)],
-            [mean(tower, stage, [Kind.BACKWARD]) for stage in range(stages)],
-        )
-        for tower in range(len(case.towers or [None]))
-    ]
-
-
-def _equal_stages(case: Case) -> bool:
-    towers = case.towers
-    return towers is not None and len(towers) == 1 and len(set(towers[0].forward)) == 1
+def _towers(case: Case) -> int:
+    return len(case.towers or [None])
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ any number of messages, and a message keeps no rank busy. A replay still receive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,11 +74,15 @@ class Timeline:
 
 
 def simulate(
-    orders: Sequence[Sequence[Op]], towers: Sequence[Costs], loss: float = 0.0
+    orders: Sequence[Sequence[Op]],
+    towers: Sequence[Costs],
+    loss: float = 0.0,
+    taken: Mapping[tuple[int, Op], float] | None = None,
 ) -> Timeline:
     """Run the `orders` of all ranks, [P], with the costs of each tower in them.
 
-    `loss` is the seconds of the loss on the last rank.
+    `loss` is the seconds of the loss on the last rank. `taken` has the seconds of each rank's ops
+    one by one, in place of the costs: what a step whose ops took so long could come to at best.
 
     Raises:
         InputError: costs for another number of virtual stages than the orders have.
@@ -101,7 +105,11 @@ def simulate(
                 if received and received not in arrivals:
                     break
                 start = max(clocks[rank], arrivals[received]) if received else clocks[rank]
-                end = start + (loss if op.kind is Kind.LOSS else costs.seconds(op.kind, stage))
+                if taken is not None:
+                    seconds = taken[rank, op]
+                else:
+                    seconds = loss if op.kind is Kind.LOSS else costs.seconds(op.kind, stage)
+                end = start + seconds
                 spans[rank].append(Span(rank, op, start, end))
                 clocks[rank] = end
                 moved = True
