@@ -46,24 +46,33 @@ class Inputs:
     kept: Tensor | None = None
 
 
+class LossReport(NamedTuple):
+    """The loss of the global batch, and how many of this rank's picture and text features, [b, D]
+    each, are not finite; 0-dim on the device."""
+
+    value: Tensor
+    bad_images: Tensor
+    bad_texts: Tensor
+
+
 def forward_backward(
     chunks: Sequence[DistributedDataParallel],
     microbatches: Sequence[Inputs],
     loss: ContrastiveLoss,
     stash: int,
-) -> Tensor:
+) -> LossReport:
     """Accumulate the gradient of the global batch's loss in the model.
 
     chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
     stash: how many microbatches keep their graphs. Gradients are summed over microbatches in fp32
     and averaged over data-parallel ranks, as `loss` expects of its caller.
-    Returns the loss (0-dim) on the last stage, zero elsewhere.
+    What it returns is right on the last stage; elsewhere all is zero.
     """
     step = _Step(chunks, microbatches, loss, stash)
     step.first_pass()
     step.take_loss()
     step.second_pass()
-    return step.value
+    return step.report
 
 
 class _Graph(NamedTuple):
@@ -88,7 +97,7 @@ class _Step:
         self.first_stashed = len(microbatches) - stash
         self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
         self.features: list[Tensor] = []
-        self.value = torch.zeros((), device=microbatches[0].tokens.device)
+        self.report = LossReport(*torch.zeros(3, device=microbatches[0].tokens.device))
 
     # ------------------------------------------------------------------------------ two passes
 
@@ -109,7 +118,8 @@ class _Step:
             value, [leaves, *self.logit_parameters], materialize_grads=True
         )
         self.feature_grads = leaf_grad.split([f.shape[1] for f in self.features], dim=1)
-        self.value = value.detach()
+        bad_images, bad_texts = leaves.detach().isfinite().logical_not().sum(dim=(1, 2)).float()
+        self.report = LossReport(value.detach(), bad_images, bad_texts)
 
     def second_pass(self) -> None:
         self._run(self._forward_for_backward, forward_only=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from parallel_clip.model.clip import clamp_logit_scale
@@ -33,12 +35,30 @@ def training_step(
     optimizer = built.optimizer
     logit_scale, logit_bias = read_logit_parameters(built.chunks, pipeline_group)
     optimizer.zero_grad()
-    value = forward_backward(built.wrapped, microbatches, loss, stash)
-    loss_value = from_last_stage(value, pipeline_group).item()
+    report = forward_backward(built.wrapped, microbatches, loss, stash)
+    loss_value, *bad = from_last_stage(torch.stack(report), pipeline_group).tolist()
     if not math.isfinite(loss_value):
-        raise FloatingPointError(f"the loss is {loss_value} (logit_scale {logit_scale:.4g})")
+        raise FloatingPointError(
+            f"the loss is {loss_value} (logit_scale {logit_scale:.4g}); {_where_it_began(*bad)}"
+        )
     grad_norm = optimizer.step(lr)
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm} (loss {loss_value:.4g})")
     clamp_logit_scale(built.chunks[-1])
     return StepRecord(loss_value, grad_norm, lr, logit_scale, logit_bias)
+
+
+def _where_it_began(bad_images: float, bad_texts: float) -> str:
+    """Which features of which ranks are not finite. Called by all ranks, as the loss is one."""
+    everyones: list = [(bad_images, bad_texts)]
+    if dist.is_initialized():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, (bad_images, bad_texts))
+    sides = [
+        f"{side} features of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        for number, side in enumerate(("image", "text"))
+        if (ranks := [rank for rank, bad in enumerate(everyones) if bad[number]])
+    ]
+    if not sides:
+        return "all features are finite: the multiplier, the bias or the loss itself is not"
+    return f"not finite: {' and '.join(sides)}"

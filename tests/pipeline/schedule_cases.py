@@ -42,12 +42,12 @@ def steps(
     outcomes = {}
     for way in ways:
         built.optimizer.zero_grad()
-        value = forward_backward(
+        report = forward_backward(
             built.wrapped,
             own_microbatches(groups, images, tokens, way.microbatches, kept),
             LOSSES[loss](groups.data),
             way.stash,
         )
         gradients = {p.name: tensor.main_grad.clone() for p, tensor in built.global_parameters()}
-        outcomes[way] = from_last_stage(value, groups.pipeline).item(), gradients
+        outcomes[way] = from_last_stage(report.value, groups.pipeline).item(), gradients
     return outcomes

@@ -138,4 +138,5 @@ def test_numbers_that_are_not_finite_end_the_run_before_the_update(processes, la
     given = task("infonce", BATCH, None, True)
     for message, unchanged in processes.run(layout, bad_number, task=given):
         assert "loss is nan" in message
+        assert "not finite: image features of rank" in message and "text" not in message
         assert unchanged
