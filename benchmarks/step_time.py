@@ -198,7 +198,7 @@ def parallel_clip_step(
     built = build(config, architecture, groups)
     for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, weights[parameter.name])
-    loss_function = ClipLoss(groups.data)
+    loss_function = ClipLoss(group=groups.data)
     microbatches = [Inputs(images, texts)]
 
     def step() -> float:

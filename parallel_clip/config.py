@@ -50,6 +50,15 @@ class Loss(Section):
     kind: Literal["infonce", "sigmoid"] = Field(
         "infonce", description="softmax over the global batch, or one sigmoid a pair"
     )
+    exchange: Literal["auto", "gather", "ring"] = Field(
+        "auto",
+        description="texts of all ranks held at once, or streamed in chunks; auto: by their size",
+    )
+    tile: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="columns of logits worked on at a time, computed again for the gradient; "
+        "auto: by size, and kept where they are small",
+    )
 
 
 class Stages(Section):

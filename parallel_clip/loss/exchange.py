@@ -1,58 +1,181 @@
-"""How embeddings and losses pass between the data-parallel ranks, gradients included.
+"""How the texts of all ranks, and the gradients of texts, reach those who work on them.
 
-N ranks, b pairs on each, D the embedding width.
+N data-parallel ranks hold b pairs each, B = N·b in all. Ranks that hold the same pairs, as tensor
+ranks do, are helpers of one another: each works on n = b / H of every rank's texts. D is the
+embedding width, c the rows of a chunk that a rank gives of its own.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+Exchange = Literal["auto", "gather", "ring"]
 
-def default_group() -> ProcessGroup | None:
-    """The group of all processes; None in a process that runs alone."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+# Gathered texts with their fp32 gradients are held whole up to so many bytes; beyond, they stream.
+GATHER_BYTES = 2 << 30
+# A chunk's block of logits takes about so many bytes.
+TILE_BYTES = 32 << 20
+LEAST_TILE, LARGEST_TILE = 128, 4096
 
 
-def group_rank(group: ProcessGroup | None) -> int:
-    return 0 if group is None else group.rank()
+@dataclass(frozen=True)
+class Ranks:
+    """The groups of a loss; None stands for this process alone."""
+
+    data: ProcessGroup | None = None
+    helpers: ProcessGroup | None = None
+
+    @property
+    def data_size(self) -> int:
+        return _size(self.data)
+
+    @property
+    def data_rank(self) -> int:
+        return 0 if self.data is None else self.data.rank()
+
+    @property
+    def helper_size(self) -> int:
+        return _size(self.helpers)
+
+    @property
+    def helper_rank(self) -> int:
+        return 0 if self.helpers is None else self.helpers.rank()
+
+    def own_texts(self, pairs: int) -> slice:
+        """Which of each rank's `pairs` texts this helper works on."""
+        rank, size = self.helper_rank, self.helper_size
+        return slice(pairs * rank // size, pairs * (rank + 1) // size)
 
 
-def gather_with_gradient(features: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[b, D] of each rank -> [N·b, D] on every rank, in the order of ranks.
+@dataclass(frozen=True)
+class Plan:
+    """How a loss is computed. gathered: all texts are held at once; `tile`: columns of logits that
+    are worked on at a time; stored: the logits are kept for the gradient and not computed again."""
 
-    The gradient is summed over the ranks, since each rank's loss depends on every rank's features.
+    gathered: bool
+    tile: int
+    stored: bool
+
+    def __str__(self) -> str:
+        texts = "texts gathered" if self.gathered else "texts streamed"
+        return f"{texts}, logits " + ("kept" if self.stored else f"in tiles of {self.tile} columns")
+
+
+def plan_exchange(
+    exchange: Exchange,
+    tile: int | Literal["auto"],
+    pairs: int,
+    width: int,
+    ranks: int,
+    helpers: int,
+) -> Plan:
+    """Decide from sizes where `exchange` or `tile` are "auto"; pure.
+
+    pairs: b; width: D; ranks: N; helpers: H. Logits are kept where they take no more memory than
+    gathered texts and their gradients do, b × B / H numbers against 2 × B × D.
     """
-    if group is None or group.size() == 1:
-        return features
-    return _Gather.apply(features, group)
+    gathered = exchange == "gather"
+    if exchange == "auto":
+        gathered = 2 * pairs * ranks * width * 4 // helpers <= GATHER_BYTES
+    stored = tile == "auto" and gathered and pairs <= 2 * width * helpers
+    if tile == "auto":
+        room = TILE_BYTES // (4 * pairs)
+        if not stored:  # the few blocks and chunks at work take little more than the features do
+            room = min(room, pairs, 2 * width)
+        tile = max(LEAST_TILE, min(LARGEST_TILE, room))
+    return Plan(gathered, tile, stored)
 
 
-def mean_over_ranks(local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The mean of each rank's loss, with the gradient of this rank's own.
+class Texts:
+    """This helper's texts of all ranks in chunks, and the gradients on their way back.
 
-    The gradients of the global loss are then the mean over ranks of what backward gives on each,
-    which is what DDP takes.
+    own: [n, D], this rank's; group: the data-parallel ranks. A chunk is c rows of each rank:
+    [N·c, D] in fp32, rank by rank.
     """
-    if group is None or group.size() == 1:
-        return local
-    mean = local.detach().clone()
-    dist.all_reduce(mean, group=group)
-    return local + (mean / group.size() - local.detach())
+
+    def __init__(self, own: Tensor, group: ProcessGroup | None, plan: Plan):
+        self.own, self.group = own.contiguous(), group
+        self.ranks = _size(group)
+        self.rows = max(1, plan.tile // self.ranks)
+        self.gathered = plan.gathered and self.ranks > 1
+        self._all = _gather(self.own, group) if self.gathered else None
+        self._all_grads: Tensor | None = None
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows of each chunk, counted in `own`."""
+        for start in range(0, len(self.own), self.rows):
+            yield slice(start, min(start + self.rows, len(self.own)))
+
+    @property
+    def count(self) -> int:
+        """N·n"""
+        return self.ranks * len(self.own)
+
+    def columns(self, rows: slice) -> slice:
+        """Where a chunk stands among the `count` texts, chunk after chunk."""
+        return slice(self.ranks * rows.start, self.ranks * rows.stop)
+
+    def read(self, rows: slice) -> Tensor:
+        """The chunk [N·c, D], fp32."""
+        if self._all is not None:
+            chunk = self._all.view(self.ranks, *self.own.shape)[:, rows].flatten(0, 1)
+        else:
+            chunk = _gather(self.own[rows], self.group)
+        return chunk.float()
+
+    def send_back(self, rows: slice, grads: Tensor, own_grads: Tensor) -> None:
+        """Hand in the gradients [N·c, D] of a chunk; `own_grads` [n, D] takes what comes back, once
+        all chunks are in and `finish` has been called."""
+        if not self.gathered:
+            own_grads[rows] = _reduce_scatter(grads, self.group)
+            return
+        if self._all_grads is None:
+            self._all_grads = grads.new_empty(self.ranks, *self.own.shape)
+        self._all_grads[:, rows] = grads.view(self.ranks, -1, grads.shape[-1])
+
+    def finish(self, own_grads: Tensor) -> None:
+        if self._all_grads is not None:
+            self._all = None  # not needed any more
+            own_grads.copy_(_reduce_scatter(self._all_grads.flatten(0, 1), self.group))
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = features.new_empty(group.size() * features.shape[0], *features.shape[1:])
-        dist.all_gather_into_tensor(gathered, features.contiguous(), group=group)
-        return gathered
+def sum_over(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over the group's ranks, in place."""
+    if _size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        own = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
-        return own, None
+
+def max_over(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The largest over the group's ranks, in place."""
+    if _size(group) > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
+def _size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def _gather(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[c, D] of each rank -> [N·c, D]"""
+    if _size(group) == 1:
+        return rows
+    gathered = rows.new_empty(group.size() * len(rows), rows.shape[1])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def _reduce_scatter(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[N·c, D] on each rank -> the sum over ranks of this rank's c rows"""
+    if _size(group) == 1:
+        return rows
+    own = rows.new_empty(len(rows) // group.size(), rows.shape[1])
+    dist.reduce_scatter_tensor(own, rows, group=group)
+    return own

@@ -1,56 +1,141 @@
 """The InfoNCE loss of CLIP: each picture against all texts, each text against all pictures.
 
 Radford et al. (2021), "Learning Transferable Visual Models From Natural Language Supervision".
+
+A rank's pictures with all texts make one block of logits, z = s · I Tᵀ, [b, B], and it serves both
+directions. Its rows are whole, so the log-sum-exp of a picture's logits needs no other rank; that
+of a text's is put together over ranks from [B] maxima and sums. With
+G = exp(z - row) + exp(z - column) - 2 (the diagonal), the gradients are dI = s/2B · G T, here, and
+dT = s/2B · Gᵀ I, summed over ranks. So only texts travel, and the block costs three matrix products
+where it is kept and four where it is computed again, tile by tile.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.loss.exchange import (
-    default_group,
-    gather_with_gradient,
-    group_rank,
-    mean_over_ranks,
-)
+from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
+from parallel_clip.loss.exchange import Plan, Ranks, Texts, max_over, sum_over
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(ContrastiveLoss):
     """InfoNCE of the whole global batch, from each data-parallel rank's own pairs.
 
-    group: the data-parallel ranks; None: all processes, or this one where it runs alone. Every
-    rank must hold the same number of pairs.
+    Takes the place of `open_clip.ClipLoss`; arguments and result are in `ContrastiveLoss`. A
+    `logit_bias` moves all logits alike: neither loss nor gradients see it.
     """
 
-    def __init__(self, group: ProcessGroup | None = None):
-        super().__init__()
-        self.group = group
-
-    def forward(
+    def _compute(
         self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, the same on every rank; DDP's mean of the gradients is the full-batch gradient.
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        ranks: Ranks,
+        plan: Plan,
+        want_gradients: bool,
+    ) -> tuple[Tensor, Gradients | None]:
+        return _infonce(images, texts, scale, ranks, plan, want_gradients)
 
-        image_features, text_features: [b, D], normalised, row i of each a pair.
-        logit_scale: the multiplier itself; logit_bias: added to every logit.
-        Logits and log-sum-exp are fp32 whatever the features' dtype.
-        """
-        group = self.group or default_group()
-        images, texts = image_features.float(), text_features.float()
-        all_images = gather_with_gradient(images, group)
-        all_texts = gather_with_gradient(texts, group)
-        bias = 0.0 if logit_bias is None else logit_bias
 
-        own = torch.arange(len(images), device=images.device) + group_rank(group) * len(images)
-        image_to_text = F.cross_entropy(logit_scale * images @ all_texts.t() + bias, own)
-        text_to_image = F.cross_entropy(logit_scale * texts @ all_images.t() + bias, own)
-        loss = mean_over_ranks((image_to_text + text_to_image) / 2, group)
-        return {"contrastive_loss": loss} if output_dict else loss
+def _infonce(
+    images: Tensor, texts: Tensor, scale: Tensor, ranks: Ranks, plan: Plan, want_gradients: bool
+) -> tuple[Tensor, Gradients | None]:
+    pairs, mine = len(images), ranks.own_texts(len(images))
+    global_batch = pairs * ranks.data_size
+    images = images.float()
+    scaled = images * scale
+    columns = Texts(texts[mine], ranks.data, plan)
+
+    kept: list[Tensor] | None = [] if plan.stored and want_gradients else None
+    of_rows, of_columns, own = _log_sum_exp(scaled, columns, mine, ranks, kept)
+    own, column_total = sum_over(torch.stack([own, of_columns.total()]), ranks.helpers)
+    total = sum_over(of_rows.total() - 2 * own, ranks.data) + column_total
+    value = total / (2 * global_batch)
+    if not want_gradients:
+        return value, None
+
+    grads = images.new_zeros(2, *images.shape)
+    image_grads, text_grads = grads
+    row_shares, column_shares = of_rows.sums.reciprocal_(), of_columns.sums.reciprocal_()
+    for number, rows in enumerate(columns.chunks()):
+        chunk, at = columns.read(rows), columns.columns(rows)
+        logits = scaled @ chunk.t() if kept is None else kept[number]
+        block = torch.sub(logits, of_rows.highest[:, None]).exp_().mul_(row_shares[:, None])
+        block.addcmul_(logits.sub_(of_columns.highest[at]).exp_(), column_shares[at])
+        own_pairs(block, rows, mine, ranks).sub_(2)
+        image_grads.addmm_(block, chunk)
+        del chunk, logits  # nothing of a chunk outlives its use: they are the memory of this loss
+        if kept is not None:
+            kept[number] = None
+        columns.send_back(rows, block.t() @ scaled, text_grads[mine])
+        del block
+    columns.finish(text_grads[mine])
+
+    sum_over(grads, ranks.helpers)
+    scale_grad = sum_over((images * image_grads).sum(dtype=torch.float64), ranks.data)
+    scale_grad /= 2 * global_batch
+    # Times the number of ranks, as DDP takes the mean.
+    image_grads *= scale / (2 * pairs)
+    text_grads /= 2 * pairs
+    return value, Gradients(image_grads, text_grads, scale_grad, torch.zeros_like(scale_grad))
+
+
+class _LogSumExp(NamedTuple):
+    """log Σ exp z = highest + log sums. The two stay apart: where a pair's own logit towers above
+    the others, the loss and 1 - p are far below what fp32 can tell of `highest` itself."""
+
+    highest: Tensor
+    sums: Tensor
+
+    def total(self) -> Tensor:
+        return (self.highest.double() + self.sums.double().log()).sum()
+
+
+def _log_sum_exp(
+    scaled: Tensor, columns: Texts, mine: slice, ranks: Ranks, kept: list[Tensor] | None
+) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
+    """Of the rows [b] and of this helper's columns [N·n], over all ranks, and the sum of the logits
+    of this rank's own pairs among them, fp64.
+
+    Maxima and sums of exponentials above them are carried from chunk to chunk, so that nothing
+    overflows at any multiplier. `kept` takes the logits.
+    """
+    row_max = scaled.new_full((len(scaled),), -torch.inf)
+    row_sum = torch.zeros_like(row_max)
+    column_max = scaled.new_empty(columns.count)
+    column_sum = torch.empty_like(column_max)
+    own = torch.zeros((), dtype=torch.float64, device=scaled.device)
+    for rows in columns.chunks():
+        logits, at = scaled @ columns.read(rows).t(), columns.columns(rows)
+        own += own_pairs(logits, rows, mine, ranks).sum(dtype=torch.float64)
+        new_max = torch.maximum(row_max, logits.amax(dim=1))
+        above = torch.sub(logits, new_max[:, None]).exp_()
+        row_sum = row_sum * torch.exp(row_max - new_max) + above.sum(dim=1)
+        row_max = new_max
+        column_max[at] = logits.amax(dim=0)
+        torch.sub(logits, column_max[at], out=above).exp_()
+        column_sum[at] = above.sum(dim=0)
+        if kept is not None:
+            kept.append(logits)
+        del logits, above
+    of_rows = _combine(row_max, row_sum, ranks.helpers)
+    return of_rows, _combine(column_max, column_sum, ranks.data), own
+
+
+def _combine(maxima: Tensor, sums: Tensor, group: ProcessGroup | None) -> _LogSumExp:
+    """Over the ranks of a group, from each rank's maxima and sums above them."""
+    highest = max_over(maxima.clone(), group)
+    return _LogSumExp(highest, sum_over(sums * torch.exp(maxima - highest), group))
+
+
+def own_pairs(block: Tensor, rows: slice, mine: slice, ranks: Ranks) -> Tensor:
+    """Where a chunk's block [b, N·c] has this rank's own pairs: a view of them."""
+    count = rows.stop - rows.start
+    first_image = mine.start + rows.start
+    of_rank = block[first_image : first_image + count, ranks.data_rank * count :]
+    return of_rank.diagonal()

@@ -1,49 +1,85 @@
 """The sigmoid loss of SigLIP: every pair of a picture and a text is a yes-or-no question.
 
 Zhai et al. (2023), "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
+
+A pair's term needs nothing of other pairs, so loss and gradients come out of one sweep over the
+tiles of a rank's block of logits, [b, B]: three matrix products, and nothing is kept.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
-from parallel_clip.loss.exchange import (
-    default_group,
-    gather_with_gradient,
-    group_rank,
-    mean_over_ranks,
-)
+from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
+from parallel_clip.loss.exchange import Plan, Ranks, Texts, sum_over
+from parallel_clip.loss.infonce import own_pairs
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(ContrastiveLoss):
     """The sum of -log sigmoid over all pairs of the global batch, divided by its size.
 
-    group: as in `ClipLoss`.
+    Takes the place of `open_clip.SigLipLoss`; arguments and result are in `ContrastiveLoss`.
     """
 
-    def __init__(self, group: ProcessGroup | None = None):
-        super().__init__()
-        self.group = group
-
-    def forward(
+    def _compute(
         self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Arguments, result and gradients as in `ClipLoss.forward`."""
-        group = self.group or default_group()
-        images = image_features.float()
-        all_texts = gather_with_gradient(text_features.float(), group)
-        bias = 0.0 if logit_bias is None else logit_bias
-        logits = logit_scale * images @ all_texts.t() + bias
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        ranks: Ranks,
+        plan: Plan,
+        want_gradients: bool,
+    ) -> tuple[Tensor, Gradients | None]:
+        return _sigmoid(images, texts, scale, bias, ranks, plan, want_gradients)
 
-        matches = torch.full_like(logits, -1)  # +1 where picture and text belong together
-        matches.diagonal(offset=group_rank(group) * len(images)).fill_(1)
-        loss = mean_over_ranks(-F.logsigmoid(matches * logits).sum() / len(images), group)
-        return {"contrastive_loss": loss} if output_dict else loss
+
+def _sigmoid(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    ranks: Ranks,
+    plan: Plan,
+    want_gradients: bool,
+) -> tuple[Tensor, Gradients | None]:
+    pairs, mine = len(images), ranks.own_texts(len(images))
+    global_batch = pairs * ranks.data_size
+    images = images.float()
+    scaled = images * scale
+    columns = Texts(texts[mine], ranks.data, plan)
+
+    grads = images.new_zeros(2, *images.shape) if want_gradients else None
+    totals = torch.zeros(2, dtype=torch.float64, device=images.device)  # loss, d loss / d bias
+    for rows in columns.chunks():
+        chunk = columns.read(rows)
+        logits = scaled @ chunk.t()
+        if bias is not None:
+            logits += bias
+        own_pairs(logits, rows, mine, ranks).neg_()  # the answer to a pair is yes, to others no
+        totals[0] += F.softplus(logits).sum(dtype=torch.float64)
+        if grads is None:
+            continue
+        block = logits.sigmoid_()
+        own_pairs(block, rows, mine, ranks).neg_()
+        totals[1] += block.sum(dtype=torch.float64)
+        grads[0].addmm_(block, chunk)
+        del chunk  # nothing of a chunk outlives its use: they are the memory of this loss
+        columns.send_back(rows, block.t() @ scaled, grads[1][mine])
+        del logits, block
+
+    sum_over(sum_over(totals, ranks.helpers), ranks.data)
+    value, bias_grad = totals / global_batch
+    if grads is None:
+        return value, None
+    columns.finish(grads[1][mine])
+    sum_over(grads, ranks.helpers)
+    image_grads, text_grads = grads
+    scale_grad = sum_over((images * image_grads).sum(dtype=torch.float64), ranks.data)
+    scale_grad /= global_batch
+    # Times the number of ranks, as DDP takes the mean.
+    image_grads *= scale / pairs
+    text_grads /= pairs
+    return value, Gradients(image_grads, text_grads, scale_grad, bias_grad)

@@ -10,6 +10,8 @@ from parallel_clip.config import Config
 from parallel_clip.convert.names import Parameter
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
+from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.loss.contrastive import ContrastiveLoss
 from parallel_clip.model.architectures import Architecture
 from parallel_clip.model.clip import CLIPModel, ModelOptions, global_parameters
 from parallel_clip.pipeline.partition import Stage, chunks_of, partition
@@ -33,6 +35,18 @@ class Built:
 
     def global_parameters(self) -> list[tuple[Parameter, nn.Parameter]]:
         return global_parameters(self.chunks)
+
+
+def build_loss(config: Config, groups: Groups) -> ContrastiveLoss:
+    """The loss over the data-parallel ranks, its work split over the tensor-parallel ones."""
+    kind = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind]
+    settings = config.loss
+    return kind(
+        group=groups.data,
+        helpers=groups.tensor,
+        exchange=settings.exchange,
+        tile=settings.tile,
+    )
 
 
 def stages_of(config: Config, architecture: Architecture, layout: Layout) -> tuple[Stage, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from parallel_clip.loss.exchange import Plan, plan_exchange
 from parallel_clip.model.architectures import TextArchitecture, VisionArchitecture
 from parallel_clip.training.job import Job
 
@@ -18,6 +21,7 @@ def describe_job(job: Job, steps: int) -> str:
         f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)} × {plan.micro_batch}; "
         f"{_schedule_words(job)}",
         f"  {config.precision}, recompute {config.recompute}",
+        f"  {config.loss.kind}: {_loss_plan(job)}",
     ]
     if layout.data > 1:
         split = config.parallel.distributed_optimizer
@@ -51,6 +55,19 @@ def _tower_line(job: Job, name: str, tower: VisionArchitecture | TextArchitectur
         f"{tower.mlp_width // tensor} of {tower.mlp_width} MLP channels on each tensor rank; "
         f"{tokens} tokens"
     )
+
+
+def _loss_plan(job: Job) -> Plan:
+    settings, layout = job.config.loss, job.layout
+    plan = plan_exchange(
+        settings.exchange,
+        settings.tile,
+        job.plan.per_rank,
+        job.architecture.embed_dim,
+        layout.data,
+        layout.tensor,
+    )
+    return replace(plan, stored=False) if settings.kind == "sigmoid" else plan  # it keeps nothing
 
 
 def _schedule_words(job: Job) -> str:

@@ -22,11 +22,10 @@ from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import BadDataError
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.held_out import HeldOut
-from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.model.clip import DTYPES
 from parallel_clip.model.initialize import initial_value, local_slice
 from parallel_clip.training import run_folder
-from parallel_clip.training.build import Built, build
+from parallel_clip.training.build import Built, build, build_loss
 from parallel_clip.training.describe import describe_job
 from parallel_clip.training.feed import Feed, StepBatch
 from parallel_clip.training.job import Job, check_data, open_data
@@ -108,7 +107,7 @@ class _Run:
 
     def go(self, feed: Feed) -> None:
         config, settings = self.config, self.config.optimizer
-        loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](self.groups.data)
+        loss = build_loss(config, self.groups)
         first = self.job.resume.step
         for step, (batch, data_seconds) in enumerate(
             _timed(feed.batches(first, self.steps)), start=first + 1

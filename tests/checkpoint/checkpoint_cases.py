@@ -84,7 +84,7 @@ def _empty(groups: Groups, task: Task) -> Built:
 def _train(groups: Groups, task: Task, built: Built, steps: int) -> list[dict]:
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
-    loss = ClipLoss(groups.data)
+    loss = ClipLoss(group=groups.data)
     return [asdict(training_step(built, loss, batch, 0, LR, groups.pipeline)) for _ in range(steps)]
 
 

@@ -1,11 +1,17 @@
-"""What ranks do in test_losses.py: a script of someone's own, with torch's DDP around a model."""
+"""What ranks do in the tests of the losses. No open_clip here."""
 
 from __future__ import annotations
 
+import warnings
+from typing import NamedTuple
+from unittest import mock
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_clip.engine.groups import Groups
 
@@ -52,6 +58,141 @@ def gradients_under_ddp(
 def in_half_precision(groups: Groups, loss: type[nn.Module], features: Tensor) -> tuple:
     """Loss, its dtype and the features' gradient dtype, for bf16 features."""
     mine = features.chunk(groups.layout.data)[groups.data_rank].bfloat16().requires_grad_()
-    value = loss(groups.data)(mine, mine, torch.tensor(50.0), torch.tensor(-1.0))
+    value = loss(group=groups.data)(mine, mine, torch.tensor(50.0), torch.tensor(-1.0))
     value.backward()
     return value.item(), value.dtype, mine.grad.dtype
+
+
+class Case(NamedTuple):
+    """One call of a loss; `pairs` are of each rank, `features` a key of FEATURES."""
+
+    loss: type[nn.Module]
+    features: str
+    pairs: int
+    width: int
+    scale: float
+    dtype: torch.dtype
+    exchange: str = "auto"
+    tile: int | str = "auto"
+
+
+class Answer(NamedTuple):
+    """What one rank has of a case: gradients are its own; `again`: a second call has the same bits,
+    or there was none."""
+
+    loss: Tensor
+    images: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
+    again: bool
+
+
+def whole_batch(case: Case, ranks: int) -> tuple[Tensor, Tensor]:
+    """Pictures and texts of all ranks, [ranks · pairs, width] each, rank by rank."""
+    generator = torch.Generator().manual_seed(case.pairs * case.width)
+    count = ranks * case.pairs
+    images, texts = torch.randn(2, count, case.width, generator=generator)
+    match case.features:
+        case "random":
+            pass
+        case "duplicated rows":
+            images[1::2], texts[1::2] = images[0 : count - 1 : 2], texts[0 : count - 1 : 2]
+        case "duplicated across ranks":
+            images = images[: case.pairs].repeat(ranks, 1)
+            texts = texts[: case.pairs].repeat(ranks, 1)
+        case "aligned":
+            texts = images
+        case "nearly aligned":
+            texts = images + 0.3 * texts
+    unit = (F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
+    return unit[0].to(case.dtype), unit[1].to(case.dtype)
+
+
+FEATURES = ("random", "duplicated rows", "duplicated across ranks", "aligned", "nearly aligned")
+BIAS = -3.0
+
+
+def answers(groups: Groups, cases: list[Case]) -> list[Answer]:
+    """Each case on this rank, every third twice; its tensor ranks, with the same pairs, help."""
+    return [_answer(groups, case, twice=i % 3 == 0) for i, case in enumerate(cases)]
+
+
+def _answer(groups: Groups, case: Case, twice: bool) -> Answer:
+    rank, ranks = groups.data_rank, groups.layout.data
+    own = [x.chunk(ranks)[rank].clone() for x in whole_batch(case, ranks)]
+    with warnings.catch_warnings(action="error"):
+        loss = case.loss(
+            group=groups.data, helpers=groups.tensor, exchange=case.exchange, tile=case.tile
+        )
+        first = _call(loss, own, case.scale)
+        again = _call(loss, own, case.scale) if twice else first
+    return Answer(*first, again=all(map(torch.equal, first, again)))
+
+
+def _call(loss: nn.Module, features: list[Tensor], scale: float) -> list[Tensor]:
+    """The loss and the gradients of pictures, texts, scale and bias."""
+    arguments = [
+        x.clone().requires_grad_() for x in (*features, torch.tensor(scale), torch.tensor(BIAS))
+    ]
+    value = loss(*arguments)
+    value.backward()
+    return [value.detach(), *(x.grad for x in arguments)]
+
+
+class Sent(NamedTuple):
+    """A tensor handed to a collective by one rank: its output for a reduce-scatter, else its
+    input. `group`: data or helpers."""
+
+    group: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def counts(
+    groups: Groups, cases: list[Case], gradients: bool = True
+) -> list[tuple[int, list[Sent]]]:
+    """Of each case: matrix-product FLOPs of the loss, with its gradients or without, and what it
+    hands to collectives."""
+    return [_count(groups, case, gradients) for case in cases]
+
+
+def _count(groups: Groups, case: Case, gradients: bool) -> tuple[int, list[Sent]]:
+    rank, ranks = groups.data_rank, groups.layout.data
+    own = [x.chunk(ranks)[rank].clone() for x in whole_batch(case, ranks)]
+    loss = case.loss(
+        group=groups.data, helpers=groups.tensor, exchange=case.exchange, tile=case.tile
+    )
+    names = {groups.data: "data", groups.tensor: "helpers"}
+    sent = []
+
+    def recording(operation: str):
+        plain = getattr(dist, operation)
+
+        def record(first: Tensor, second: Tensor | None = None, *rest, group, **options):
+            tensor = second if operation == "all_gather_into_tensor" else first
+            sent.append(Sent(names[group], operation, tuple(tensor.shape), tensor.dtype))
+            arguments = [x for x in (first, second) if x is not None]
+            return plain(*arguments, *rest, group=group, **options)
+
+        return mock.patch.object(dist, operation, record)
+
+    flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    with (
+        recording("all_gather_into_tensor"),
+        recording("reduce_scatter_tensor"),
+        recording("all_reduce"),
+        torch.set_grad_enabled(gradients),
+        flops,
+    ):
+        arguments = [*own, torch.tensor(case.scale), torch.tensor(BIAS)]
+        value = loss(*(x.requires_grad_() for x in arguments))
+        if gradients:
+            value.backward()
+    return flops.get_total_flops(), sent
+
+
+def _addmm_flops(into: torch.Size, left: torch.Size, right: torch.Size, **_) -> int:
+    """The counter knows addmm and not addmm_, which adds to what is there."""
+    return 2 * left[0] * left[1] * right[1]

@@ -45,7 +45,7 @@ def steps(
         report = forward_backward(
             built.wrapped,
             own_microbatches(groups, images, tokens, way.microbatches, kept),
-            LOSSES[loss](groups.data),
+            LOSSES[loss](group=groups.data),
             way.stash,
         )
         gradients = {p.name: tensor.main_grad.clone() for p, tensor in built.global_parameters()}

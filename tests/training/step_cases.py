@@ -33,7 +33,7 @@ def train(
     config = config_of(groups.layout, **task.settings)
     architecture = architecture_from_json(task.model_cfg, "small")
     built = loaded_training(groups, config, architecture, task.weights)
-    loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](groups.data)
+    loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](group=groups.data)
     batch = own_microbatches(groups, task.images, task.tokens, microbatches)
     stash = choose_stash(config.parallel, microbatches)
     records = [
@@ -50,7 +50,7 @@ def masters(groups: Groups, task: Task) -> dict[str, tuple[Tensor, Tensor, list[
     built = loaded_training(groups, config, architecture, task.weights)
     batch = own_microbatches(groups, task.images.bfloat16(), task.tokens, 2)
     for _ in range(2):
-        training_step(built, ClipLoss(groups.data), batch, 0, 1e-3, groups.pipeline)
+        training_step(built, ClipLoss(group=groups.data), batch, 0, 1e-3, groups.pipeline)
     held = {}
     for parameter, tensor in built.global_parameters():
         owned = built.optimizer.owned_state(tensor)
@@ -71,7 +71,7 @@ def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
     batch = own_microbatches(groups, images, task.tokens, 1)
     before = [p.detach().clone() for _, p in built.global_parameters()]
     try:
-        training_step(built, ClipLoss(groups.data), batch, 1, 1e-3, groups.pipeline)
+        training_step(built, ClipLoss(group=groups.data), batch, 1, 1e-3, groups.pipeline)
     except FloatingPointError as error:
         after = [p for _, p in built.global_parameters()]
         same = all(map(torch.equal, before, after))

@@ -1,0 +1,227 @@
+"""What both contrastive losses have in common: arguments, checks, and their place in autograd."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from parallel_clip.loss.exchange import Exchange, Plan, Ranks, plan_exchange
+
+# How far a feature's length may be from 1 before it is said: bf16 rounding is well within.
+_LENGTH_TOLERANCE = 0.02
+
+
+class Gradients(NamedTuple):
+    """d loss / d features, fp32 [b, D] each, times the number of data-parallel ranks; d loss /
+    d multiplier and d loss / d bias, fp64 0-dim, the same on every rank."""
+
+    images: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class ContrastiveLoss(nn.Module):
+    """A loss of the whole global batch, from each data-parallel rank's own pairs.
+
+    group: the data-parallel ranks; None: all processes, or this one where it runs alone. Every
+        rank must hold the same number of pairs.
+    helpers: ranks that hold the same pairs as this one, such as its tensor-parallel group; they
+        split the work.
+    exchange: "gather" holds all texts at once, "ring" streams them and their gradients in chunks;
+        "auto" decides by size. tile: columns of logits worked on at a time; "auto" decides by size,
+        and keeps the logits where they are small (InfoNCE).
+
+    The other arguments are those of OpenCLIP's losses. `local_loss`, `gather_with_grad` and
+    `cache_labels` change nothing: loss and gradients are exact whatever they say. `rank` and
+    `world_size` must be those of the group.
+
+    Raises:
+        ValueError: `use_horovod`; an unknown `exchange` or `dist_impl`; a `tile` below 1.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        use_horovod: bool = False,
+        dist_impl: str | None = None,
+        *,
+        group: ProcessGroup | None = None,
+        helpers: ProcessGroup | None = None,
+        exchange: Exchange = "auto",
+        tile: int | Literal["auto"] = "auto",
+    ):
+        super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod: only torch.distributed is supported; leave it out")
+        if dist_impl is not None:
+            if exchange != "auto":
+                raise ValueError(f"both dist_impl {dist_impl} and exchange {exchange}: give one")
+            exchange = _exchange_of(dist_impl)
+        if exchange not in ("auto", "gather", "ring"):
+            raise ValueError(f"exchange {exchange!r}: expected auto, gather or ring")
+        if tile != "auto" and tile < 1:
+            raise ValueError(f"tile {tile}: expected auto or a number of columns of at least 1")
+        self.group, self.helpers = group, helpers
+        self.exchange, self.tile = exchange, tile
+        self._expected_place = rank, world_size
+        self._ranks: Ranks | None = None
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, fp32 and the same on every rank; DDP's mean over ranks of the gradients is the
+        full-batch gradient, that of `logit_scale` and `logit_bias` included.
+
+        image_features, text_features: [b, D], fp32 or bf16, of length 1, row i of each a pair.
+        logit_scale: the multiplier itself; logit_bias: added to every logit. Logits and log-sum-exp
+        are fp32 whatever the features are; gradients are summed in fp32 and rounded once.
+
+        Raises:
+            ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs; a
+                group that does not hold this rank.
+        """
+        self._check_shapes(image_features, text_features)
+        first_call = self._ranks is None
+        if first_call:
+            self._ranks = self._find_ranks()
+        _check_pairs(len(image_features), self._ranks, image_features.device)
+        if first_call:
+            _warn_if_not_normalised(image_features, text_features)
+        device = image_features.device
+        scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=device)
+        bias = None
+        if logit_bias is not None:
+            bias = torch.as_tensor(logit_bias, dtype=torch.float32, device=device)
+        want_gradients = torch.is_grad_enabled()  # always off inside of a Function
+        loss = _InAutograd.apply(image_features, text_features, scale, bias, self, want_gradients)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def plan(self, pairs: int, width: int) -> Plan:
+        """How a batch of `pairs` on each rank is computed."""
+        ranks = self._ranks or self._find_ranks()
+        return plan_exchange(
+            self.exchange, self.tile, pairs, width, ranks.data_size, ranks.helper_size
+        )
+
+    def _compute(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        ranks: Ranks,
+        plan: Plan,
+        want_gradients: bool,
+    ) -> tuple[Tensor, Gradients | None]:
+        """The loss (fp64, 0-dim) and its gradients."""
+        raise NotImplementedError
+
+    def _find_ranks(self) -> Ranks:
+        group = self.group
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        for name, given in (("group", group), ("helpers", self.helpers)):
+            if given is not None and (
+                given is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(given) < 0
+            ):
+                raise ValueError(f"{name}: rank {dist.get_rank()} is not one of its ranks")
+        ranks = Ranks(group, self.helpers)
+        place = ranks.data_rank, ranks.data_size
+        for name, given, found in zip(
+            ("rank", "world_size"), self._expected_place, place, strict=True
+        ):
+            if given is not None and given != found:
+                raise ValueError(f"{name} {given}, but the process group says {found}")
+        return ranks
+
+    @staticmethod
+    def _check_shapes(images: Tensor, texts: Tensor) -> None:
+        if images.ndim != 2 or images.shape != texts.shape:
+            raise ValueError(
+                f"image_features {list(images.shape)} and text_features {list(texts.shape)}: "
+                "expected [pairs, width] twice, row i of each a pair"
+            )
+
+
+class _InAutograd(torch.autograd.Function):
+    """The gradients are computed with the loss, while its logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx, images, texts, scale, bias, loss: ContrastiveLoss, want_gradients: bool
+    ) -> Tensor:
+        inputs = images, texts, scale, bias
+        plan = loss.plan(*images.shape)
+        with torch.autocast(images.device.type, enabled=False):
+            value, gradients = loss._compute(
+                images, texts, scale.reshape(()), None if bias is None else bias.reshape(()),
+                loss._ranks, plan, want_gradients and any(ctx.needs_input_grad),
+            )  # fmt: skip
+        if gradients is not None:
+            ctx.save_for_backward(
+                *(
+                    grad.to(x.dtype).view_as(x)
+                    for grad, x in zip(gradients, inputs, strict=True)
+                    if x is not None
+                )
+            )
+        return value.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
+        grads = [grad * saved for saved in ctx.saved_tensors]
+        return (*grads, *[None] * (6 - len(grads)))
+
+
+def _exchange_of(dist_impl: str) -> Exchange:
+    """OpenCLIP's ways to exchange texts in its sigmoid loss, as ours."""
+    known = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": "ring"}
+    if dist_impl not in known:
+        raise ValueError(f"dist_impl {dist_impl!r}: expected one of {', '.join(known)}")
+    return known[dist_impl]
+
+
+def _check_pairs(pairs: int, ranks: Ranks, device: torch.device) -> None:
+    """Ranks with other numbers of pairs would wait for one another, or mix up whose is whose."""
+    counts = [pairs] if ranks.data_size == 1 else _counts(pairs, ranks.data, device)
+    if len(set(counts)) > 1:
+        globally = dist.get_process_group_ranks(ranks.data)
+        shown = ", ".join(f"rank {rank}: {n}" for rank, n in zip(globally, counts, strict=True))
+        raise ValueError(f"every rank must hold the same number of pairs; {shown}")
+    if pairs == 0:  # not before all ranks have met: others may have some, and would wait
+        raise ValueError("there are no pairs: image_features is empty")
+
+
+def _counts(pairs: int, group: ProcessGroup, device: torch.device) -> list[int]:
+    """The number of pairs of each rank."""
+    held = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(held, torch.tensor([pairs], device=device), group=group)
+    return held.tolist()
+
+
+def _warn_if_not_normalised(images: Tensor, texts: Tensor) -> None:
+    for name, features in (("image_features", images), ("text_features", texts)):
+        off = (features.detach().float().norm(dim=-1) - 1).abs().max().item()
+        if off > _LENGTH_TOLERANCE:
+            warnings.warn(
+                f"{name} are not of length 1 (one is off by {off:.2g}): the loss takes them as "
+                "they are; F.normalize(features, dim=-1) is what CLIP's losses expect",
+                stacklevel=5,
+            )
