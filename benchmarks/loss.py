@@ -7,9 +7,10 @@ thread each: OpenCLIP's InfoNCE with `local_loss` and `gather_with_grad`, OpenCL
 ring in both directions in plain torch, and ours with logits kept, in tiles, and streamed. All are
 timed in each round, in turn; a ratio is of the same round, and medians with quartiles are shown.
 With more processes than cores the ratio still compares the same work. Memory is the peak of what
-lives beside the inputs on rank 0, counted. Prints tables, writes JSON and a picture to
-benchmarks/results. Exit code 1 where ours misses a bar. `--quick` takes two small sizes and prints
-only.
+lives beside the inputs on rank 0, counted. Then two stages of a pipeline: the last one alone at the
+loss, and both, its features sent to the other and all gradients summed over both. Prints tables,
+writes JSON and a picture to benchmarks/results. Exit code 1 where ours misses a bar. `--quick` is
+two small sizes, and prints only.
 """
 
 from __future__ import annotations
@@ -23,25 +24,28 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip.loss
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import describe, environment, write_results
+from loss_peers import losses_of
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.loss import ClipLoss
 from parallel_clip.plan.peak_bytes import PeakBytes
 
 SIZES = [(256, 512), (1024, 512), (1024, 1280), (2048, 512)]  # b, D
 PROCESSES = [1, 2, 4]
 LARGE = 1024, 512  # the bars hold from these sizes on
+STAGES = 2
+STAGE_SIZES = [(256, 512), (512, 512), (1024, 512), (2048, 512), (4096, 512)]
 
 # The largest share of the peer's time: from LARGE on, and below it.
 BARS = {"stored": (0.67, 1.1), "tiled": (0.8, 1.1), "sigmoid": (1.0, 1.1)}
@@ -94,9 +98,12 @@ def main() -> int:
             of_size = rows_of(processes, pairs, width, found)
             print_table(console, of_size)
             rows += of_size
+    stages = run_stages(sizes if arguments.quick else STAGE_SIZES, rounds)
+    print_stages(console, stages)
     results = {
         "environment": environment(),
         "rounds": rounds,
+        "stages": stages,
         "rows": [asdict(row) | {"bar": row.bar} for row in rows],
     }
     console.print(describe(results["environment"]), style="dim", highlight=False)
@@ -137,6 +144,56 @@ def _measure(
     dist.destroy_process_group()
 
 
+def run_stages(sizes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """For each size, the time of a loss that two stages share beside that of the last one alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_measure_stages, (sizes, rounds, folder), nprocs=STAGES)
+        return pickle.loads((Path(folder) / "found.pickle").read_bytes())
+
+
+def _measure_stages(rank: int, sizes: Sequence[tuple[int, int]], rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=STAGES
+    )
+    alone = [dist.new_group([r]) for r in range(STAGES)][rank]
+    last = STAGES - 1
+    by_one = ClipLoss(group=alone)
+    by_both = ClipLoss(group=alone, helpers=dist.group.WORLD)
+    found = []
+    for pairs, width in sizes:
+        torch.manual_seed(0)
+        features = F.normalize(torch.randn(2, pairs, width), dim=-1)
+
+        def one(features: Tensor = features) -> None:
+            if rank == last:
+                _forward_backward(by_one, features)
+
+        def both(features: Tensor = features) -> None:
+            received = features.clone() if rank == last else torch.empty_like(features)
+            dist.broadcast(received, last)
+            _forward_backward(by_both, received)
+
+        ratios = []
+        for measured_round in range(-1, rounds):
+            times = [_timed(work) for work in (one, both)]
+            if measured_round >= 0:
+                ratios.append(times[1] / times[0])
+        found.append({"pairs": pairs, "width": width, "ratio": statistics.median(ratios)})
+    if rank == last:
+        (Path(folder) / "found.pickle").write_bytes(pickle.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _timed(work: Callable[[], None]) -> float:
+    dist.barrier()
+    began = time.perf_counter()
+    work()
+    dist.barrier()
+    return time.perf_counter() - began
+
+
 def _measure_size(
     rank: int, processes: int, pairs: int, width: int, rounds: int
 ) -> dict[str, Measured]:
@@ -146,12 +203,9 @@ def _measure_size(
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     for measured_round in range(-1, rounds):  # the first one warms up
         for name, loss in losses.items():
-            dist.barrier()
-            began = time.perf_counter()
-            _forward_backward(loss, features)
-            dist.barrier()
+            taken = _timed(partial(_forward_backward, loss, features))
             if measured_round >= 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(taken)
     found = {}
     for name, loss in losses.items():
         gc.collect()
@@ -165,46 +219,6 @@ def _forward_backward(loss: Callable[..., Tensor], features: Tensor) -> None:
     images, texts = (f.detach().requires_grad_() for f in features)
     scale, bias = torch.tensor(30.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     loss(images, texts, scale, bias).backward()
-
-
-def losses_of(rank: int, processes: int) -> dict[str, Callable[..., Tensor]]:
-    theirs = open_clip.loss.ClipLoss(
-        local_loss=True, gather_with_grad=True, rank=rank, world_size=processes
-    )
-    return {
-        "open_clip": lambda images, texts, scale, bias: theirs(images, texts, scale),
-        "ring in torch": RingInTorch(rank, processes),
-        "stored": ClipLoss(exchange="gather"),
-        "tiled": ClipLoss(exchange="gather", tile=1024),
-        "streamed": ClipLoss(exchange="ring"),
-        "open_clip sigmoid": open_clip.loss.SigLipLoss(rank=rank, world_size=processes),
-        "sigmoid": SigLipLoss(),
-    }
-
-
-class RingInTorch(nn.Module):
-    """InfoNCE in both directions, the other side's features passed round a ring, in plain autograd:
-    the shortest way to write a ring."""
-
-    def __init__(self, rank: int, processes: int):
-        super().__init__()
-        self.left, self.right = (rank - 1) % processes, (rank + 1) % processes
-        self.processes = processes
-
-    def forward(self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        one, other = self._direction(images, texts, scale), self._direction(texts, images, scale)
-        return (one + other) / 2
-
-    def _direction(self, own: Tensor, passing: Tensor, scale: Tensor) -> Tensor:
-        blocks = []
-        for hop in range(self.processes):
-            blocks.append(scale * own @ passing.t())
-            if hop < self.processes - 1:
-                passing = open_clip.loss.neighbour_exchange_with_grad(
-                    self.left, self.right, passing
-                )
-        partial = torch.stack([block.logsumexp(dim=1) for block in blocks])
-        return (partial.logsumexp(dim=0) - blocks[0].diagonal()).mean()
 
 
 def rows_of(processes: int, pairs: int, width: int, found: dict[str, Measured]) -> list[Row]:
@@ -248,6 +262,14 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
             f"{row.peak / 2**20:.1f}",
         )
     console.print(table)
+
+
+def print_stages(console: Console, stages: Sequence[dict[str, Any]]) -> None:
+    for found in stages:
+        console.print(
+            f"b = B = {found['pairs']}, D = {found['width']}: two stages take "
+            f"{found['ratio']:.3f} of the last one's time alone"
+        )
 
 
 def draw(rows: Sequence[Row], results: dict[str, Any]) -> Figure:

@@ -54,6 +54,11 @@ class Loss(Section):
         "auto",
         description="texts of all ranks held at once, or streamed in chunks; auto: by their size",
     )
+    stages: Literal["auto", "last", "all"] = Field(
+        "auto",
+        description="pipeline stages that work on the loss; auto: all where they would wait for it "
+        "and the batch is large",
+    )
     tile: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
         description="columns of logits worked on at a time, computed again for the gradient; "

@@ -35,6 +35,7 @@ class Groups:
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
+    model: dist.ProcessGroup  # all that share one copy of the model: tensor × pipeline
     device: torch.device
 
     @property
@@ -116,6 +117,7 @@ def open_groups(layout: Layout, launch: Launch) -> Groups:
         tensor=parallel_state.get_tensor_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
         device=device,
     )
 

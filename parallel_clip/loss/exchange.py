@@ -92,6 +92,18 @@ def plan_exchange(
     return Plan(gathered, tile, stored)
 
 
+def most_bytes(plan: Plan, pairs: int, width: int, ranks: int, helpers: int) -> int:
+    """An upper bound of what a loss holds at its fullest beside the features given to it; pure."""
+    global_batch = pairs * ranks
+    columns = min(plan.tile, global_batch)
+    numbers = 5 * pairs * width + 3 * pairs * columns + 2 * columns * width + 16 * global_batch
+    if plan.gathered:
+        numbers += 2 * global_batch * width // helpers
+    if plan.stored:
+        numbers += pairs * global_batch // helpers
+    return 4 * numbers
+
+
 class Texts:
     """This helper's texts of all ranks in chunks, and the gradients on their way back.
 

@@ -28,8 +28,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed import ProcessGroup
 
 from parallel_clip.model.clip import CLIPModel
+from parallel_clip.pipeline.last_stage import from_last_stage, read_logit_parameters
 from parallel_clip.pipeline.orders import microbatch_group_size
 
 # (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
@@ -60,15 +62,17 @@ def forward_backward(
     microbatches: Sequence[Inputs],
     loss: ContrastiveLoss,
     stash: int,
+    helping_stages: ProcessGroup | None = None,
 ) -> LossReport:
     """Accumulate the gradient of the global batch's loss in the model.
 
     chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
-    stash: how many microbatches keep their graphs. Gradients are summed over microbatches in fp32
+    stash: how many microbatches keep their graphs; helping_stages: the pipeline group, where `loss`
+    expects its other stages to work on it too. Gradients are summed over microbatches in fp32
     and averaged over data-parallel ranks, as `loss` expects of its caller.
     What it returns is right on the last stage; elsewhere all is zero.
     """
-    step = _Step(chunks, microbatches, loss, stash)
+    step = _Step(chunks, microbatches, loss, stash, helping_stages)
     step.first_pass()
     step.take_loss()
     step.second_pass()
@@ -90,10 +94,12 @@ class _Step:
         microbatches: Sequence[Inputs],
         loss: ContrastiveLoss,
         stash: int,
+        helping_stages: ProcessGroup | None,
     ):
         self.chunks = list(chunks)
         self.microbatches = microbatches
         self.loss = loss
+        self.helping_stages = helping_stages
         self.first_stashed = len(microbatches) - stash
         self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
         self.features: list[Tensor] = []
@@ -107,11 +113,16 @@ class _Step:
 
     def take_loss(self) -> None:
         """On the last stage, the loss over all microbatches, and its gradient with respect to
-        each microbatch's features and to the logit parameters."""
+        each microbatch's features and to the logit parameters. Other stages may do a part of it."""
         last: CLIPModel = self.chunks[-1].module
-        if not last.stage.is_last:
+        if not last.stage.is_last and self.helping_stages is None:
             return
-        leaves = torch.cat(self.features, dim=1).requires_grad_()
+        leaves = self._all_features(last).requires_grad_()
+        if not last.stage.is_last:  # its part of the gradients went to the last stage
+            self.loss(leaves[0], leaves[1], *read_logit_parameters([last], self.helping_stages))
+            return
+        if self.helping_stages is not None:
+            read_logit_parameters([last], self.helping_stages)
         value = self.loss(leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias)
         self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
         leaf_grad, *self.logit_grads = torch.autograd.grad(
@@ -120,6 +131,18 @@ class _Step:
         self.feature_grads = leaf_grad.split([f.shape[1] for f in self.features], dim=1)
         bad_images, bad_texts = leaves.detach().isfinite().logical_not().sum(dim=(1, 2)).float()
         self.report = LossReport(value.detach(), bad_images, bad_texts)
+
+    def _all_features(self, last: CLIPModel) -> Tensor:
+        """[2, m·b, D], on the stages that work on the loss."""
+        tokens = self.microbatches[0].tokens
+        if last.stage.is_last:
+            features = torch.cat(self.features, dim=1)
+        else:
+            pairs = len(tokens) * len(self.microbatches)
+            features = torch.empty(2, pairs, last.architecture.embed_dim, device=tokens.device)
+        if self.helping_stages is not None:
+            from_last_stage(features, self.helping_stages)
+        return features
 
     def second_pass(self) -> None:
         self._run(self._forward_for_backward, forward_only=False)

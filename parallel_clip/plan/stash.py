@@ -6,14 +6,11 @@ from dataclasses import replace
 
 from parallel_clip.config import bytes_in
 from parallel_clip.errors import InputError
+from parallel_clip.loss.exchange import most_bytes, plan_exchange
 from parallel_clip.pipeline.orders import microbatch_group_size
 from parallel_clip.plan.dry_run import RankBytes
 from parallel_clip.plan.stages import held_by, peak_activations
 from parallel_clip.training.job import Job
-
-# Of the loss on the last stage, beside the gathered features and their gradients: the bytes for
-# each pair of this rank's pictures with all texts, logits of both directions and their softmax.
-_LOSS_BYTES_A_PAIR = 16
 
 
 def with_room(job: Job) -> Job:
@@ -54,9 +51,10 @@ def _candidates(job: Job) -> list[int]:
 
 
 def _loss_bytes(job: Job) -> int:
-    plan, width = job.plan, job.architecture.embed_dim
-    features = 4 * 2 * plan.global_batch * width  # of both towers, fp32
-    return 2 * features + _LOSS_BYTES_A_PAIR * plan.per_rank * plan.global_batch
+    """What the loss holds on the last stage, where no other stage helps it."""
+    settings, layout = job.config.loss, job.layout
+    sizes = job.plan.per_rank, job.architecture.embed_dim, layout.data, layout.tensor
+    return most_bytes(plan_exchange(settings.exchange, settings.tile, *sizes), *sizes)
 
 
 def _too_little(job: Job, pipeline_rank: int, memory: int, held: RankBytes) -> InputError:

@@ -37,13 +37,14 @@ class Built:
         return global_parameters(self.chunks)
 
 
-def build_loss(config: Config, groups: Groups) -> ContrastiveLoss:
-    """The loss over the data-parallel ranks, its work split over the tensor-parallel ones."""
+def build_loss(config: Config, groups: Groups, stages_help: bool) -> ContrastiveLoss:
+    """The loss over the data-parallel ranks, its work split over the tensor-parallel ones, and over
+    the stages of the pipeline if they help."""
     kind = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind]
     settings = config.loss
     return kind(
         group=groups.data,
-        helpers=groups.tensor,
+        helpers=groups.model if stages_help else groups.tensor,
         exchange=settings.exchange,
         tile=settings.tile,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from parallel_clip.loss.exchange import Plan, plan_exchange
+from parallel_clip.loss.exchange import plan_exchange
 from parallel_clip.model.architectures import TextArchitecture, VisionArchitecture
 from parallel_clip.training.job import Job
 
@@ -21,7 +21,7 @@ def describe_job(job: Job, steps: int) -> str:
         f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)} × {plan.micro_batch}; "
         f"{_schedule_words(job)}",
         f"  {config.precision}, recompute {config.recompute}",
-        f"  {config.loss.kind}: {_loss_plan(job)}",
+        f"  {config.loss.kind}: {_loss_words(job)}",
     ]
     if layout.data > 1:
         split = config.parallel.distributed_optimizer
@@ -57,17 +57,15 @@ def _tower_line(job: Job, name: str, tower: VisionArchitecture | TextArchitectur
     )
 
 
-def _loss_plan(job: Job) -> Plan:
+def _loss_words(job: Job) -> str:
     settings, layout = job.config.loss, job.layout
-    plan = plan_exchange(
-        settings.exchange,
-        settings.tile,
-        job.plan.per_rank,
-        job.architecture.embed_dim,
-        layout.data,
-        layout.tensor,
-    )
-    return replace(plan, stored=False) if settings.kind == "sigmoid" else plan  # it keeps nothing
+    helpers = layout.tensor * (layout.pipeline if job.stages_help else 1)
+    pairs, width = job.plan.per_rank, job.architecture.embed_dim
+    plan = plan_exchange(settings.exchange, settings.tile, pairs, width, layout.data, helpers)
+    if settings.kind == "sigmoid":
+        plan = replace(plan, stored=False)  # it keeps nothing
+    shared = f", shared by {helpers} ranks" if helpers > 1 else ""
+    return f"{plan}{shared}"
 
 
 def _schedule_words(job: Job) -> str:

@@ -34,6 +34,10 @@ from parallel_clip.training.run_folder import ResumePoint, find_resume_point
 
 Say = Callable[[str], None]
 
+# Pairs of a global batch from which on a loss shared by two stages is quicker, its features and
+# gradients passed about included: `python benchmarks/loss.py`, on a CPU.
+LARGE_LOSS = 1024
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,6 +53,17 @@ class Job:
     initial: ModelWeights | None
     stages: tuple[Stage, ...]
     stash: int  # microbatches of a step that keep their graphs, see pipeline/schedule.py
+
+    @property
+    def stages_help(self) -> bool:
+        """Whether all stages work on the loss. Where microbatches run forward again, the other
+        stages have begun with that while the last one is at the loss; where none does, they wait.
+        """
+        asked = self.config.loss.stages
+        if self.layout.pipeline == 1 or asked == "last":
+            return False
+        waiting = self.stash == self.plan.microbatches
+        return asked == "all" or waiting and self.plan.global_batch >= LARGE_LOSS
 
     @property
     def run_dir(self) -> Path:

@@ -107,7 +107,7 @@ class _Run:
 
     def go(self, feed: Feed) -> None:
         config, settings = self.config, self.config.optimizer
-        loss = build_loss(config, self.groups)
+        loss = build_loss(config, self.groups, self.job.stages_help)
         first = self.job.resume.step
         for step, (batch, data_seconds) in enumerate(
             _timed(feed.batches(first, self.steps)), start=first + 1
@@ -116,7 +116,13 @@ class _Run:
             lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
             try:
                 record = training_step(
-                    self.built, loss, batch.inputs, self.job.stash, lr, self.groups.pipeline
+                    self.built,
+                    loss,
+                    batch.inputs,
+                    self.job.stash,
+                    lr,
+                    self.groups.pipeline,
+                    self.job.stages_help,
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None

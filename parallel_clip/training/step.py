@@ -23,10 +23,12 @@ def training_step(
     stash: int,
     lr: float,
     pipeline_group: ProcessGroup,
+    stages_help: bool = False,
 ) -> StepRecord:
     """Run one step on this rank's share of the global batch; the same record on every rank.
 
-    stash: the microbatches that keep their graphs, see pipeline/schedule.py.
+    stash: the microbatches that keep their graphs, see pipeline/schedule.py; stages_help: whether
+    `loss` is spread over the stages of the pipeline.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; weights of the last checkpoint
@@ -35,7 +37,8 @@ def training_step(
     optimizer = built.optimizer
     logit_scale, logit_bias = read_logit_parameters(built.chunks, pipeline_group)
     optimizer.zero_grad()
-    report = forward_backward(built.wrapped, microbatches, loss, stash)
+    helping = pipeline_group if stages_help else None
+    report = forward_backward(built.wrapped, microbatches, loss, stash, helping)
     loss_value, *bad = from_last_stage(torch.stack(report), pipeline_group).tolist()
     if not math.isfinite(loss_value):
         raise FloatingPointError(

@@ -17,10 +17,12 @@ LOSSES = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
 
 
 class Way(NamedTuple):
-    """How a step runs: in how many microbatches, and how many of them keep their graphs."""
+    """How a step runs: in how many microbatches, how many of them keep their graphs, and whether
+    all stages work on the loss."""
 
     microbatches: int
     stash: int
+    stages_help: bool = False
 
 
 def steps(
@@ -42,11 +44,13 @@ def steps(
     outcomes = {}
     for way in ways:
         built.optimizer.zero_grad()
+        helpers = groups.model if way.stages_help else groups.tensor
         report = forward_backward(
             built.wrapped,
             own_microbatches(groups, images, tokens, way.microbatches, kept),
-            LOSSES[loss](group=groups.data),
+            LOSSES[loss](group=groups.data, helpers=helpers, tile=3),
             way.stash,
+            groups.pipeline if way.stages_help else None,
         )
         gradients = {p.name: tensor.main_grad.clone() for p, tensor in built.global_parameters()}
         outcomes[way] = from_last_stage(report.value, groups.pipeline).item(), gradients

@@ -69,6 +69,8 @@ def test_loss_and_every_gradient_are_the_whole_batchs(processes, layout, loss, r
     weights, images, tokens, kept = inputs(loss)
     # Virtual stages need a microbatch for each rank of the pipeline.
     ways = [way for way in WAYS if layout.virtual_pipeline == 1 or way.microbatches > 1]
+    if layout.pipeline > 1:
+        ways += [Way(2, 2, stages_help=True), Way(4, 0, stages_help=True)]
     answers = processes.run(
         layout,
         steps,
