@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from parallel_clip.errors import InputError
+from parallel_clip.loss.exchange import most_bytes, plan_exchange
 from parallel_clip.plan import stash as plan_stash
 from parallel_clip.plan.dry_run import RankBytes
 from parallel_clip.plan.stages import held_by, peak_activations
@@ -19,9 +20,8 @@ def holding(state: int, *saved: int) -> RankBytes:
 
 
 def loss_bytes(microbatches: int) -> int:
-    """Features of both towers and their gradients, fp32; 16 bytes for each pair of the batch."""
-    batch = PAIRS * microbatches
-    return 2 * 2 * batch * EVEN["embed_dim"] * 4 + 16 * batch**2
+    sizes = PAIRS * microbatches, EVEN["embed_dim"], 1, 1
+    return most_bytes(plan_exchange("auto", "auto", *sizes), *sizes)
 
 
 @pytest.fixture
