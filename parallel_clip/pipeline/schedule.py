@@ -118,11 +118,11 @@ class _Step:
         if not last.stage.is_last and self.helping_stages is None:
             return
         leaves = self._all_features(last).requires_grad_()
-        if not last.stage.is_last:  # its part of the gradients went to the last stage
-            self.loss(leaves[0], leaves[1], *read_logit_parameters([last], self.helping_stages))
-            return
         if self.helping_stages is not None:
-            read_logit_parameters([last], self.helping_stages)
+            logit_scale_and_bias = read_logit_parameters([last], self.helping_stages)
+        if not last.stage.is_last:  # its part of the gradients goes to the last stage
+            self.loss(leaves[0], leaves[1], *logit_scale_and_bias)
+            return
         value = self.loss(leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias)
         self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
         leaf_grad, *self.logit_grads = torch.autograd.grad(

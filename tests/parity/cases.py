@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -25,10 +25,17 @@ class Case:
     virtual: int = 1
     stash: int | str = "auto"  # microbatches that keep their graphs
     stages: dict[str, list[int]] | None = field(default=None, hash=False)
+    exchange: str = "auto"  # "ring": texts streamed, logits in tiles that do not divide the batch
 
     @property
     def loss(self) -> str:
         return "sigmoid" if self.model == "siglip" else "infonce"
+
+    @property
+    def loss_section(self) -> dict[str, Any]:
+        """The `loss` section of the run's config."""
+        tile = 3 if self.exchange == "ring" else "auto"
+        return {"kind": self.loss, "exchange": self.exchange, "tile": tile}
 
     @property
     def batch(self) -> int:
@@ -58,12 +65,13 @@ class Case:
             parts += ["byhand"] if self.stages else []
         parts += [f"micro{self.microbatches}", self.recompute, self.precision]
         parts += ["clipped"] if self.clip_grad_norm else []
+        parts += [self.exchange] if self.exchange != "auto" else []
         return "-".join(parts)
 
 
 COVERING = [
     Case(),
-    Case(data=2, tensor=2, sequence=True, microbatches=4, recompute="selective"),
+    Case(data=2, tensor=2, sequence=True, microbatches=4, recompute="selective", exchange="ring"),
     Case("quickgelu-layerscale", tensor=2, microbatches=4, recompute="full", clip_grad_norm=1.0),
     Case("clipa", tensor=2, sequence=True),
     Case("patch-dropout", tensor=2, sequence=True, microbatches=4),
@@ -74,7 +82,7 @@ COVERING = [
     Case("uneven", pipeline=3, microbatches=3, stash=1, recompute="full"),
     Case(pipeline=4, microbatches=4, clip_grad_norm=1.0),
     Case("uneven", tensor=2, sequence=True, pipeline=2, microbatches=1, recompute="selective"),
-    Case("siglip", data=2, pipeline=2, microbatches=4, stash=4),
+    Case("siglip", data=2, pipeline=2, microbatches=4, stash=4, exchange="ring"),
     Case("uneven", pipeline=2, virtual=2, microbatches=4, stash=2),
     Case(pipeline=2, virtual=2, microbatches=2, precision="bf16"),
 ]
@@ -111,6 +119,12 @@ def grid() -> list[Case]:
         )
     ]
     cases += _pipelines()
+    cases += [
+        replace(case, exchange=exchange)
+        for case in cases
+        for exchange in ("gather", "ring")
+        if case.recompute == "none" and case.precision == "fp32"
+    ]
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 

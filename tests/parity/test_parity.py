@@ -98,7 +98,7 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
     config = {
         "model": {"name": str(setting.checkpoint / "open_clip_config.json")},
         "init": {"from": str(setting.checkpoint)},
-        "loss": {"kind": case.loss},
+        "loss": case.loss_section,
         "parallel": case.parallel,
         "batch": {"global": case.batch, "micro": case.batch // case.data // case.microbatches},
         "precision": case.precision,
