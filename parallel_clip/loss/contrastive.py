@@ -62,6 +62,8 @@ class ContrastiveLoss(nn.Module):
         tile: int | Literal["auto"] = "auto",
     ):
         super().__init__()
+        if not isinstance(local_loss, bool):
+            raise ValueError("local_loss is a bool; a process group is given as group=...")
         if use_horovod:
             raise ValueError("use_horovod: only torch.distributed is supported; leave it out")
         if dist_impl is not None:

@@ -146,7 +146,7 @@ def _step(groups: Groups, built, microbatches, way: Way, excluded: list[Tensor])
 
 def _uncounted(groups: Groups):
     """The loss, whose own graph sees the whole batch and is gone before the second pass."""
-    loss = ClipLoss(groups.data)
+    loss = ClipLoss(group=groups.data)
 
     def uncounted(*features: Tensor) -> Tensor:
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):

@@ -44,7 +44,8 @@ def test_the_fullest_moment_of_a_step_is_the_arithmetics_to_the_byte(processes, 
     for rank, (measured, counted) in enumerate(answers):
         stage = layout.coordinates(rank).pipeline
         for way in WAYS:
-            order = step_orders(layout.pipeline, *way, layout.virtual_pipeline)[stage]
+            counts = way.microbatches, way.stash
+            order = step_orders(layout.pipeline, *counts, layout.virtual_pipeline)[stage]
             where = f"rank {rank}, {way}"
             for step in measured[way]:
                 assert step.graphs == peak_graphs(order), where
@@ -52,7 +53,7 @@ def test_the_fullest_moment_of_a_step_is_the_arithmetics_to_the_byte(processes, 
                 assert step.other_bytes == other_bytes(layout, stage), where
                 assert (step.graphs_left, step.bytes_left) == (0, 0), where
                 if layout.virtual_pipeline == 1:
-                    assert step.graphs == graphs_by_hand(layout.pipeline - stage, *way), where
+                    assert step.graphs == graphs_by_hand(layout.pipeline - stage, *counts), where
                     assert step.graph_bytes == step.graphs * counted[way][0], where
 
 
