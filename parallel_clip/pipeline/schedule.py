@@ -94,7 +94,7 @@ class _Step:
         microbatches: Sequence[Inputs],
         loss: ContrastiveLoss,
         stash: int,
-        helping_stages: ProcessGroup | None,
+        helping_stages: ProcessGroup | None = None,
     ):
         self.chunks = list(chunks)
         self.microbatches = microbatches

@@ -62,8 +62,10 @@ def expected(loss: str) -> tuple[float, dict[str, torch.Tensor]]:
     return value.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+@pytest.mark.parametrize(
+    ("loss", "recompute"),
+    [("infonce", "none"), ("infonce", "selective"), ("infonce", "full"), ("sigmoid", "none")],
+)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_loss_and_every_gradient_are_the_whole_batchs(processes, layout, loss, recompute):
     weights, images, tokens, kept = inputs(loss)

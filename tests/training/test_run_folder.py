@@ -81,7 +81,9 @@ def test_the_config_is_kept_with_every_default(whole, config):
 def test_the_environment_is_kept(whole):
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["world_size"] == 1
-    assert environment["layout"] == {"data": 1, "tensor": 1, "pipeline": 1, "sequence": False}
+    assert environment["layout"] == {
+        "data": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False
+    }  # fmt: skip
     assert environment["packages"]["torch"] and environment["packages"]["megatron-core"]
 
 
