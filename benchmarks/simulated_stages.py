@@ -129,7 +129,7 @@ def _serve(rank: int, cases: Sequence[Case], steps: int, folder: Path) -> None:
 def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
     if case.towers is None:
         towers, microbatches = [_real_stages(groups, case)], _real_inputs(groups, case)
-        loss = ClipLoss(groups.data)
+        loss = ClipLoss(group=groups.data)
     else:
         towers = [_sleeping_stages(groups, case, costs) for costs in case.towers]
         microbatches = [Inputs(None, torch.zeros(1, 1, dtype=torch.long))] * case.microbatches
