@@ -2,7 +2,7 @@
 
     python benchmarks/loss.py [--rounds 15] [--quick]
 
-Forward and backward of the loss alone, features given, over gloo in 1, 2 and 4 processes of one
+Forward and backward of the loss alone, features given, over gloo in 1 to 4 processes of one
 thread each: OpenCLIP's InfoNCE with `local_loss` and `gather_with_grad`, OpenCLIP's sigmoid loss, a
 ring in both directions in plain torch, and ours with logits kept, in tiles, and streamed. All are
 timed in each round, in turn; a ratio is of the same round, and medians with quartiles are shown.
@@ -42,7 +42,7 @@ from parallel_clip.loss import ClipLoss
 from parallel_clip.plan.peak_bytes import PeakBytes
 
 SIZES = [(256, 512), (1024, 512), (1024, 1280), (2048, 512)]  # b, D
-PROCESSES = [1, 2, 4]
+PROCESSES = [1, 2, 3, 4]
 LARGE = 1024, 512  # the bars hold from these sizes on
 STAGES = 2
 STAGE_SIZES = [(256, 512), (512, 512), (1024, 512), (2048, 512), (4096, 512)]

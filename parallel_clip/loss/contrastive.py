@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from parallel_clip.loss.exchange import Exchange, Plan, Ranks, plan_exchange
+from parallel_clip.loss.exchange import Exchange, Plan, Ranks, gather, plan_exchange
 
 # How far a feature's length may be from 1 before it is said: bf16 rounding is well within.
 _LENGTH_TOLERANCE = 0.02
@@ -95,14 +95,14 @@ class ContrastiveLoss(nn.Module):
         are fp32 whatever the features are; gradients are summed in fp32 and rounded once.
 
         Raises:
-            ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs; a
-                group that does not hold this rank.
+            ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs or
+                another width; a group that does not hold this rank.
         """
         self._check_shapes(image_features, text_features)
         first_call = self._ranks is None
         if first_call:
             self._ranks = self._find_ranks()
-        _check_pairs(len(image_features), self._ranks, image_features.device)
+        _check_shapes_alike(image_features, self._ranks)
         if first_call:
             _warn_if_not_normalised(image_features, text_features)
         device = image_features.device
@@ -200,22 +200,28 @@ def _exchange_of(dist_impl: str) -> Exchange:
     return known[dist_impl]
 
 
-def _check_pairs(pairs: int, ranks: Ranks, device: torch.device) -> None:
-    """Ranks with other numbers of pairs would wait for one another, or mix up whose is whose."""
-    counts = [pairs] if ranks.data_size == 1 else _counts(pairs, ranks.data, device)
-    if len(set(counts)) > 1:
+def _check_shapes_alike(features: Tensor, ranks: Ranks) -> None:
+    """Ranks with other shapes would wait for one another, or mix up whose is whose."""
+    shapes = [tuple(features.shape)]
+    if ranks.data_size > 1:
+        shapes = _shapes(features, ranks.data)
+    if len(set(shapes)) > 1:
         globally = dist.get_process_group_ranks(ranks.data)
-        shown = ", ".join(f"rank {rank}: {n}" for rank, n in zip(globally, counts, strict=True))
-        raise ValueError(f"every rank must hold the same number of pairs; {shown}")
-    if pairs == 0:  # not before all ranks have met: others may have some, and would wait
+        shown = ", ".join(
+            f"rank {rank}: {pairs} x {width}"
+            for rank, (pairs, width) in zip(globally, shapes, strict=True)
+        )
+        raise ValueError(
+            f"every rank must hold the same number of pairs, of the same width; {shown}"
+        )
+    if len(features) == 0:  # not before all ranks have met: others may have some, and would wait
         raise ValueError("there are no pairs: image_features is empty")
 
 
-def _counts(pairs: int, group: ProcessGroup, device: torch.device) -> list[int]:
-    """The number of pairs of each rank."""
-    held = torch.empty(group.size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(held, torch.tensor([pairs], device=device), group=group)
-    return held.tolist()
+def _shapes(features: Tensor, group: ProcessGroup) -> list[tuple[int, ...]]:
+    """The shape [pairs, width] of each rank's features."""
+    own = torch.tensor([features.shape], device=features.device)
+    return [tuple(shape) for shape in gather(own, group).tolist()]
 
 
 def _warn_if_not_normalised(images: Tensor, texts: Tensor) -> None:

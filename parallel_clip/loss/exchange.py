@@ -17,6 +17,11 @@ from torch.distributed import ProcessGroup
 
 Exchange = Literal["auto", "gather", "ring"]
 
+# The names since torch 2.14, which warns of the older ones.
+_new_names = hasattr(dist, "all_gather_single")
+all_gather_single = dist.all_gather_single if _new_names else dist.all_gather_into_tensor
+reduce_scatter_single = dist.reduce_scatter_single if _new_names else dist.reduce_scatter_tensor
+
 # Gathered texts with their fp32 gradients are held whole up to so many bytes; beyond, they stream.
 GATHER_BYTES = 2 << 30
 # A chunk's block of logits takes about so many bytes.
@@ -116,7 +121,7 @@ class Texts:
         self.ranks = _size(group)
         self.rows = max(1, plan.tile // self.ranks)
         self.gathered = plan.gathered and self.ranks > 1
-        self._all = _gather(self.own, group) if self.gathered else None
+        self._all = gather(self.own, group) if self.gathered else None
         self._all_grads: Tensor | None = None
 
     def chunks(self) -> Iterator[slice]:
@@ -138,7 +143,7 @@ class Texts:
         if self._all is not None:
             chunk = self._all.view(self.ranks, *self.own.shape)[:, rows].flatten(0, 1)
         else:
-            chunk = _gather(self.own[rows], self.group)
+            chunk = gather(self.own[rows], self.group)
         return chunk.float()
 
     def send_back(self, rows: slice, grads: Tensor, own_grads: Tensor) -> None:
@@ -175,12 +180,12 @@ def _size(group: ProcessGroup | None) -> int:
     return 1 if group is None else group.size()
 
 
-def _gather(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+def gather(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     """[c, D] of each rank -> [N·c, D]"""
     if _size(group) == 1:
         return rows
     gathered = rows.new_empty(group.size() * len(rows), rows.shape[1])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    all_gather_single(gathered, rows.contiguous(), group=group)
     return gathered
 
 
@@ -189,5 +194,5 @@ def _reduce_scatter(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     if _size(group) == 1:
         return rows
     own = rows.new_empty(len(rows) // group.size(), rows.shape[1])
-    dist.reduce_scatter_tensor(own, rows, group=group)
+    reduce_scatter_single(own, rows, group=group)
     return own

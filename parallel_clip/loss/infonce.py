@@ -54,12 +54,34 @@ def _infonce(
     kept: list[Tensor] | None = [] if plan.stored and want_gradients else None
     of_rows, of_columns, own = _log_sum_exp(scaled, columns, mine, ranks, kept)
     own, column_total = sum_over(torch.stack([own, of_columns.total()]), ranks.helpers)
-    total = sum_over(of_rows.total() - 2 * own, ranks.data) + column_total
-    value = total / (2 * global_batch)
+    row_total = of_rows.total() - 2 * own
     if not want_gradients:
-        return value, None
+        return (sum_over(row_total, ranks.data) + column_total) / (2 * global_batch), None
 
-    grads = images.new_zeros(2, *images.shape)
+    grads = _sums_of_gradients(scaled, columns, mine, ranks, of_rows, of_columns, kept)
+    image_grads, text_grads = grads
+    along = (images * image_grads).sum(dtype=torch.float64)
+    row_total, along = sum_over(torch.stack([row_total, along]), ranks.data)
+    # Times the number of ranks, as DDP takes the mean.
+    image_grads *= scale / (2 * pairs)
+    text_grads /= 2 * pairs
+    scale_grad = along / (2 * global_batch)
+    gradients = Gradients(image_grads, text_grads, scale_grad, torch.zeros_like(scale_grad))
+    return (row_total + column_total) / (2 * global_batch), gradients
+
+
+def _sums_of_gradients(
+    scaled: Tensor,
+    columns: Texts,
+    mine: slice,
+    ranks: Ranks,
+    of_rows: _LogSumExp,
+    of_columns: _LogSumExp,
+    kept: list[Tensor] | None,
+) -> Tensor:
+    """G T and Gᵀ (s I) of this rank's pictures and texts, summed over ranks, [2, b, D]. Takes the
+    logits from `kept`, where they are; writes over the log-sum-exps."""
+    grads = scaled.new_zeros(2, *scaled.shape)
     image_grads, text_grads = grads
     row_shares, column_shares = of_rows.sums.reciprocal_(), of_columns.sums.reciprocal_()
     for number, rows in enumerate(columns.chunks()):
@@ -75,14 +97,7 @@ def _infonce(
         columns.send_back(rows, block.t() @ scaled, text_grads[mine])
         del block
     columns.finish(text_grads[mine])
-
-    sum_over(grads, ranks.helpers)
-    scale_grad = sum_over((images * image_grads).sum(dtype=torch.float64), ranks.data)
-    scale_grad /= 2 * global_batch
-    # Times the number of ranks, as DDP takes the mean.
-    image_grads *= scale / (2 * pairs)
-    text_grads /= 2 * pairs
-    return value, Gradients(image_grads, text_grads, scale_grad, torch.zeros_like(scale_grad))
+    return sum_over(grads, ranks.helpers)
 
 
 class _LogSumExp(NamedTuple):

@@ -52,7 +52,7 @@ def _sigmoid(
     columns = Texts(texts[mine], ranks.data, plan)
 
     grads = images.new_zeros(2, *images.shape) if want_gradients else None
-    totals = torch.zeros(2, dtype=torch.float64, device=images.device)  # loss, d loss / d bias
+    totals = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, d bias, d scale
     for rows in columns.chunks():
         chunk = columns.read(rows)
         logits = scaled @ chunk.t()
@@ -70,15 +70,15 @@ def _sigmoid(
         columns.send_back(rows, block.t() @ scaled, grads[1][mine])
         del logits, block
 
-    sum_over(sum_over(totals, ranks.helpers), ranks.data)
-    value, bias_grad = totals / global_batch
+    sum_over(totals, ranks.helpers)
+    if grads is not None:
+        columns.finish(grads[1][mine])
+        sum_over(grads, ranks.helpers)
+        totals[2] = (images * grads[0]).sum(dtype=torch.float64)
+    value, bias_grad, scale_grad = sum_over(totals, ranks.data) / global_batch
     if grads is None:
         return value, None
-    columns.finish(grads[1][mine])
-    sum_over(grads, ranks.helpers)
     image_grads, text_grads = grads
-    scale_grad = sum_over((images * image_grads).sum(dtype=torch.float64), ranks.data)
-    scale_grad /= global_batch
     # Times the number of ranks, as DDP takes the mean.
     image_grads *= scale / pairs
     text_grads /= pairs

@@ -49,9 +49,11 @@ def train_open_clip(
     return losses, model.state_dict()
 
 
-def with_so_many_pairs(groups: Groups, loss: type[nn.Module], counts: list[int]) -> list[str]:
-    """The error when rank i holds counts[i] pairs, and when it comes a second time."""
-    features = F.normalize(torch.ones(counts[groups.rank], 8), dim=-1)
+def with_such_shapes(
+    groups: Groups, loss: type[nn.Module], shapes: list[tuple[int, int]]
+) -> list[str]:
+    """The error when rank i holds features of shapes[i], and when it comes a second time."""
+    features = F.normalize(torch.ones(shapes[groups.rank]), dim=-1)
     module = loss()
     return [_complaint(lambda: module(features, features, 10.0)) for _ in range(2)]
 

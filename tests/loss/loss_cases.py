@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_clip.engine.groups import Groups
+from parallel_clip.loss import exchange
 
 
 class TwoLinears(nn.Module):
@@ -167,22 +168,22 @@ def _count(groups: Groups, case: Case, gradients: bool) -> tuple[int, list[Sent]
     names = {groups.data: "data", groups.tensor: "helpers"}
     sent = []
 
-    def recording(operation: str):
-        plain = getattr(dist, operation)
+    def recording(module: object, operation: str):
+        plain = getattr(module, operation)
 
         def record(first: Tensor, second: Tensor | None = None, *rest, group, **options):
-            tensor = second if operation == "all_gather_into_tensor" else first
+            tensor = second if operation == "all_gather_single" else first
             sent.append(Sent(names[group], operation, tuple(tensor.shape), tensor.dtype))
             arguments = [x for x in (first, second) if x is not None]
             return plain(*arguments, *rest, group=group, **options)
 
-        return mock.patch.object(dist, operation, record)
+        return mock.patch.object(module, operation, record)
 
     flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
     with (
-        recording("all_gather_into_tensor"),
-        recording("reduce_scatter_tensor"),
-        recording("all_reduce"),
+        recording(exchange, "all_gather_single"),
+        recording(exchange, "reduce_scatter_single"),
+        recording(dist, "all_reduce"),
         torch.set_grad_enabled(gradients),
         flops,
     ):

@@ -135,19 +135,24 @@ def test_a_place_among_ranks(processes, loss):
 
 
 @every_loss
-@pytest.mark.parametrize("counts", [[4, 4, 3], [0, 2, 2]], ids=str)
-def test_ranks_with_other_numbers_of_pairs_are_named_and_none_waits(processes, loss, counts):
-    shown = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
+@pytest.mark.parametrize(
+    "shapes",
+    [[(4, 8), (4, 8), (3, 8)], [(0, 8), (2, 8), (2, 8)], [(4, 8), (4, 6), (4, 8)]],
+    ids=str,
+)
+def test_ranks_with_other_shapes_are_named_and_none_waits(processes, loss, shapes):
+    shown = ", ".join(f"rank {rank}: {b} x {width}" for rank, (b, width) in enumerate(shapes))
     found = processes.run(
-        Layout(3), drop_in_cases.with_so_many_pairs, loss=loss, counts=counts, seconds=60
+        Layout(3), drop_in_cases.with_such_shapes, loss=loss, shapes=shapes, seconds=60
     )
-    assert found == [[f"every rank must hold the same number of pairs; {shown}"] * 2] * 3
+    said = f"every rank must hold the same number of pairs, of the same width; {shown}"
+    assert found == [[said] * 2] * 3
 
 
 @every_loss
 def test_no_rank_has_pairs(processes, loss):
     found = processes.run(
-        Layout(2), drop_in_cases.with_so_many_pairs, loss=loss, counts=[0, 0], seconds=60
+        Layout(2), drop_in_cases.with_such_shapes, loss=loss, shapes=[(0, 8)] * 2, seconds=60
     )
     assert found == [["there are no pairs: image_features is empty"] * 2] * 2
 
