@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -133,6 +134,7 @@ def run(processes: int, sizes: Sequence[tuple[int, int]], rounds: int) -> list[d
 def _measure(
     rank: int, processes: int, sizes: Sequence[tuple[int, int]], rounds: int, folder: str
 ) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of names that OpenCLIP uses
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
@@ -199,7 +201,7 @@ def _measure_size(
 ) -> dict[str, Measured]:
     torch.manual_seed(rank)
     features = F.normalize(torch.randn(2, pairs, width), dim=-1)
-    losses = losses_of(rank, processes)
+    losses = losses_of(rank, processes, pairs, width)
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     for measured_round in range(-1, rounds):  # the first one warms up
         for name, loss in losses.items():

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from parallel_clip.loss import ClipLoss, SigLipLoss
 
 
-def losses_of(rank: int, processes: int) -> dict[str, Callable[..., Tensor]]:
+def losses_of(
+    rank: int, processes: int, pairs: int, width: int
+) -> dict[str, Callable[..., Tensor]]:
+    """By name; "stored" only at sizes at which ours does keep the logits."""
     theirs = open_clip.loss.ClipLoss(
         local_loss=True, gather_with_grad=True, rank=rank, world_size=processes
     )
-    return {
+    losses = {
         "open_clip": lambda images, texts, scale, bias: theirs(images, texts, scale),
         "ring in torch": RingInTorch(rank, processes),
         "stored": ClipLoss(exchange="gather"),
@@ -24,6 +27,9 @@ def losses_of(rank: int, processes: int) -> dict[str, Callable[..., Tensor]]:
         "open_clip sigmoid": open_clip.loss.SigLipLoss(rank=rank, world_size=processes),
         "sigmoid": SigLipLoss(),
     }
+    if not losses["stored"].plan(pairs, width).stored:
+        del losses["stored"]
+    return losses
 
 
 class RingInTorch(nn.Module):

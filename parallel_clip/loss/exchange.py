@@ -83,12 +83,15 @@ def plan_exchange(
     """Decide from sizes where `exchange` or `tile` are "auto"; pure.
 
     pairs: b; width: D; ranks: N; helpers: H. Logits are kept where they take no more memory than
-    gathered texts and their gradients do, b × B / H numbers against 2 × B × D.
+    gathered texts and their gradients do, b × B / H numbers against 2 × B × D, or than a tile.
     """
+    global_batch = pairs * ranks
+    texts_bytes = 4 * 2 * global_batch * width
+    block_bytes = 4 * pairs * global_batch // helpers
     gathered = exchange == "gather"
     if exchange == "auto":
-        gathered = 2 * pairs * ranks * width * 4 // helpers <= GATHER_BYTES
-    stored = tile == "auto" and gathered and pairs <= 2 * width * helpers
+        gathered = texts_bytes // helpers <= GATHER_BYTES
+    stored = tile == "auto" and gathered and block_bytes <= max(texts_bytes, TILE_BYTES)
     if tile == "auto":
         room = TILE_BYTES // (4 * pairs)
         if not stored:  # the few blocks and chunks at work take little more than the features do
