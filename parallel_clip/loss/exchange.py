@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -115,54 +116,72 @@ def most_bytes(plan: Plan, pairs: int, width: int, ranks: int, helpers: int) -> 
 class Texts:
     """This helper's texts of all ranks in chunks, and the gradients on their way back.
 
-    own: [n, D], this rank's; group: the data-parallel ranks. A chunk is c rows of each rank:
-    [N·c, D] in fp32, rank by rank.
+    own: [n, D], this rank's; group: the data-parallel ranks. Where all texts are held, rank by
+    rank, a chunk is some of them, in place; where they stream it is c rows of each rank, [N·c, D],
+    rank by rank.
     """
 
     def __init__(self, own: Tensor, group: ProcessGroup | None, plan: Plan):
         self.own, self.group = own.contiguous(), group
         self.ranks = _size(group)
-        self.rows = max(1, plan.tile // self.ranks)
-        self.gathered = plan.gathered and self.ranks > 1
-        self._all = gather(self.own, group) if self.gathered else None
+        self.held = plan.gathered or self.ranks == 1
+        self._rank = 0 if group is None else group.rank()
+        self._step = plan.tile if self.held else max(1, plan.tile // self.ranks)
+        self._all = gather(self.own, group) if self.held else None
         self._all_grads: Tensor | None = None
-
-    def chunks(self) -> Iterator[slice]:
-        """The rows of each chunk, counted in `own`."""
-        for start in range(0, len(self.own), self.rows):
-            yield slice(start, min(start + self.rows, len(self.own)))
 
     @property
     def count(self) -> int:
         """N·n"""
         return self.ranks * len(self.own)
 
-    def columns(self, rows: slice) -> slice:
+    def chunks(self) -> Iterator[slice]:
+        """The chunks, by rows of all texts or, where they stream, of `own`."""
+        length = self.count if self.held else len(self.own)
+        for start in range(0, length, self._step):
+            yield slice(start, min(start + self._step, length))
+
+    def columns(self, chunk: slice) -> slice:
         """Where a chunk stands among the `count` texts, chunk after chunk."""
-        return slice(self.ranks * rows.start, self.ranks * rows.stop)
+        if self.held:
+            return chunk
+        return slice(self.ranks * chunk.start, self.ranks * chunk.stop)
 
-    def read(self, rows: slice) -> Tensor:
-        """The chunk [N·c, D], fp32."""
-        if self._all is not None:
-            chunk = self._all.view(self.ranks, *self.own.shape)[:, rows].flatten(0, 1)
-        else:
-            chunk = gather(self.own[rows], self.group)
-        return chunk.float()
+    def read(self, chunk: slice) -> Tensor:
+        """The chunk's texts, fp32."""
+        texts = self._all[chunk] if self.held else gather(self.own[chunk], self.group)
+        return texts.float()
 
-    def send_back(self, rows: slice, grads: Tensor, own_grads: Tensor) -> None:
-        """Hand in the gradients [N·c, D] of a chunk; `own_grads` [n, D] takes what comes back, once
-        all chunks are in and `finish` has been called."""
-        if not self.gathered:
-            own_grads[rows] = _reduce_scatter(grads, self.group)
+    def own_pairs(self, block: Tensor, chunk: slice, mine: slice) -> Tensor:
+        """Where a chunk's block of logits has the pairs of this rank's pictures `mine` with their
+        own texts: a view of them."""
+        rows = chunk
+        column = self._rank * (chunk.stop - chunk.start)
+        if self.held:
+            first = self._rank * len(self.own)
+            start, stop = (min(max(x - first, 0), len(self.own)) for x in (chunk.start, chunk.stop))
+            rows, column = slice(start, stop), first + start - chunk.start
+        count = rows.stop - rows.start
+        picture = mine.start + rows.start
+        if count == 0:
+            return block[:0, :0].diagonal()
+        return block[picture : picture + count, column : column + count].diagonal()
+
+    def send_back(self, chunk: slice, block: Tensor, images: Tensor, own_grads: Tensor) -> None:
+        """Hand in blockᵀ images, the gradients of a chunk; `own_grads` [n, D] takes what comes
+        back, once all chunks are in and `finish` has been called."""
+        if not self.held:
+            own_grads[chunk] = _reduce_scatter(block.t() @ images, self.group)
             return
         if self._all_grads is None:
-            self._all_grads = grads.new_empty(self.ranks, *self.own.shape)
-        self._all_grads[:, rows] = grads.view(self.ranks, -1, grads.shape[-1])
+            shape = self.count, images.shape[1]
+            self._all_grads = own_grads if self.ranks == 1 else images.new_empty(shape)
+        torch.mm(block.t(), images, out=self._all_grads[chunk])
 
     def finish(self, own_grads: Tensor) -> None:
-        if self._all_grads is not None:
+        if self._all_grads is not None and self.ranks > 1:  # a helper of few pairs may have no text
             self._all = None  # not needed any more
-            own_grads.copy_(_reduce_scatter(self._all_grads.flatten(0, 1), self.group))
+            own_grads.copy_(_reduce_scatter(self._all_grads, self.group))
 
 
 def sum_over(values: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -84,17 +84,17 @@ def _sums_of_gradients(
     grads = scaled.new_zeros(2, *scaled.shape)
     image_grads, text_grads = grads
     row_shares, column_shares = of_rows.sums.reciprocal_(), of_columns.sums.reciprocal_()
-    for number, rows in enumerate(columns.chunks()):
-        chunk, at = columns.read(rows), columns.columns(rows)
+    for number, part in enumerate(columns.chunks()):
+        chunk, at = columns.read(part), columns.columns(part)
         logits = scaled @ chunk.t() if kept is None else kept[number]
         block = torch.sub(logits, of_rows.highest[:, None]).exp_().mul_(row_shares[:, None])
         block.addcmul_(logits.sub_(of_columns.highest[at]).exp_(), column_shares[at])
-        own_pairs(block, rows, mine, ranks).sub_(2)
+        columns.own_pairs(block, part, mine).sub_(2)
         image_grads.addmm_(block, chunk)
         del chunk, logits  # nothing of a chunk outlives its use: they are the memory of this loss
         if kept is not None:
             kept[number] = None
-        columns.send_back(rows, block.t() @ scaled, text_grads[mine])
+        columns.send_back(part, block, scaled, text_grads[mine])
         del block
     columns.finish(text_grads[mine])
     return sum_over(grads, ranks.helpers)
@@ -125,9 +125,9 @@ def _log_sum_exp(
     column_max = scaled.new_empty(columns.count)
     column_sum = torch.empty_like(column_max)
     own = torch.zeros((), dtype=torch.float64, device=scaled.device)
-    for rows in columns.chunks():
-        logits, at = scaled @ columns.read(rows).t(), columns.columns(rows)
-        own += own_pairs(logits, rows, mine, ranks).sum(dtype=torch.float64)
+    for part in columns.chunks():
+        logits, at = scaled @ columns.read(part).t(), columns.columns(part)
+        own += columns.own_pairs(logits, part, mine).sum(dtype=torch.float64)
         new_max = torch.maximum(row_max, logits.amax(dim=1))
         above = torch.sub(logits, new_max[:, None]).exp_()
         row_sum = row_sum * torch.exp(row_max - new_max) + above.sum(dim=1)
@@ -146,11 +146,3 @@ def _combine(maxima: Tensor, sums: Tensor, group: ProcessGroup | None) -> _LogSu
     """Over the ranks of a group, from each rank's maxima and sums above them."""
     highest = max_over(maxima.clone(), group)
     return _LogSumExp(highest, sum_over(sums * torch.exp(maxima - highest), group))
-
-
-def own_pairs(block: Tensor, rows: slice, mine: slice, ranks: Ranks) -> Tensor:
-    """Where a chunk's block [b, N·c] has this rank's own pairs: a view of them."""
-    count = rows.stop - rows.start
-    first_image = mine.start + rows.start
-    of_rank = block[first_image : first_image + count, ranks.data_rank * count :]
-    return of_rank.diagonal()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
 from parallel_clip.loss.exchange import Plan, Ranks, Texts, sum_over
-from parallel_clip.loss.infonce import own_pairs
 
 
 class SigLipLoss(ContrastiveLoss):
@@ -52,21 +51,21 @@ def _sigmoid(
 
     grads = images.new_zeros(2, *images.shape) if want_gradients else None
     totals = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, d bias, d scale
-    for rows in columns.chunks():
-        chunk = columns.read(rows)
+    for part in columns.chunks():
+        chunk = columns.read(part)
         logits = scaled @ chunk.t()
         if bias is not None:
             logits += bias
-        own_pairs(logits, rows, mine, ranks).neg_()  # the answer to a pair is yes, to others no
+        columns.own_pairs(logits, part, mine).neg_()  # the answer to a pair is yes, to others no
         totals[0] += _softplus_total(logits)
         if grads is None:
             continue
         block = logits.sigmoid_()
-        own_pairs(block, rows, mine, ranks).neg_()
+        columns.own_pairs(block, part, mine).neg_()
         totals[1] += _total(block)
         grads[0].addmm_(block, chunk)
         del chunk  # nothing of a chunk outlives its use: they are the memory of this loss
-        columns.send_back(rows, block.t() @ scaled, grads[1][mine])
+        columns.send_back(part, block, scaled, grads[1][mine])
         del logits, block
 
     sum_over(totals, ranks.helpers)
