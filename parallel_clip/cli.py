@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from parallel_clip import __version__, commands
 from parallel_clip.engine.last_words import say_once, was_left_alone
 from parallel_clip.engine.launch import Launch, read_launch
 from parallel_clip.engine.quiet import quiet_dependencies
-from parallel_clip.errors import BadDataError, InputError
+from parallel_clip.errors import BadDataError, InputError, WorkerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BadDataError, FloatingPointError) as error:
         say_once(f"parallel-clip: {error}", launch)
         return 1
+    except WorkerError as error:
+        _end_at_once(str(error), launch)
     except Exception as error:
+        from parallel_clip.data.workers import worker_failure
+
+        failure = worker_failure(error)
+        if failure is not None:
+            _end_at_once(failure, launch)
         if was_left_alone(error):
             print(
                 f"parallel-clip: rank {launch.rank} stops: the connection to another rank was "
@@ -41,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         sys.stderr.flush()
         return 1
+
+
+def _end_at_once(message: str, launch: Launch) -> NoReturn:
+    """Say what happened to this rank's workers, and end without waiting for them: one that is stuck
+    in the file system does not even hear SIGKILL."""
+    where = f" (rank {launch.rank})" if launch.world_size > 1 else ""
+    print(f"parallel-clip: {message}{where}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -152,11 +170,15 @@ def _add_data(parent) -> None:
     kinds = parser.add_subparsers(required=True, metavar="KIND")
     index = kinds.add_parser("index", help="write where each sample of each shard lies")
     index.add_argument("shards", nargs="+", metavar="SHARDS", help='e.g. "data/{0000..0099}.tar"')
+    index.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes (default: one a core)"
+    )
     index.set_defaults(run=commands.data_index)
     check = kinds.add_parser("check", help="read and decode everything; exit 2 if any is broken")
     check.add_argument("shards", nargs="+", metavar="SHARDS")
     check.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
-    check.add_argument("--workers", type=_positive, default=1)
+    check.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (1)")
+    check.add_argument("--json", metavar="FILE", help="write the report; - prints it alone")
     check.set_defaults(run=commands.data_check)
     pack = kinds.add_parser("pack", help="make shards of a folder of pictures, or of a CSV")
     pack.add_argument("source", metavar="SOURCE", help="folder with .txt captions, or a CSV")

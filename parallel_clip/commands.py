@@ -90,17 +90,27 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
 def data_index(options: argparse.Namespace, launch: Launch) -> None:
     from parallel_clip.data.index import index_shards
 
-    shards = index_shards(options.shards)
-    print(f"{len(shards):,} shards, {sum(shard.samples for shard in shards):,} samples")
+    shards = index_shards(options.shards, renew=True, workers=options.workers)
+    print(f"{len(shards):,} shards, {shards.samples:,} samples")
 
 
 def data_check(options: argparse.Namespace, launch: Launch) -> int:
     from parallel_clip.data.check import check_shards
+    from parallel_clip.data.report import print_report, report_tree
+    from parallel_clip.evaluate.report import check_json_target, write_json
 
-    report = check_shards(options.shards, caption_key=options.caption_key, workers=options.workers)
-    for broken in report.broken:
-        print(broken)
-    print(f"{report.shards:,} shards, {report.samples:,} samples, {len(report.broken):,} broken")
+    check_json_target(options.json)
+    alone = options.json == "-"
+    report = check_shards(
+        options.shards,
+        _say_nothing if alone else print,
+        caption_key=options.caption_key,
+        workers=options.workers,
+    )
+    if not alone:
+        print_report(report)
+    if options.json is not None:
+        write_json(report_tree(report), options.json)
     return 2 if report.broken else 0
 
 
@@ -180,6 +190,7 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
             need=need,
             caption_key=options.caption_key,
             say=_say_nothing,
+            check=False,
         )
     )
     return encoder, data, groups.data

@@ -146,6 +146,7 @@ class Source(Section):
     shards: Shards = Field(description="WebDataset shards: a brace pattern, or several")
     samples: int | None = Field(None, ge=1, description="use only the first so many; null: all")
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each sample")
+    caption_key: str | None = Field(None, description="of this source; null: `data.caption_key`")
 
 
 class Data(Section):
@@ -176,6 +177,17 @@ class Data(Section):
     )
     workers: int = Field(4, ge=0, description="processes that read and decode, a rank")
     prefetch: int = Field(2, ge=1, description="batches that each worker keeps ready")
+    worker_patience: float = Field(
+        25.0, gt=0, description="seconds that a worker may take over one sample before it is stuck"
+    )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the "
+        "crop does not need more; pixels differ a little from OpenCLIP's",
+    )
+    cache: str | Annotated[int, Field(ge=1)] = Field(
+        "32GB", description="most that is kept of shards at addresses, on each machine"
+    )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="end the run when more of the samples cannot be decoded"
     )
@@ -317,6 +329,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             bytes_in(parallel.memory)
         except InputError as error:
             yield str(error)
+    try:
+        bytes_in(config.data.cache, "data.cache")
+    except InputError as error:
+        yield str(error)
     if schedule.cooldown and schedule.kind != "wsd":
         yield f"schedule.cooldown is for schedule.kind wsd, not {schedule.kind}; leave it out"
     if schedule.min_lr and schedule.kind == "constant":
@@ -342,6 +358,8 @@ _FREE_ON_RESUME = (
     "recompute",
     "data.workers",
     "data.prefetch",
+    "data.worker_patience",
+    "data.cache",
     "log.",
     "evaluate.",
     "checkpoint.",

@@ -11,3 +11,7 @@ class InputError(Exception):
 
 class BadDataError(RuntimeError):
     """Too much of the training data could not be decoded: the run ends with exit code 1."""
+
+
+class WorkerError(Exception):
+    """A process that reads data has ended or is stuck."""

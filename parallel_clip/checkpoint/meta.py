@@ -16,8 +16,9 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Meta:
     """step: optimizer steps done; position: samples of the global order consumed; bad_samples:
-    replaced so far; model and preprocess: OpenCLIP's model_cfg and preprocess_cfg; tokenizer: as
-    in `data.tokenizer`, a folder's path made absolute."""
+    replaced so far; source_samples: pairs seen of each source; data: what the order was made of,
+    see `TrainingData.made_of`; model and preprocess: OpenCLIP's model_cfg and preprocess_cfg;
+    tokenizer: as in `data.tokenizer`, a folder's path made absolute."""
 
     step: int
     position: int
@@ -26,6 +27,8 @@ class Meta:
     model: dict[str, Any]
     preprocess: dict[str, Any]
     tokenizer: str | None = None
+    source_samples: tuple[int, ...] = ()
+    data: dict[str, Any] | None = None
     has_moments: bool = True
     format: int = FORMAT
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import warnings
+from collections.abc import Callable
 
 from PIL import Image, UnidentifiedImageError
 
@@ -16,9 +18,15 @@ MAX_ASPECT = 100  # resizing the short side to size S makes a picture of S x 100
 MAX_JSON_BYTES = 2**20
 MAX_CAPTION_BYTES = 64 * 2**10
 
+Shrink = Callable[[int, int], float]  # (width, height) -> part of them, more than 0
 
-def decode_picture(sample: StoredSample) -> Image.Image:
-    """The sample's picture, decoded to its end, in RGB (alpha is dropped, not blended)."""
+
+def decode_picture(sample: StoredSample, shrink: Shrink | None = None) -> Image.Image:
+    """The sample's picture, decoded to its end, in RGB (alpha is dropped, not blended).
+
+    shrink: what part of its width and height will do, by (width, height). A JPEG is then decoded at
+    an eighth, a fourth or half of its size where that is enough, in a fraction of the time.
+    """
     extension = next((e for e in PICTURE_EXTENSIONS if e in sample.files), None)
     if extension is None:
         raise _bad(sample, f"no picture, only {_names(sample)}")
@@ -30,6 +38,10 @@ def decode_picture(sample: StoredSample) -> Image.Image:
             warnings.simplefilter("ignore")  # of odd metadata and, before our own limit, of size
             picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
             _check_size(sample, picture.width, picture.height)
+            if shrink is not None and picture.format == "JPEG":
+                part = shrink(picture.width, picture.height)
+                wanted = math.ceil(part * picture.width), math.ceil(part * picture.height)
+                picture.draft("RGB", wanted)
             return picture.convert("RGB")
     except BadSampleError:
         raise

@@ -7,14 +7,15 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from parallel_clip.data.decode import captions_of, decode_picture, label_of
-from parallel_clip.data.index import Say, index_shards
-from parallel_clip.data.loader import BadSample, StoredAddress, read_ahead
+from parallel_clip.data.index import ShardTable, index_shards
+from parallel_clip.data.loader import BadSample, StoredAddress
+from parallel_clip.data.progress import Say
 from parallel_clip.data.shards import BadSampleError, ShardFiles, ShardIndex
 from parallel_clip.data.tokenizer import Tokenizer
 from parallel_clip.data.transforms import Preprocess, evaluation_transform
+from parallel_clip.data.workers import getting_on, read_ahead
 
 
 @dataclass(frozen=True)
@@ -68,29 +69,35 @@ def open_evaluation_data(
     caption_key: str | None = None,
     workers: int = 0,
     say: Say = print,
+    check: bool = True,
 ) -> EvaluationData:
     """The samples of shards, cut over `ranks`; with all their captions, or with their `.cls`.
 
-    A sample without what is needed is a bad one. InputError: missing or broken shards.
+    A sample without what is needed is a bad one. InputError: missing or broken shards, which are
+    looked for unless `check` is False (see `index_shards`).
     """
     data = _EvaluationSamples(
-        index_shards(patterns, say), preprocess, tokenizer, need == "captions", caption_key
+        index_shards(patterns, say, check=check),
+        preprocess,
+        tokenizer,
+        need == "captions",
+        caption_key,
     )
     part = range(len(data) * rank // ranks, len(data) * (rank + 1) // ranks)
     return EvaluationData(data, part, batch, workers)
 
 
-class _EvaluationSamples(Dataset):
+class _EvaluationSamples:
     def __init__(
         self,
-        shards: Sequence[ShardIndex],
+        shards: ShardTable,
         preprocess: Preprocess,
         tokenizer: Tokenizer,
         with_captions: bool,
         caption_key: str | None,
     ):
         self._shards = shards
-        self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(shards.counts)])
         self._size = preprocess.image_size
         self._transform = evaluation_transform(preprocess)
         self._tokenizer = tokenizer
@@ -101,13 +108,21 @@ class _EvaluationSamples(Dataset):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def place(self, shard: int, index: int, *_: int) -> str:
+        return f"sample {index} of {self._shards.paths[shard]}"
+
     def __getitem__(self, positions: range) -> EvaluationBatch:
         images, used, captions, owner, labels, addresses, bad = [], [], [], [], [], [], []
+        opened: tuple[int, ShardIndex] | None = None
         for position in positions:
             number = int(np.searchsorted(self._starts, position, side="right")) - 1
-            shard = self._shards[number]
+            index = position - int(self._starts[number])
+            getting_on(number, index)
+            if opened is None or opened[0] != number:
+                opened = number, self._shards[number]
+            shard = opened[1]
             try:
-                sample = self._files.read(shard, position - int(self._starts[number]))
+                sample = self._files.read(shard, index)
                 picture = decode_picture(sample)
                 if self._with_captions:
                     own = captions_of(sample, self._caption_key)
@@ -116,11 +131,11 @@ class _EvaluationSamples(Dataset):
                 else:
                     labels.append(label_of(sample))
             except BadSampleError as error:
-                bad.append(BadSample(position, 0, str(shard.path), error.key, error.reason))
+                bad.append(BadSample(position, 0, shard.path, error.key, error.reason))
                 continue
             images.append(self._transform(picture))
             used.append(position)
-            addresses.append(StoredAddress(0, str(shard.path), sample.key))
+            addresses.append(StoredAddress(0, shard.path, sample.key))
         return EvaluationBatch(
             torch.stack(images) if images else torch.empty(0, 3, *self._size),
             torch.tensor(used, dtype=torch.int64),

@@ -1,187 +1,334 @@
-"""The index of shards: how many samples each has and where they are, kept in a file.
+"""The index of shards: how many samples each has and where they are, made once and kept.
 
 One file for a folder of shards, `shards.index` beside them, or in the cache folder where theirs is
-not writable (`$PARALLEL_CLIP_CACHE`, else `~/.cache/parallel_clip`). It is one line of JSON, then
-the samples' bounds of all shards as little-endian int64, mapped into memory and so shared by all
-processes of a machine. A shard whose size or time of change differs is scanned again.
+not writable or is an address (see `index_file.py`).
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from parallel_clip.data.shards import ShardIndex, expand_shards, scan_shard
+from parallel_clip.data.files import parent_and_name
+from parallel_clip.data.index_file import IndexFile, write_index
+from parallel_clip.data.patterns import expand_shards, require_files
+from parallel_clip.data.progress import Say, track
+from parallel_clip.data.remote import (
+    cache_folder,
+    file_system,
+    is_remote,
+    patiently,
+)
+from parallel_clip.data.shards import ShardIndex, scan_shard
 from parallel_clip.errors import InputError
 
 INDEX_NAME = "shards.index"
+SIZES_NAME = "sizes.json"  # OpenCLIP's: the samples of each shard, by file name
 
-_FORMAT = "parallel_clip shard index 1"
-_THREADS = 8  # scanning waits for the file system, not for the processor
-_SECONDS_BETWEEN_REPORTS = 10
-_MAX_HEADER_BYTES = 2**28
+_FEW = 16  # shards that are scanned quicker than processes start
 
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class ShardTable(Sequence[ShardIndex]):
+    """The shards that patterns name, in their order. How many samples each has is at hand; where
+    they are is looked up for a shard that is asked for."""
+
+    paths: list[str]
+    counts: np.ndarray  # int64 [shards]
+    folders: dict[str, _Folder]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        """Raises InputError where the index is damaged, or other than it was said to be."""
+        path = self.paths[number]
+        shard = self.folders[parent_and_name(path)[0]].shard(path)
+        if shard.samples != self.counts[number]:
+            raise InputError(_other_count(path, int(self.counts[number]), shard.samples))
+        return shard
+
+    @property
+    def samples(self) -> int:
+        return int(self.counts.sum())
 
 
 def index_shards(
-    patterns: str | Sequence[str], say: Say = print, *, save: bool = True
-) -> list[ShardIndex]:
+    patterns: str | Sequence[str],
+    say: Say = print,
+    *,
+    check: bool = True,
+    save: bool = True,
+    renew: bool = False,
+    counts_suffice: bool = False,
+    workers: int | None = None,
+) -> ShardTable:
     """The index of the shards that patterns name (see `expand_shards`), in their order.
 
-    What a saved index does not have is scanned, said, and saved unless `save` is False. Of several
-    processes let one go first: the others then find all of it. InputError names every shard that is
-    missing, empty or cut off.
+    Shards that no saved index has are scanned, which is said, and the index is saved unless `save`
+    is False. check: look whether all shards are there, of the size that their index says, and hold
+    as many samples as a `sizes.json` beside them says; one process of a job does this for all.
+    renew: scan shards again that have changed since they were indexed; otherwise a change of size
+    is an error. counts_suffice: do not scan shards whose count a `sizes.json` tells.
+
+    Raises:
+        InputError: shards that are missing, empty, cut off or changed, each by name.
     """
     paths = expand_shards(patterns)
-    folders = sorted({path.parent for path in paths})
-    found = {folder: _load(folder, say) for folder in folders}
-    todo = sorted({path for path in paths if path.name not in found[path.parent]})
+    named = list(dict.fromkeys(paths))
+    statuses = require_files(named) if check else {}
+    by_folder: dict[str, list[str]] = {}
+    for path in named:
+        by_folder.setdefault(parent_and_name(path)[0], []).append(path)
+    folders = {place: _Folder.load(place, say) for place in by_folder}
+    counts: dict[str, int] = {}
+    todo = []
+    for place, members in by_folder.items():
+        folder = folders[place]
+        known = folder.known(members)
+        changed = _changed(members, known, statuses, renew)
+        if changed and not renew:
+            raise InputError(_changed_message(changed, known, statuses))
+        told = folder.told_sizes() if check or counts_suffice else {}
+        for path in members:
+            if path in known and path not in changed:
+                counts[path] = known[path][0]
+            elif counts_suffice and parent_and_name(path)[1] in told:
+                counts[path] = told[parent_and_name(path)[1]]
+            else:
+                todo.append(path)
     if todo:
-        say(f"making the index of {len(todo):,} of {len(set(paths)):,} shards")
-        scanned = _scan(todo, say)
-        for index in scanned:
-            found[index.path.parent][index.path.name] = index
-        if save:
-            save_index(scanned, say)
-    return [found[path.parent][path.name] for path in paths]
+        say(f"making the index of {len(todo):,} of {len(named):,} shards")
+        for shard in _scan(todo, say, workers):
+            folders[parent_and_name(shard.path)[0]].add(shard, statuses.get(shard.path))
+            counts[shard.path] = shard.samples
+    if check:
+        for place, members in by_folder.items():
+            _check_told_sizes(members, counts, folders[place].told_sizes())
+    table = ShardTable(paths, np.array([counts[path] for path in paths], np.int64), folders)
+    if save:
+        save_index(table, say)
+    return table
 
 
-def save_index(shards: Sequence[ShardIndex], say: Say = print) -> None:
-    """Keep what `index_shards` found with `save=False`, where it is not kept already."""
-    by_folder: dict[Path, dict[str, ShardIndex]] = {}
-    for shard in shards:
-        by_folder.setdefault(shard.path.parent, {})[shard.path.name] = shard
-    for folder, found in sorted(by_folder.items()):
-        saved = _load(folder, _say_nothing)
-        if found.keys() - saved.keys():
-            say(_save(folder, saved | found))
+def known_shards(paths: Sequence[str], say: Say = print) -> dict[str, ShardIndex]:
+    """What saved indexes know of these shards, whether it is so or not."""
+    folders: dict[str, _Folder] = {}
+    found = {}
+    for path in paths:
+        place = parent_and_name(path)[0]
+        if place not in folders:
+            folders[place] = _Folder.load(place, say)
+        if folders[place].known([path]):
+            found[path] = folders[place].shard(path)
+    return found
 
 
-def _scan(paths: Sequence[Path], say: Say) -> list[ShardIndex]:
-    found, errors, last_report = [], [], time.monotonic()
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for number, result in enumerate(threads.map(_scan_or_error, paths), 1):
-            (errors if isinstance(result, InputError) else found).append(result)
-            if time.monotonic() - last_report > _SECONDS_BETWEEN_REPORTS:
-                last_report = time.monotonic()
-                say(f"indexed {number:,} of {len(paths):,} shards")
+def save_index(table: ShardTable, say: Say = print) -> None:
+    """Keep what `index_shards` scanned and has not been kept yet."""
+    for folder in table.folders.values():
+        folder.save(say)
+
+
+class _Folder:
+    """What is known of the shards of one folder: from index files, and what was scanned since."""
+
+    def __init__(self, place: str, files: list[IndexFile]):
+        self._place = place
+        self._files = files
+        self._scanned: dict[str, tuple[ShardIndex, int]] = {}  # with the time of change
+        self._told: dict[str, int] | None = None
+
+    @classmethod
+    def load(cls, place: str, say: Say) -> _Folder:
+        files = []
+        _fetch_remote_index(place)
+        for path in _index_files(place):
+            if not path.is_file():
+                continue
+            try:
+                files.append(IndexFile.read(path))
+            except (OSError, ValueError) as error:
+                say(f"the index {path} is not readable ({error}): made again")
+        return cls(place, files)
+
+    def known(self, paths: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+        """(samples, bytes, time of change) of those of `paths` that an index has."""
+        found: dict[str, tuple[int, int, int]] = {}
+        names = np.array([os.fsencode(parent_and_name(path)[1]) for path in paths])
+        for file in reversed(self._files):
+            for path, row in zip(paths, file.rows(names).tolist(), strict=True):
+                if row >= 0:
+                    facts = file.samples[row], file.bytes[row], file.changed_ns[row]
+                    found[path] = tuple(map(int, facts))
+        return found
+
+    def shard(self, path: str) -> ShardIndex:
+        if path in self._scanned:
+            return self._scanned[path][0]
+        name = np.array([os.fsencode(parent_and_name(path)[1])])
+        for file in self._files:
+            row = int(file.rows(name)[0])
+            if row >= 0:
+                return file.shard(row, path)
+        self.add(scan_shard(path), None)  # only its count was asked for before
+        return self._scanned[path][0]
+
+    def add(self, shard: ShardIndex, status: os.stat_result | None) -> None:
+        self._scanned[shard.path] = shard, 0 if status is None else status.st_mtime_ns
+
+    def told_sizes(self) -> dict[str, int]:
+        """The counts of a `sizes.json` beside the shards."""
+        if self._told is None:
+            self._told = {} if is_remote(self._place) else _read_sizes(Path(self._place))
+        return self._told
+
+    def save(self, say: Say) -> None:
+        if not self._scanned:
+            return
+        entries = dict(self._scanned)
+        for file in self._files:
+            for row, name in enumerate(file.names.tolist()):
+                path = _join(self._place, os.fsdecode(name))
+                if path not in entries:
+                    entries[path] = file.shard(row, path), int(file.changed_ns[row])
+        shards, changed = zip(*entries.values(), strict=True)
+        samples = sum(shard.samples for shard in shards)
+        for path in _index_files(self._place):
+            try:
+                write_index(path, shards, changed)
+                self._files, self._scanned = [IndexFile.read(path)], {}
+            except OSError:
+                continue
+            say(f"index of {len(shards):,} shards, {samples:,} samples, written to {path}")
+            return
+        say(
+            f"neither {self._place} nor the cache folder is writable: the index is not kept "
+            "(set PARALLEL_CLIP_CACHE to a folder that is)"
+        )
+
+
+def _scan(paths: Sequence[str], say: Say, workers: int | None) -> list[ShardIndex]:
+    found, errors = [], []
+    for result in track(_results(paths, workers), len(paths), "indexed", say):
+        (errors if isinstance(result, InputError) else found).append(result)
     if errors:
         more = [f"and {len(errors) - 5:,} shards more"] if len(errors) > 5 else []
         raise InputError("\n".join([*map(str, errors[:5]), *more]))
     return found
 
 
-def _scan_or_error(path: Path) -> ShardIndex | InputError:
+def _results(paths: Sequence[str], workers: int | None) -> Iterator[ShardIndex | InputError]:
+    workers = workers or os.cpu_count() or 1
+    if len(paths) <= _FEW or workers == 1:
+        yield from map(_scan_or_error, paths)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as processes:
+        yield from processes.map(_scan_or_error, paths, chunksize=4)
+
+
+def _scan_or_error(path: str) -> ShardIndex | InputError:
     try:
         return scan_shard(path)
     except InputError as error:
         return error
 
 
-def _load(folder: Path, say: Say) -> dict[str, ShardIndex]:
-    """What is saved of the shards of a folder and still fits them, by file name."""
-    found: dict[str, ShardIndex] = {}
-    for file in _index_files(folder):
-        if not file.is_file():
-            continue
-        try:
-            entries = _read(file)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            say(f"the index {file} is not readable ({error}): made again")
-            continue
-        fits = {
-            name: ShardIndex(folder / name, bounds)
-            for name, stamp, bounds in entries
-            if name not in found and stamp == _stamp(folder / name)
-        }
-        changed = [name for name, _, _ in entries if name not in fits and name not in found]
-        if changed:
-            say(
-                f"the index {file} does not fit {len(changed):,} shards any more: {changed[0]}, ..."
-            )
-        found |= fits
-    return found
+def _changed(
+    paths: Sequence[str],
+    known: dict[str, tuple[int, int, int]],
+    statuses: dict[str, os.stat_result],
+    renew: bool,
+) -> set[str]:
+    """Which shards are not those that were indexed. The time of change tells only that one may not
+    be: copying changes it too."""
+    changed = set()
+    for path in paths:
+        status = statuses.get(path)
+        if status is not None and path in known:
+            _, size, time = known[path]
+            if status.st_size != size or renew and status.st_mtime_ns != time:
+                changed.add(path)
+    return changed
 
 
-def _read(file: Path) -> list[tuple[str, tuple[int, int], np.ndarray]]:
-    """[(name, (bytes, time of change), bounds)] of the shards in an index file."""
-    with open(file, "rb") as stream:
-        line = stream.readline(_MAX_HEADER_BYTES)
-    header = json.loads(line)
-    if header["format"] != _FORMAT:
-        raise ValueError(f"its format is {header['format']!r}")
-    lengths = [entry["samples"] + 1 for entry in header["shards"]]
-    if min(lengths, default=0) < 2 or os.path.getsize(file) != len(line) + 8 * sum(lengths):
-        raise ValueError("it is cut off")
-    bounds = np.memmap(file, "<i8", "r", offset=len(line), shape=(sum(lengths),))
-    parts = np.split(bounds, np.cumsum(lengths)[:-1])
-    return [
-        (entry["name"], (entry["bytes"], entry["changed_ns"]), part)
-        for entry, part in zip(header["shards"], parts, strict=True)
+def _changed_message(
+    changed: set[str], known: dict[str, tuple[int, int, int]], statuses: dict[str, os.stat_result]
+) -> str:
+    shown = [
+        f"shard {path} has {statuses[path].st_size:,} bytes, but had {known[path][1]:,} when it "
+        f"was indexed, with {known[path][0]:,} samples"
+        for path in sorted(changed)[:5]
     ]
-
-
-def _save(folder: Path, indexes: dict[str, ShardIndex]) -> str:
-    """Write the index beside the shards or in the cache folder; returns what to tell of it."""
-    shards = [indexes[name] for name in sorted(indexes)]
-    entries = []
-    for shard in shards:
-        size, changed = _stamp(shard.path)
-        entries.append(
-            {
-                "name": shard.path.name,
-                "bytes": size,
-                "changed_ns": changed,
-                "samples": shard.samples,
-            }
-        )
-    header = json.dumps({"format": _FORMAT, "shards": entries}).encode()
-    header += b" " * (-(len(header) + 1) % 8) + b"\n"
-    for file in _index_files(folder):
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as stream:
-                stream.write(header)
-                for shard in shards:
-                    stream.write(shard.bounds.astype("<i8").tobytes())
-            os.replace(temporary, file)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            continue
-        samples = sum(shard.samples for shard in shards)
-        return f"index of {len(shards):,} shards, {samples:,} samples, written to {file}"
-    return (
-        f"neither {folder} nor the cache folder is writable: the index is not kept "
-        "(set PARALLEL_CLIP_CACHE to a folder that is)"
+    more = [f"and {len(changed) - 5:,} shards more"] if len(changed) > 5 else []
+    return "\n".join([*shown, *more]) + (
+        "\nfetch what is not whole again; if the change is meant, renew the index: "
+        f"parallel-clip data index {sorted(changed)[0]}"
     )
 
 
-def _index_files(folder: Path) -> list[Path]:
-    """Where the index of a folder may be, best first."""
-    cache = os.environ.get("PARALLEL_CLIP_CACHE")
-    if not cache:
-        home = os.path.expanduser("~")
-        if home == "~":  # a user without a home folder
-            return [folder / INDEX_NAME]
-        cache = os.path.join(home, ".cache", "parallel_clip")
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return [folder / INDEX_NAME, Path(cache) / f"{name}.index"]
+def _check_told_sizes(paths: Sequence[str], counts: dict[str, int], told: dict[str, int]) -> None:
+    wrong = [
+        path for path in paths if told.get(parent_and_name(path)[1], counts[path]) != counts[path]
+    ]
+    if wrong:
+        named = [_other_count(p, told[parent_and_name(p)[1]], counts[p]) for p in wrong[:5]]
+        raise InputError("\n".join(named))
 
 
-def _say_nothing(_: str) -> None:
-    pass
+def _other_count(path: str, told: int, found: int) -> str:
+    return (
+        f"shard {path} holds {found:,} samples, but {SIZES_NAME} beside it says {told:,}; fetch "
+        f"the shard again, or correct or remove the {SIZES_NAME}"
+    )
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _read_sizes(folder: Path) -> dict[str, int]:
+    file = folder / SIZES_NAME
+    if not file.is_file():
+        return {}
     try:
-        status = path.stat()
+        sizes = json.loads(file.read_text())
+        return {str(name): int(count) for name, count in sizes.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is not a table of counts by shard: {error}") from None
+
+
+def _index_files(place: str) -> list[Path]:
+    """Where the index of a folder may be, best first."""
+    name = hashlib.sha256(os.path.abspath(place).encode()).hexdigest()[:16]
+    if is_remote(place):
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+        return [cache_folder() / f"{name}.index"]
+    return [Path(place) / INDEX_NAME, cache_folder() / f"{name}.index"]
+
+
+def _fetch_remote_index(place: str) -> None:
+    """The `shards.index` that lies beside shards at an address, if there is one."""
+    if not is_remote(place):
+        return
+    target = _index_files(place)[0]
+    if target.is_file():
+        return
+    try:
+        system, path = file_system(f"{place}/{INDEX_NAME}")
+        if not patiently(place, lambda: system.exists(path)):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        patiently(place, lambda: system.get_file(path, str(temporary)))
+        temporary.replace(target)
     except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+        return  # it is made here instead
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}/{name}" if is_remote(place) else os.path.normpath(os.path.join(place, name))

@@ -4,36 +4,46 @@ Everything about a batch but its cut into ranks and microbatches follows from th
 positions, so any number of ranks, workers and microbatches gives the same bits.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from parallel_clip.config import bytes_in
 from parallel_clip.data.decode import captions_of, decode_picture
-from parallel_clip.data.index import Say, index_shards
-from parallel_clip.data.order import Order, Source
+from parallel_clip.data.files import OpenFiles
+from parallel_clip.data.index import ShardTable, index_shards
+from parallel_clip.data.order import VERSION as ORDER_VERSION
+from parallel_clip.data.order import Order, SampleAddress, Source
+from parallel_clip.data.progress import Say
+from parallel_clip.data.remote import RemoteCache
 from parallel_clip.data.shards import BadSampleError, ShardFiles, ShardIndex
 from parallel_clip.data.tokenizer import Tokenizer
 from parallel_clip.data.transforms import (
     Preprocess,
+    Shrink,
     Transform,
+    evaluation_shrink,
     evaluation_transform,
     sample_seed,
     seeded,
+    training_shrink,
     training_transform,
 )
+from parallel_clip.data.workers import getting_on, read_ahead, still_trying
 from parallel_clip.errors import BadDataError, InputError
 
 if TYPE_CHECKING:
     from parallel_clip.config import Config
 
-MAX_PIECE = (
-    256  # samples that one worker decodes at a time; larger microbatches are joined of these
-)
+MAX_PIECE = 256  # samples one worker decodes at a time; larger microbatches are joined of these
 TRIES = 64  # samples tried in place of a bad one
+RECENT_SHARDS = 1024  # whose samples' places a worker keeps at hand: 80 KB each at 10,000 samples
 
 
 class StoredAddress(NamedTuple):
@@ -54,7 +64,7 @@ class BadSample(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"sample {self.key or '?'} of {self.shard} (position {self.position}): {self.reason}"
+        return f"sample {self.key} of {self.shard} (position {self.position}): {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -95,71 +105,117 @@ class StepSlice:
         return [range(start, start + self.micro_batch) for start in starts]
 
 
-class TrainingData(Dataset):
-    """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8."""
+class TrainingData:
+    """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
+
+    caption_keys: of each source; shrink: how far a picture may be shrunk while it is decoded, None:
+    not at all.
+    """
 
     def __init__(
         self,
-        sources: Sequence[Sequence[ShardIndex]],
+        sources: Sequence[ShardTable],
         order: Order,
         transform: Transform,
         tokenizer: Tokenizer,
         *,
         any_caption: bool,
-        caption_key: str | None = None,
+        caption_keys: Sequence[str | None],
+        shrink: Shrink | None = None,
+        cache: RemoteCache | None = None,
     ):
         self.order = order
-        self._sources = sources
+        self.sources = sources
         self._transform = transform
         self._tokenizer = tokenizer
         self._any_caption = any_caption
-        self._caption_key = caption_key
-        self._files = ShardFiles()
-
-    @property
-    def shards(self) -> list[list[ShardIndex]]:
-        """Of each source."""
-        return [list(shards) for shards in self._sources]
+        self._caption_keys = caption_keys
+        self._shrink = shrink
+        cache = cache or RemoteCache()
+        cache.on_try = still_trying
+        self._files = ShardFiles(OpenFiles(cache=cache))
+        self._shards = _RecentShards(sources)
 
     @property
     def samples_per_epoch(self) -> int:
         return self.order.samples_per_epoch
 
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What the order follows from, beside the config: a run goes on where this is alike."""
+        sources = [
+            {
+                "shards": len(shards),
+                "samples": shards.samples,
+                "checksum": zlib.crc32(shards.counts.tobytes()),
+            }
+            for shards in self.sources
+        ]
+        return {"order": ORDER_VERSION, "sources": sources}
+
     def __getitem__(self, positions: range) -> Microbatch:
         """Read the pairs at `positions`; BadDataError where no substitute of a bad one is good."""
-        images, captions, addresses, bad = zip(*map(self._pair, positions), strict=True)
+        found = self.order.of_positions(np.arange(positions.start, positions.stop))
+        addresses = [SampleAddress(*map(int, address)) for address in zip(*found, strict=True)]
+        pairs = map(self._pair, positions, addresses)
+        images, captions, stored, bad = zip(*pairs, strict=True)
         return Microbatch(
             torch.stack(images),
             self._tokenizer(captions),
             torch.tensor(positions),
-            list(addresses),
+            list(stored),
             [sample for sample in bad if sample is not None],
         )
 
-    def _pair(self, position: int) -> tuple[Tensor, str, StoredAddress, BadSample | None]:
+    def place(self, source: int, shard: int, index: int) -> str:
+        """In words, for people."""
+        return f"sample {index} of {self.sources[source].paths[shard]}"
+
+    def _pair(
+        self, position: int, address: SampleAddress
+    ) -> tuple[Tensor, str, StoredAddress, BadSample | None]:
         bad = None
         for attempt in range(TRIES + 1):
-            place = self.order.substitute(position, attempt) if attempt else position
-            address = self.order.at(place)
-            shard = self._sources[address.source][address.shard]
+            if attempt:
+                address = self.order.at(self.order.substitute(position, attempt))
+            getting_on(address.source, address.shard, address.index)
+            shard = self._shards.get(address.source, address.shard)
             try:
                 sample = self._files.read(shard, address.index)
-                captions = captions_of(sample, self._caption_key)
-                picture = decode_picture(sample)
+                captions = captions_of(sample, self._caption_keys[address.source])
+                picture = decode_picture(sample, self._shrink)
             except BadSampleError as error:
                 bad = bad or BadSample(
-                    position, address.source, str(shard.path), error.key, error.reason
+                    position, address.source, shard.path, error.key, error.reason
                 )
                 continue
             with seeded(sample_seed(self.order.seed, position, "augment")):
                 image = self._transform(picture)
             choice = sample_seed(self.order.seed, position, "caption") if self._any_caption else 0
-            stored = StoredAddress(address.source, str(shard.path), sample.key)
+            stored = StoredAddress(address.source, shard.path, sample.key)
             return image, captions[choice % len(captions)], stored, bad
         raise BadDataError(
             f"{bad}; the {TRIES} samples tried in its place are bad too; "
             "parallel-clip data check names all that are"
         )
+
+
+class _RecentShards:
+    """Where the samples are of the shards last read from."""
+
+    def __init__(self, sources: Sequence[ShardTable]):
+        self._sources = sources
+        self._found: OrderedDict[tuple[int, int], ShardIndex] = OrderedDict()
+
+    def get(self, source: int, shard: int) -> ShardIndex:
+        key = source, shard
+        if key in self._found:
+            self._found.move_to_end(key)
+        else:
+            self._found[key] = self._sources[source][shard]
+            if len(self._found) > RECENT_SHARDS:
+                self._found.popitem(last=False)
+        return self._found[key]
 
 
 class TrainingLoader:
@@ -178,6 +234,7 @@ class TrainingLoader:
         *,
         workers: int = 0,
         prefetch: int = 2,
+        patience: float = 25.0,
     ):
         self.data = data
         self.step_slice = step_slice
@@ -185,6 +242,7 @@ class TrainingLoader:
         self.steps = steps
         self._workers = workers
         self._prefetch = prefetch
+        self._patience = patience
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -198,7 +256,7 @@ class TrainingLoader:
             for positions in self.step_slice.microbatches(step)
             for piece in _pieces(positions)
         )
-        pieces = read_ahead(self.data, ranges, self._workers, self._prefetch, pin)
+        pieces = read_ahead(self.data, ranges, self._workers, self._prefetch, pin, self._patience)
         for step in steps:
             yield [
                 _join([next(pieces) for _ in _pieces(positions)], pin)
@@ -212,10 +270,12 @@ def open_training_data(
     tokenizer: Tokenizer,
     say: Say = print,
     *,
+    check: bool = True,
     save_index: bool = True,
+    counts_suffice: bool = False,
 ) -> TrainingData:
     """The training data of a run; shards without an index get one, kept unless `save_index` is
-    False (see `index_shards`).
+    False (see `index_shards`, for `check` and `counts_suffice` too).
 
     InputError: no shards, missing or broken ones, an augmentation that there is not.
     """
@@ -225,12 +285,18 @@ def open_training_data(
     augment = settings.augment == "train"
     if augment:
         transform = training_transform(preprocess, settings.augment_options)
+        shrink = training_shrink(preprocess, settings.augment_options)
     else:
-        transform = evaluation_transform(preprocess)
-    sources = [index_shards(source.shards, say, save=save_index) for source in settings.train]
+        transform, shrink = evaluation_transform(preprocess), evaluation_shrink(preprocess)
+    sources = [
+        index_shards(
+            source.shards, say, check=check, save=save_index, counts_suffice=counts_suffice
+        )
+        for source in settings.train
+    ]
     order = Order(
         [
-            Source([shard.samples for shard in shards], source.weight, source.samples)
+            Source(shards.counts, source.weight, source.samples)
             for source, shards in zip(settings.train, sources, strict=True)
         ],
         config.seed,
@@ -241,42 +307,10 @@ def open_training_data(
         transform,
         tokenizer,
         any_caption=augment,
-        caption_key=settings.caption_key,
+        caption_keys=[source.caption_key or settings.caption_key for source in settings.train],
+        shrink=shrink if settings.decode == "fast" else None,
+        cache=RemoteCache(bytes_in(settings.cache, "data.cache")),
     )
-
-
-def read_ahead(
-    data: Dataset, items: Iterable, workers: int, prefetch: int, pin: bool = False
-) -> Iterator:
-    """`data[item]` of each item in order, by `workers` processes (0: this one), each of which keeps
-    `prefetch` of them ready; `pin`: in page-locked memory."""
-    loader = DataLoader(
-        _FailuresAsValues(data),
-        sampler=items,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin,
-        collate_fn=_unchanged,
-        generator=torch.Generator(),
-    )
-    for value in loader:
-        if isinstance(value, BadDataError):
-            raise value
-        yield value
-
-
-class _FailuresAsValues(Dataset):
-    """Hands an error over as it is: a DataLoader would add a worker's traceback to its message."""
-
-    def __init__(self, data: Dataset):
-        self._data = data
-
-    def __getitem__(self, item: object) -> object:
-        try:
-            return self._data[item]
-        except BadDataError as error:
-            return error
 
 
 def _pieces(positions: range) -> list[range]:
@@ -294,7 +328,3 @@ def _join(pieces: list[Microbatch], pin: bool) -> Microbatch:
         [bad for piece in pieces for bad in piece.bad],
     )
     return joined.pin_memory() if pin else joined
-
-
-def _unchanged(value: object) -> object:
-    return value

@@ -1,37 +1,45 @@
 """Which sample stands at which position of a run: a pure function of (seed, position).
 
-Shards are cut into blocks of consecutive samples. An epoch permutes the blocks, takes them `WINDOW`
-at a time and permutes the positions inside such a window: so reading touches `WINDOW` stretches of
-files at a time, and a sample may land anywhere in the epoch. Positions run on from epoch to epoch;
-nothing here knows of ranks, workers or batches, and resuming a run is knowing one integer.
+An epoch is put together in four steps, each of which is computed place by place, so that memory is
+a few numbers a shard and starting takes no time, however many samples there are:
 
-Random numbers are raw Philox words (a stream that numpy promises to keep) sorted to permutations,
-so the order does not change with numpy's version.
+1. All samples of the epoch in a row: each source's, shard after shard, as often as its weight says,
+   then those that its weight's fraction chooses this time.
+2. The row is cut into blocks of consecutive samples, and the blocks are permuted.
+3. What results is cut into streams of equal length. A stretch of `CHUNK` positions of the epoch
+   belongs to the first stream, the next to the second, and so on round and round: neighbours in a
+   batch come from streams far apart, and a rank that works on its part of every batch reads from
+   its part of the streams.
+4. A stream is cut into windows, and the samples of a window are permuted. So a stream reads from
+   `WINDOW / BLOCK` stretches of shards at a time.
+
+Positions run on from epoch to epoch; nothing here knows of ranks, workers or batches, and resuming
+a run is knowing one integer.
 """
 
-import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
+from parallel_clip.data.permutation import key_of, name_to_int, permuted, subkey
 from parallel_clip.errors import InputError
 
-# Part of the order's definition: another value is another order, and a resumed run would not match.
-BLOCK = 128  # consecutive samples of one shard
-WINDOW = 128  # blocks shuffled together
-
-Value = TypeVar("Value")
+# The order's definition: other values are another order, and a resumed run would not match.
+BLOCK = 128  # consecutive samples of a shard that stay near one another
+CHUNK = 128  # consecutive positions of one stream
+MOST_STREAMS = 256
+WINDOW = 4096  # samples of a stream that are shuffled together
+VERSION = 2  # of all that follows; a checkpoint notes it
 
 
 @dataclass(frozen=True)
 class Source:
     """The samples of each shard, how often each sample comes, and a limit to the first so many."""
 
-    shard_samples: Sequence[int]
+    shard_samples: Sequence[int] | np.ndarray
     weight: float = 1.0
     samples: int | None = None
 
@@ -45,71 +53,48 @@ class SampleAddress(NamedTuple):
     epoch: int
 
 
-def name_to_int(*name: int | str) -> int:
-    """A 128-bit integer from a name such as (seed, "window", 3): equal on every machine."""
-    digest = hashlib.blake2b(repr(name).encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "little")
+class Addresses(NamedTuple):
+    """The same of many samples, int64 [n] each."""
+
+    source: np.ndarray
+    shard: np.ndarray
+    index: np.ndarray
+    epoch: np.ndarray
 
 
 class Order:
-    """The order of all samples of a run.
-
-    `at` costs two binary searches; memory is a few integers a block for each of the two epochs that
-    a batch may span.
-    """
+    """The order of all samples of a run. Memory: one integer a shard."""
 
     def __init__(self, sources: Sequence[Source], seed: int):
         self.seed = seed
-        sizes = [_limited(source) for source in sources]
-        self._samples = [int(shards.sum()) for shards in sizes]
-        self._shard_samples = np.concatenate([*sizes, np.empty(0, np.int64)])
-        self._shard_source = np.repeat(np.arange(len(sizes)), [len(shards) for shards in sizes])
-        self._source_shard = _starts(np.array([len(shards) for shards in sizes], np.int64))
-        blocks = -(-self._shard_samples // BLOCK)
-        self._shard_block = _starts(blocks)
-        self._source_block = self._shard_block[self._source_shard]
-
-        self._copies, self._extra = [], []
-        for source, samples in zip(sources, self._samples, strict=True):
-            copies = math.floor(source.weight)
-            self._copies.append(copies)
-            self._extra.append(round(source.weight * samples) - copies * samples)
-        self.samples_per_epoch = sum(
-            copies * samples + extra
-            for copies, samples, extra in zip(self._copies, self._samples, self._extra, strict=True)
-        )
+        self._parts = [_Part.of(source, number) for number, source in enumerate(sources)]
+        self.source_samples = [part.samples_per_epoch for part in self._parts]
+        self._part_ends = np.cumsum(self.source_samples)
+        self.samples_per_epoch = int(sum(self.source_samples))
         if self.samples_per_epoch == 0:
             raise InputError(
-                "an epoch has no samples: the sources hold "
-                f"{self._samples} at weights {[source.weight for source in sources]}; "
-                "raise data.train.*.weight or data.train.*.samples"
+                f"an epoch has no samples: the sources hold {[p.samples for p in self._parts]} at "
+                f"weights {[source.weight for source in sources]}; raise data.train.*.weight or "
+                "data.train.*.samples"
             )
+        self._streams = _Streams.of(self.samples_per_epoch)
         self._stride = _coprime_near(0.618 * self.samples_per_epoch, self.samples_per_epoch)
-        self._epochs = _Recent[_Epoch](2)
-        self._windows = _Recent[np.ndarray](4)
 
     def at(self, position: int) -> SampleAddress:
         """The sample at `position` (from 0, running on over epochs)."""
-        number, place = divmod(position, self.samples_per_epoch)
-        epoch = self._epochs.get(number, lambda: self._make_epoch(number))
-        window = int(np.searchsorted(epoch.window_ends, place, side="right"))
-        start = int(epoch.window_ends[window - 1]) if window else 0
-        size = int(epoch.window_ends[window]) - start
-        shuffle = self._windows.get(
-            (number, window),
-            lambda: _permutation(size, self.seed, "window", number, window),
-        )
-        place = start + int(shuffle[place - start])
-        item = int(np.searchsorted(epoch.ends, place, side="right"))
-        within = place - (int(epoch.ends[item - 1]) if item else 0)
-        block = int(epoch.blocks[item])
-        shard, first, block_size = self._block(block)
-        if epoch.partial[item]:
-            within = int(_permutation(block_size, self.seed, "fraction", number, block)[within])
-        source = int(self._shard_source[shard])
-        return SampleAddress(
-            source, shard - int(self._source_shard[source]), first + within, number
-        )
+        found = self.of_positions(np.array([position]))
+        return SampleAddress(*(int(part[0]) for part in found))
+
+    def of_positions(self, positions: np.ndarray) -> Addresses:
+        """The samples at many positions, int64 [n]."""
+        positions = np.asarray(positions, np.int64)
+        epochs, places = np.divmod(positions, self.samples_per_epoch)
+        source, shard, index = (np.empty_like(positions) for _ in range(3))
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            row = self._row(int(epoch), places[here])
+            source[here], shard[here], index[here] = self._samples(int(epoch), row)
+        return Addresses(source, shard, index, epochs)
 
     def substitute(self, position: int, attempt: int) -> int:
         """The position whose sample stands in for a bad one at `position`, at try 1, 2, ...
@@ -121,108 +106,121 @@ class Order:
         place = (place + attempt * self._stride) % self.samples_per_epoch
         return epoch * self.samples_per_epoch + place
 
-    def _block(self, block: int) -> tuple[int, int, int]:
-        """(shard counted over all sources, first sample in it, samples) of a block."""
-        shard = int(np.searchsorted(self._shard_block, block, side="right")) - 1
-        first = (block - int(self._shard_block[shard])) * BLOCK
-        return shard, first, min(BLOCK, int(self._shard_samples[shard]) - first)
+    def _row(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Places in an epoch -> places in the row of all its samples: steps 4, 3 and 2."""
+        stream, within = self._streams.of_places(places)
+        window, start, size = self._streams.windows(stream, within)
+        keys = subkey(subkey(key_of(self.seed, "window", epoch), stream), window)
+        within = start + permuted(within - start, size, keys)
+        blocks = self._streams.starts(stream) + within
+        return _by_blocks(blocks, self.samples_per_epoch, BLOCK, self.seed, "blocks", epoch)
 
-    def _make_epoch(self, number: int) -> "_Epoch":
-        items, sizes, partial = [], [], []
-        for source in range(len(self._samples)):
-            first, end = self._source_block[source], self._source_block[source + 1]
-            blocks = np.arange(first, end)
-            block_sizes = self._block_sizes(source)
-            for _ in range(self._copies[source]):
-                items.append(blocks)
-                sizes.append(block_sizes)
-                partial.append(np.zeros(len(blocks), bool))
-            if self._extra[source]:
-                shares = _shares(block_sizes, self._extra[source], self.seed, number, source)
-                chosen = shares > 0
-                items.append(blocks[chosen])
-                sizes.append(shares[chosen])
-                partial.append(np.ones(int(chosen.sum()), bool))
-        sizes = np.concatenate(sizes)
-        shuffle = _permutation(len(sizes), self.seed, "blocks", number)
-        ends = np.cumsum(sizes[shuffle])
-        last_of_windows = np.minimum(np.arange(WINDOW, len(ends) + WINDOW, WINDOW), len(ends)) - 1
-        return _Epoch(
-            blocks=np.concatenate(items)[shuffle],
-            partial=np.concatenate(partial)[shuffle],
-            ends=ends,
-            window_ends=ends[last_of_windows],
-        )
-
-    def _block_sizes(self, source: int) -> np.ndarray:
-        shards = slice(self._source_shard[source], self._source_shard[source + 1])
-        samples = self._shard_samples[shards]
-        blocks = -(-samples // BLOCK)
-        sizes = np.full(int(blocks.sum()), BLOCK, np.int64)
-        held = blocks > 0
-        sizes[np.cumsum(blocks)[held] - 1] = samples[held] - (blocks[held] - 1) * BLOCK
-        return sizes
+    def _samples(self, epoch: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places in the row of all samples -> (source, shard, index): step 1."""
+        source = np.searchsorted(self._part_ends, row, side="right")
+        shard, index = np.empty_like(row), np.empty_like(row)
+        for number in np.unique(source):
+            here, part = source == number, self._parts[number]
+            first = int(self._part_ends[number]) - part.samples_per_epoch
+            shard[here], index[here] = part.find(row[here] - first, self.seed, epoch)
+        return source, shard, index
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """The blocks of an epoch as they follow one another; arrays [blocks] but for `window_ends`."""
+class _Part:
+    """A source's part of an epoch: all its samples so many times, and some once more."""
 
-    blocks: np.ndarray  # number of the block, over all sources
-    partial: np.ndarray  # bool: only some of the block's samples, by the fraction of a weight
-    ends: np.ndarray  # position in the epoch after the last sample of each
-    window_ends: np.ndarray  # [windows] the same of each window's last block
+    number: int
+    starts: np.ndarray  # int64 [shards + 1], of each shard among the samples of the source
+    copies: int
+    extra: int
+
+    @classmethod
+    def of(cls, source: Source, number: int) -> "_Part":
+        sizes = np.asarray(source.shard_samples, np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        if source.samples is not None:
+            starts = np.minimum(starts, source.samples)
+        samples, copies = int(starts[-1]), math.floor(source.weight)
+        return cls(number, starts, copies, round(source.weight * samples) - copies * samples)
+
+    @property
+    def samples(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.copies * self.samples + self.extra
+
+    def find(self, places: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, index in it) of places among this part's samples of an epoch."""
+        copy, sample = np.divmod(places, self.samples)
+        chosen = copy == self.copies  # by the fraction: the first of a permutation of the epoch's
+        if chosen.any():
+            block = min(BLOCK, max(1, self.extra // BLOCK))
+            sample[chosen] = _by_blocks(
+                sample[chosen], self.samples, block, seed, "fraction", epoch, self.number
+            )
+        shard = np.searchsorted(self.starts, sample, side="right") - 1
+        return shard, sample - self.starts[shard]
 
 
-class _Recent(Generic[Value]):
-    """The values last asked for, up to a number of them."""
+@dataclass(frozen=True)
+class _Streams:
+    """How an epoch's places are dealt to streams: `rounds` whole rounds of a chunk each, then the
+    places left over, a chunk to each as far as they go."""
 
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._values: OrderedDict[object, Value] = OrderedDict()
+    streams: int
+    rounds: int
+    left: int
 
-    def get(self, key: object, make: Callable[[], Value]) -> Value:
-        if key in self._values:
-            self._values.move_to_end(key)
-        else:
-            self._values[key] = make()
-            if len(self._values) > self._limit:
-                self._values.popitem(last=False)
-        return self._values[key]
+    @classmethod
+    def of(cls, samples: int) -> "_Streams":
+        """So many streams that each has windows to shuffle in: one where samples are few."""
+        most = max(1, samples // (2 * WINDOW))
+        streams = min(MOST_STREAMS, 2 ** (most.bit_length() - 1))
+        rounds, left = divmod(samples, streams * CHUNK)
+        return cls(streams, rounds, left)
+
+    def of_places(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stream of each place, and its place in the stream."""
+        chunk, within = np.divmod(places, CHUNK)
+        turn, stream = np.divmod(chunk, self.streams)
+        return stream, turn * CHUNK + within
+
+    def starts(self, stream: np.ndarray) -> np.ndarray:
+        """The places of all streams before each."""
+        return stream * (self.rounds * CHUNK) + np.minimum(stream * CHUNK, self.left)
+
+    def windows(
+        self, stream: np.ndarray, within: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The window of each place of a stream, and that window's start and size. A stream is cut
+        evenly, so that no window is small."""
+        length = self.starts(stream + 1) - self.starts(stream)
+        count = np.maximum(1, (length + WINDOW // 2) // WINDOW)
+        window = ((within + 1) * count - 1) // length
+        start = window * length // count
+        return window, start, (window + 1) * length // count - start
 
 
-def _limited(source: Source) -> np.ndarray:
-    """Samples of each shard that count, int64 [shards]: the source's first `samples`."""
-    sizes = np.asarray(source.shard_samples, np.int64)
-    if source.samples is None:
-        return sizes
-    return np.diff(np.minimum(_starts(sizes), source.samples))
+def _by_blocks(places: np.ndarray, size: int, block: int, *name: int | str) -> np.ndarray:
+    """A permutation of range(size) that moves blocks of consecutive numbers as a whole.
 
-
-def _shares(sizes: np.ndarray, total: int, seed: int, epoch: int, source: int) -> np.ndarray:
-    """`total` samples spread over blocks of `sizes`, int64 [blocks], each sample equally likely.
-
-    A block gets its exact share rounded down; the remainders are added up in a random order, and
-    wherever their sum passes a whole number the block there gets one sample more.
+    The cut into blocks begins at a random number and goes round, so that each epoch has others. The
+    last block may be short; it stands at a random place among the others.
     """
-    samples = int(sizes.sum())
-    shares, remainders = np.divmod(sizes * total, samples)
-    shuffle = _permutation(len(sizes), seed, "shares", epoch, source)
-    offset = name_to_int(seed, "offset", epoch, source) % samples
-    passed = (np.cumsum(remainders[shuffle]) + offset) // samples
-    shares[shuffle] += np.diff(passed, prepend=0)
-    return shares
-
-
-def _starts(sizes: np.ndarray) -> np.ndarray:
-    """[n] sizes -> int64 [n + 1] running sums that begin with 0."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-
-
-def _permutation(size: int, *name: int | str) -> np.ndarray:
-    """The random permutation of `size` things that has this name."""
-    words = np.random.Philox(key=name_to_int(*name)).random_raw(size)
-    return np.argsort(words, kind="stable")
+    whole, short = divmod(size, block)
+    key = key_of(*name)
+    turn, at_block = name_to_int(*name, "turn") % size, name_to_int(*name, "short") % (whole + 1)
+    first_of_short = at_block * block
+    in_short = (places >= first_of_short) & (places < first_of_short + short)
+    others = np.where(places < first_of_short, places, places - short)
+    number, within = np.divmod(others, block)
+    number[in_short] = 0  # any that there is
+    cut = permuted(number, max(whole, 1), key) * block + within
+    cut = np.where(in_short, whole * block + places - first_of_short, cut)
+    return (cut + turn) % size
 
 
 def _coprime_near(value: float, number: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import webdataset
 
 from parallel_clip.data.decode import PICTURE_EXTENSIONS
-from parallel_clip.data.index import Say
+from parallel_clip.data.progress import Say
 from parallel_clip.errors import InputError
 
 

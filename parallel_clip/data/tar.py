@@ -5,6 +5,7 @@ and links, devices and sparse files are not followed or filled in.
 """
 
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ _LONG_NAME = tarfile.GNUTYPE_LONGNAME
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _NAME_PARTS = (_LONG_NAME, tarfile.GNUTYPE_LONGLINK, *_EXTENDED)
 _BLOCK = tarfile.BLOCKSIZE
+_STRETCH = 2**20
 
 Read = Callable[[int, int], bytes]  # (bytes wanted, offset) -> bytes, fewer only at the end
 
@@ -29,6 +31,7 @@ class Member(NamedTuple):
     header: int  # of its first header block, those of a long name included
     offset: int  # of its contents
     size: int
+    checksum: int  # CRC-32 of its header blocks and of a long name
 
     @property
     def end(self) -> int:
@@ -43,11 +46,14 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
     to its end; without, `read` gives a piece of an archive that closes behind some member.
     Raises TarError where the archive breaks off or is not a tar.
     """
-    place, header, long_name, extended = 0, None, None, {}
+    place, header, long_name, extended, checksum = 0, None, None, {}, 0
     while place < size or end_mark:
+        block = read(_BLOCK, place)
         try:
-            info = tarfile.TarInfo.frombuf(read(_BLOCK, place), "utf-8", "replace")
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.EOFHeaderError:
+            if end_mark:
+                _require_zeros(read, place, size)
             return
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
             raise TarError(
@@ -55,6 +61,7 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
             ) from None
         except tarfile.HeaderError as error:
             raise TarError(f"no tar header at byte {place:,} ({error})") from None
+        checksum = zlib.crc32(block, checksum)
         header = place if header is None else header
         length = int(extended.get("size", info.size))
         offset = place + _BLOCK
@@ -67,17 +74,30 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
         if info.type in _NAME_PARTS:
             if length > MAX_NAME_BYTES:
                 raise TarError(f"a name of {length:,} bytes, at most {MAX_NAME_BYTES:,} are read")
+            padded = read(place - offset, offset)
+            checksum = zlib.crc32(padded, checksum)
+            part = padded[:length]
             if info.type == _LONG_NAME:
-                long_name = read(length, offset).rstrip(b"\0").decode("utf-8", "replace")
+                long_name = part.rstrip(b"\0").decode("utf-8", "replace")
             elif info.type in _EXTENDED:
-                extended = _extended_header(read(length, offset))
+                extended = _extended_header(part)
             continue
         if info.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in extended):
             raise TarError(f"member {info.name!r} is a sparse file, which is not read")
         if info.isreg():
             name = extended.get("path") or long_name or info.name
-            yield Member(name, header, offset, length)
-        header, long_name, extended = None, None, {}
+            yield Member(name, header, offset, length, checksum)
+        header, long_name, extended, checksum = None, None, {}, 0
+
+
+def _require_zeros(read: Read, place: int, size: int) -> None:
+    """Behind the end mark there is only padding: a header that was zeroed is no end."""
+    start = place
+    while place < size:
+        data = read(_STRETCH, place)
+        if data.strip(b"\0"):
+            raise TarError(f"an end mark at byte {start:,}, with more behind it")
+        place += len(data) or size
 
 
 def _extended_header(data: bytes) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """From an RGB picture to the tensor a model sees: OpenCLIP's transforms, to the bit."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from parallel_clip.data.order import name_to_int
+from parallel_clip.data.decode import Shrink
+from parallel_clip.data.permutation import name_to_int
 from parallel_clip.errors import InputError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+DEFAULT_SCALE, DEFAULT_RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of the training crop
 
 _CHOICES = {
     "interpolation": ("bicubic", "bilinear", "random"),
@@ -117,8 +121,8 @@ def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Tr
     steps: list[Callable] = [
         T.RandomResizedCrop(
             preprocess.image_size,
-            scale=options.get("scale", (0.9, 1.0)),
-            ratio=options.get("ratio", (3 / 4, 4 / 3)),
+            scale=options.get("scale", DEFAULT_SCALE),
+            ratio=options.get("ratio", DEFAULT_RATIO),
             interpolation=InterpolationMode.BICUBIC,
         )
     ]
@@ -132,6 +136,29 @@ def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Tr
         grey = T.Grayscale(num_output_channels=3)
         steps.append(partial(_sometimes, options["gray_scale_prob"], grey))
     return T.Compose([*steps, *_to_tensor(preprocess)])
+
+
+def evaluation_shrink(preprocess: Preprocess) -> Shrink:
+    """What part of a picture's width and height the evaluation transform makes use of."""
+    height, width = preprocess.image_size
+    fit = max if preprocess.resize_mode != "longest" else min
+    return lambda w, h: fit(width / w, height / h)
+
+
+def training_shrink(preprocess: Preprocess, options: Mapping[str, Any]) -> Shrink:
+    """What part of a picture's width and height is enough for the smallest crop that
+    `training_transform` may take."""
+    options = _augment_options(options)
+    smallest = options.get("scale", DEFAULT_SCALE)[0]
+    narrowest, widest = options.get("ratio", DEFAULT_RATIO)
+    height, width = preprocess.image_size
+
+    def shrink(w: int, h: int) -> float:
+        area = smallest * w * h
+        crop = min(w, math.sqrt(area * narrowest)), min(h, math.sqrt(area / widest))
+        return max(width / crop[0], height / crop[1])
+
+    return shrink
 
 
 def sample_seed(seed: int, position: int, purpose: str) -> int:

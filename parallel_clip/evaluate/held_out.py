@@ -7,8 +7,7 @@ from collections.abc import Callable
 from parallel_clip.config import Config
 from parallel_clip.data.check import require_usable
 from parallel_clip.data.evaluation import EvaluationData, open_evaluation_data
-from parallel_clip.data.index import index_shards
-from parallel_clip.data.shards import ShardIndex
+from parallel_clip.data.index import ShardTable, index_shards
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.held_out_loss import held_out_loss
@@ -21,7 +20,7 @@ from parallel_clip.pipeline.last_stage import read_logit_parameters
 Say = Callable[[str], None]
 
 
-def check_held_out(config: Config, say: Say) -> list[ShardIndex]:
+def check_held_out(config: Config, say: Say) -> list[ShardTable]:
     """See that the held-out sets are there and of the right kind; their shards. Writes nothing.
 
     Raises:
@@ -38,7 +37,7 @@ def check_held_out(config: Config, say: Say) -> list[ShardIndex]:
         if patterns is not None:
             shards = index_shards(patterns, say, save=False)
             require_usable(shards, need, config.data.caption_key)
-            found += shards
+            found.append(shards)
     return found
 
 
@@ -102,4 +101,5 @@ class HeldOut:
             need=need,
             caption_key=self._config.data.caption_key,
             say=say,
+            check=False,
         )

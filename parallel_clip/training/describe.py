@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from parallel_clip.data.loader import TrainingData
 from parallel_clip.loss.exchange import plan_exchange
 from parallel_clip.model.architectures import TextArchitecture, VisionArchitecture
 from parallel_clip.training.job import Job
@@ -40,6 +41,18 @@ def describe_job(job: Job, steps: int) -> str:
         lines.append(f"  starts from {config.init.from_}")
     lines.append(f"  steps: {steps}")
     return "\n".join(lines)
+
+
+def describe_data(job: Job, data: TrainingData) -> str:
+    """A line for each source, and one for all."""
+    lines = [
+        f"  source {number}: {len(shards):,} shards, {shards.samples:,} samples, weight "
+        f"{source.weight:g}: {in_epoch:,} pairs an epoch"
+        for number, (source, shards, in_epoch) in enumerate(
+            zip(job.config.data.train, data.sources, data.order.source_samples, strict=True)
+        )
+    ]
+    return "\n".join([*lines, f"  an epoch: {data.samples_per_epoch:,} pairs"])
 
 
 def _tower_line(job: Job, name: str, tower: VisionArchitecture | TextArchitecture) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +34,11 @@ class StepBatch:
     @property
     def bad(self) -> list[BadSample]:
         return [sample for microbatch in self.read for sample in microbatch.bad]
+
+    def of_sources(self, sources: int) -> list[int]:
+        """How many pairs of each source were read."""
+        read = [address.source for microbatch in self.read for address in microbatch.addresses]
+        return np.bincount(np.array(read, np.int64), minlength=sources).tolist()
 
 
 class Feed:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallel_clip.config import Config
 from parallel_clip.convert.source import Facts, ModelWeights, open_source
 from parallel_clip.data.check import require_usable
+from parallel_clip.data.index import ShardTable
 from parallel_clip.data.loader import TrainingData, open_training_data
-from parallel_clip.data.shards import ShardIndex
 from parallel_clip.data.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.transforms import Preprocess
 from parallel_clip.errors import InputError
@@ -116,14 +117,25 @@ def make_job(config: Config, world_size: int) -> Job:
     )
 
 
-def open_data(job: Job, say: Say, save_index: bool = True) -> tuple[TrainingData, int]:
-    """The training pairs, and the number of steps that the run has over them.
+def open_data(
+    job: Job, say: Say, *, check: bool = True, counts_suffice: bool = False
+) -> tuple[TrainingData, int]:
+    """The training pairs, and the number of steps that the run has over them. The index of shards
+    that have none is made and not kept; the rest is as in `index_shards`.
 
     Raises:
         InputError: no or broken shards, or a run shorter than one step or than its schedule.
     """
     config = job.config
-    data = open_training_data(config, job.preprocess, job.tokenizer, say, save_index=save_index)
+    data = open_training_data(
+        config,
+        job.preprocess,
+        job.tokenizer,
+        say,
+        check=check,
+        save_index=False,
+        counts_suffice=counts_suffice,
+    )
     steps = training_steps(config.train, data.samples_per_epoch, config.batch.global_)
     schedule = config.schedule
     if schedule.kind == "wsd" and schedule.warmup + schedule.cooldown > steps:
@@ -134,18 +146,47 @@ def open_data(job: Job, say: Say, save_index: bool = True) -> tuple[TrainingData
     return data, steps
 
 
-def check_data(job: Job, say: Say) -> tuple[int, list[ShardIndex]]:
+def check_data(job: Job, say: Say, *, counts_suffice: bool = False) -> tuple[int, list[ShardTable]]:
     """Look into the training and the held-out shards. Writes nothing: the index of the shards that
     are returned is still to be kept. Also returns the number of steps.
 
     Raises:
         InputError: as `open_data` and `check_held_out`, or shards that are of another kind.
     """
-    data, steps = open_data(job, say, save_index=False)
-    for shards in data.shards:
-        require_usable(shards, "captions", job.config.data.caption_key)
-    held_out = check_held_out(job.config, say)
-    return steps, [shard for shards in [*data.shards, held_out] for shard in shards]
+    data, steps = open_data(job, say, counts_suffice=counts_suffice)
+    _require_same_data(job.resume, data.made_of)
+    for source, shards in zip(job.config.data.train, data.sources, strict=True):
+        require_usable(shards, "captions", source.caption_key or job.config.data.caption_key)
+    return steps, [*data.sources, *check_held_out(job.config, say)]
+
+
+def _require_same_data(resume: ResumePoint, made_of: dict[str, Any]) -> None:
+    """A run goes on only over the samples that it began with: others would be another order, and
+    some would come twice and some never.
+
+    Raises:
+        InputError: a source has other shards than when the checkpoint was written.
+    """
+    if resume.step == 0 or resume.data == made_of:
+        return
+    before = resume.data or {}
+    if before.get("order") != made_of["order"]:
+        raise InputError(
+            f"{resume.checkpoint} was written by a version of parallel_clip that puts samples in "
+            "another order; go on with that version, or begin a new run from its weights: "
+            f"init.from={resume.checkpoint}"
+        )
+    changed = [
+        f"source {number} had {old['samples']:,} samples in {old['shards']:,} shards, and now has "
+        f"{new['samples']:,} in {new['shards']:,}"
+        + (" of other sizes" if old["samples"] == new["samples"] else "")
+        for number, (old, new) in enumerate(zip(before["sources"], made_of["sources"], strict=True))
+        if old != new
+    ]
+    raise InputError(
+        f"the training data are not those of {resume.checkpoint}: {'; '.join(changed)}. Restore "
+        f"them, or begin a new run from its weights: init.from={resume.checkpoint}"
+    )
 
 
 def _starting_point(

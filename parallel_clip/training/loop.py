@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,8 @@ import torch.distributed as dist
 from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.save import save_checkpoint
-from parallel_clip.data.index import save_index
+from parallel_clip.data.index import ShardTable, save_index
 from parallel_clip.data.loader import StepSlice, TrainingLoader
-from parallel_clip.data.shards import ShardIndex
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, open_groups
 from parallel_clip.engine.launch import Launch
@@ -26,7 +26,7 @@ from parallel_clip.model.clip import DTYPES
 from parallel_clip.model.initialize import initial_value, local_slice
 from parallel_clip.training import run_folder
 from parallel_clip.training.build import Built, build, build_loss
-from parallel_clip.training.describe import describe_job
+from parallel_clip.training.describe import describe_data, describe_job
 from parallel_clip.training.feed import Feed, StepBatch
 from parallel_clip.training.job import Job, check_data, open_data
 from parallel_clip.training.learning_rate import learning_rate
@@ -46,7 +46,7 @@ def train(job: Job, launch: Launch) -> None:
         device.make_deterministic()
     groups = open_groups(job.layout, launch)
     say = print if groups.is_rank_zero else _say_nothing
-    shards: list[ShardIndex] = []  # on rank 0, whose index is still to be kept
+    shards: list[ShardTable] = []  # on rank 0, whose index is still to be kept
 
     def look_into_data() -> int:
         steps, found = check_data(job, say)
@@ -62,13 +62,15 @@ def train(job: Job, launch: Launch) -> None:
 
     def write_first_files() -> None:  # nothing before this writes anything
         run_folder.prepare(config, job.layout, device.describe_device(), job.resume)
-        save_index(shards, say)
+        for table in shards:
+            save_index(table, say)
 
     groups.rank_zero_first(write_first_files)
-    data, _ = groups.everywhere(lambda: open_data(job, _say_nothing))
+    data, _ = groups.everywhere(lambda: open_data(job, _say_nothing, check=False))
     encoder = ModelEncoder(built.chunks, job.preprocess, job.tokenizer, groups)
     held_out = groups.everywhere(lambda: HeldOut(config, encoder, groups, _say_nothing))
     say(describe_job(job, steps))
+    say(describe_data(job, data))
 
     loader = None
     if groups.reads_data:
@@ -82,23 +84,35 @@ def train(job: Job, launch: Launch) -> None:
             steps,
             workers=config.data.workers,
             prefetch=config.data.prefetch,
+            patience=config.data.worker_patience,
         )
     feed = Feed(loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed)
-    _Run(job, groups, built, held_out, steps).go(feed)
+    _Run(job, groups, built, held_out, steps, data.made_of).go(feed)
     say(f"finished: {steps} steps, {job.run_dir}")
 
 
 class _Run:
     """The loop over steps and what happens between them."""
 
-    def __init__(self, job: Job, groups: Groups, built: Built, held_out: HeldOut, steps: int):
+    def __init__(
+        self,
+        job: Job,
+        groups: Groups,
+        built: Built,
+        held_out: HeldOut,
+        steps: int,
+        made_of: dict[str, Any],
+    ):
         self.job = job
         self.config = job.config
         self.groups = groups
         self.built = built
         self.held_out = held_out
         self.steps = steps
+        self.made_of = made_of
         self.bad_samples = job.resume.bad_samples
+        seen = job.resume.source_samples or [0] * len(job.config.data.train)
+        self.source_samples = torch.tensor(seen)
         self.stopwatch = Stopwatch()
         self.log: MetricsLog | None = None
         if groups.is_rank_zero:
@@ -112,7 +126,7 @@ class _Run:
         for step, (batch, data_seconds) in enumerate(
             _timed(feed.batches(first, self.steps)), start=first + 1
         ):
-            self._account_for_bad_samples(step, batch)
+            self._account_for_samples(step, batch)
             lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
             try:
                 record = training_step(
@@ -140,7 +154,9 @@ class _Run:
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         means = self.stopwatch.read(self.job.plan.global_batch)
         if self.log is not None:
-            self.log.write_step(step, record, means, int(memory), self.bad_samples)
+            self.log.write_step(
+                step, record, means, int(memory), self.bad_samples, self.source_samples.tolist()
+            )
 
     def _between_steps(self, step: int) -> None:
         began = time.perf_counter()
@@ -161,6 +177,8 @@ class _Run:
             step=step,
             position=step * job.plan.global_batch,
             bad_samples=self.bad_samples,
+            source_samples=tuple(self.source_samples.tolist()),
+            data=self.made_of,
             model_name=job.architecture.name,
             model=job.architecture.json,
             preprocess=job.preprocess.to_openclip(),
@@ -175,11 +193,16 @@ class _Run:
             self.config.checkpoint.keep,
         )
 
-    def _account_for_bad_samples(self, step: int, batch: StepBatch) -> None:
-        """Count over all ranks, list in the run folder, end the run when there are too many."""
-        found = torch.tensor(len(batch.bad), device=self.groups.device)
+    def _account_for_samples(self, step: int, batch: StepBatch) -> None:
+        """Count over all ranks those of each source, and the bad ones, which are listed in the run
+        folder and end the run when they are too many."""
+        sources = len(self.source_samples)
+        found = torch.tensor([len(batch.bad), *batch.of_sources(sources)])
+        found = found.to(self.groups.device)
         dist.all_reduce(found)
-        if not found:
+        bad_ones, *of_sources = found.tolist()
+        self.source_samples += torch.tensor(of_sources)
+        if not bad_ones:
             return
         bad: list = [None] * self.job.layout.world
         dist.all_gather_object(bad, [sample._asdict() for sample in batch.bad])

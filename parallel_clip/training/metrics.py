@@ -79,6 +79,7 @@ class MetricsLog:
         means: dict[str, float],
         memory_bytes: int,
         bad_samples: int,
+        source_samples: list[int],
     ) -> None:
         line = {
             "step": step,
@@ -88,7 +89,9 @@ class MetricsLog:
             "memory_bytes": memory_bytes,
             "bad_samples": bad_samples,
         }
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(json.dumps({**line, "source_samples": source_samples}) + "\n")
+        if len(source_samples) > 1:
+            line |= {f"samples_of_source_{i}": count for i, count in enumerate(source_samples)}
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(f"train/{name}", value, step)

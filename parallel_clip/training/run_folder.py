@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallel_clip import __version__
 from parallel_clip.checkpoint import commit
@@ -35,6 +36,8 @@ class ResumePoint:
     checkpoint: Path | None = None
     step: int = 0
     bad_samples: int = 0
+    source_samples: tuple[int, ...] = ()
+    data: dict[str, Any] | None = None  # what the order of its samples was made of
 
 
 def find_resume_point(config: Config, architecture: Architecture) -> ResumePoint:
@@ -72,7 +75,7 @@ def find_resume_point(config: Config, architecture: Architecture) -> ResumePoint
             f"model.name {config.model.name}; set model.name to the checkpoint's model, or choose "
             "another run_dir"
         )
-    return ResumePoint(newest, meta.step, meta.bad_samples)
+    return ResumePoint(newest, meta.step, meta.bad_samples, tuple(meta.source_samples), meta.data)
 
 
 def prepare(config: Config, layout: Layout, device: str, resume: ResumePoint) -> None:

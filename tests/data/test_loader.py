@@ -28,12 +28,17 @@ TOKENIZER = ClipTokenizer(12)
 
 
 def source(shards, weight=1.0, samples=None):
-    return SimpleNamespace(shards=str(shards), weight=weight, samples=samples)
+    return SimpleNamespace(shards=str(shards), weight=weight, samples=samples, caption_key=None)
 
 
-def open_data(*sources, seed=0, augment="train", caption_key=None, **options):
+def open_data(*sources, seed=0, augment="train", caption_key=None, decode="exact", **options):
     settings = SimpleNamespace(
-        train=list(sources), augment=augment, augment_options=options, caption_key=caption_key
+        train=list(sources),
+        augment=augment,
+        augment_options=options,
+        caption_key=caption_key,
+        decode=decode,
+        cache="1GB",
     )
     config = SimpleNamespace(data=settings, seed=seed)
     return open_training_data(config, PREPROCESS, TOKENIZER, say=lambda line: None)
@@ -81,7 +86,7 @@ def test_a_batch_is_what_its_positions_say(shards):
                 continue
             assert torch.equal(batch.images[row], transform(decode_picture(stored)))
             assert torch.equal(batch.tokens[row], TOKENIZER(captions_of(stored))[0])
-            assert batch.addresses[row] == (0, str(indexes[address.shard].path), stored.key)
+            assert batch.addresses[row] == (0, indexes[address.shard].path, stored.key)
 
 
 @pytest.mark.parametrize("augment", ["train", "none"])

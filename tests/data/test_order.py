@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_clip.data.order import BLOCK, WINDOW, Order, SampleAddress, Source
+from parallel_clip.data.order import BLOCK, CHUNK, WINDOW, Order, SampleAddress, Source
 from parallel_clip.errors import InputError
 
 sources = st.lists(
@@ -80,12 +80,12 @@ def test_the_order_is_the_one_of_every_release():
     """A resumed run continues the order it began with, whatever was updated in between."""
     order = Order([Source([300, 200]), Source([150], weight=1.5)], seed=7)
     assert [order.at(position)[:3] for position in (0, 1, 2, 724, 725, 100_000)] == [
-        (0, 0, 281),
-        (0, 0, 58),
-        (1, 0, 84),
-        (0, 0, 104),
-        (1, 0, 45),
-        (0, 0, 234),
+        (1, 0, 78),
+        (0, 1, 45),
+        (0, 0, 97),
+        (0, 0, 56),
+        (0, 1, 15),
+        (1, 0, 67),
     ]
 
 
@@ -98,10 +98,55 @@ def test_samples_are_shuffled_well():
     assert abs(np.mean(np.abs(np.diff(places))) - 5000 / 3) < 60
 
 
+def test_many_at_once_are_those_one_by_one():
+    order = Order([Source([300, 0, 200]), Source([150], weight=1.5)], seed=7)
+    positions = np.array([0, 5, 724, 725, 1449, 1450, 3, 10**12])
+    found = order.of_positions(positions)
+    assert [SampleAddress(*a) for a in zip(*map(np.ndarray.tolist, found), strict=True)] == [
+        order.at(position) for position in positions.tolist()
+    ]
+
+
 def test_reading_touches_a_bounded_number_of_places_at_a_time():
+    """A stream reads from the blocks of one window, which are stretches of shards."""
     order = Order([Source([BLOCK * 10] * 200)], seed=3)
-    window = [order.at(position) for position in range(BLOCK * WINDOW)]
-    assert len({(a.shard, a.index // BLOCK) for a in window}) == WINDOW
+    streams, n = 16, order.samples_per_epoch
+    chunks = np.arange(n).reshape(-1, CHUNK)
+    window = chunks[3::streams][: WINDOW // CHUNK - 2].reshape(-1)  # of the fourth stream
+    found = order.of_positions(window)
+    places = np.unique(found.shard * BLOCK * 10 + found.index)
+    stretches = 1 + np.sum(np.diff(places) > BLOCK // 2)
+    assert stretches <= WINDOW // BLOCK + 2
+    elsewhere = order.of_positions(chunks[4::streams].reshape(-1))
+    assert not set(zip(found.shard, found.index, strict=True)) & set(
+        zip(elsewhere.shard, elsewhere.index, strict=True)
+    )
+
+
+@pytest.mark.parametrize("shards, streams", [(1, 1), (30, 2), (400, 32), (5000, 256)])
+def test_neighbours_of_a_shard_are_far_apart_in_the_order(shards, streams):
+    """In their stream about a third of a window, as in a perfect shuffle of it; in the epoch as
+    many times that as there are streams."""
+    order = Order([Source([1000] * shards)], seed=1)
+    n = order.samples_per_epoch
+    found = order.of_positions(np.arange(n))
+    place = np.empty(n, np.int64)
+    place[1000 * found.shard + found.index] = np.arange(n)
+    apart = np.abs(np.diff(place))
+    window = min(n, WINDOW)
+    assert np.median(apart) > 0.2 * window * streams
+    assert np.mean(apart < CHUNK) < 2.5 * CHUNK / window
+    assert np.mean(apart == 1) < 6 / window
+
+
+def test_web_scale_is_a_few_numbers_a_shard():
+    """2,000,000,000 samples: any position at once, nothing kept but where shards begin."""
+    order = Order([Source(np.full(200_000, 10_000)), Source([10_000] * 10, weight=2.5)], seed=0)
+    assert order.samples_per_epoch == 2_000_250_000
+    kept = [part.starts.nbytes for part in order._parts]
+    assert sum(kept) < 2 * 2**20
+    found = order.of_positions(np.array([0, 1, 2_000_249_999, 2_000_250_000, 10**15]))
+    assert found.epoch.tolist() == [0, 0, 0, 1, 10**15 // 2_000_250_000]
 
 
 def test_the_fraction_of_a_weight_is_another_choice_each_epoch():

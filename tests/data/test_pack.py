@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def read(paths):
     files = ShardFiles()
-    for index in map(scan_shard, paths):
+    for index in map(scan_shard, map(str, paths)):
         for number in range(index.samples):
             yield files.read(index, number)
 
