@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +72,8 @@ class RemoteCache:
             temporary.write_bytes(data)
             temporary.replace(file)
         except OSError:  # full, or not writable: it is a cache, and reading goes on without
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     def _clean(self, folder: Path) -> None:
         pages = []

@@ -22,6 +22,7 @@ from parallel_clip.errors import BadDataError, InputError, WorkerError
 _SECONDS_BETWEEN_LOOKS = 5
 _PID, _BUSY, _SINCE = range(3)  # of a worker's notes; behind them the numbers that say where
 _PLACES = 3
+_FORK = multiprocessing.get_context("fork")
 _ENDS = (BadDataError, InputError, WorkerError)
 
 _notes: memoryview | None = None  # in a worker: its own
@@ -75,6 +76,8 @@ def read_ahead(
         sampler=items,
         batch_size=None,
         num_workers=workers,
+        # Forked, workers share the tables of shards with the trainer, whatever Python's default is.
+        multiprocessing_context=_FORK if workers else None,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
         collate_fn=_unchanged,
@@ -121,7 +124,7 @@ class _Watch:
         self._data = data
         self._patience = patience
         self._width = _SINCE + 1 + _PLACES
-        self._notes = multiprocessing.get_context("fork").RawArray("d", workers * self._width)
+        self._notes = _FORK.RawArray("d", workers * self._width)
 
     def begin_in_worker(self, number: int) -> None:
         """A worker's first act."""

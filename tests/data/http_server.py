@@ -1,0 +1,79 @@
+"""A small server of files that gives parts of them, and fails when it is told to."""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Server:
+    """address: of the folder that is served; requests: the files, and parts of them, that were
+    asked for; failures: how many of the next requests for contents go wrong."""
+
+    def __init__(self, folder: Path):
+        self.requests: list[tuple[str, str]] = []
+        self.failures = 0
+        self.whole_files = False  # does not know of parts
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                self._answer(contents=False)
+
+            def do_GET(self) -> None:
+                self._answer(contents=True)
+
+            def _answer(self, contents: bool) -> None:
+                file = folder / self.path.lstrip("/")
+                if not file.is_file():
+                    return self._send(404, b"")
+                part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if contents:
+                    owner.requests.append((self.path, self.headers.get("Range", "all")))
+                    if owner.failures:
+                        owner.failures -= 1
+                        return self._send(503, b"")
+                data = file.read_bytes()
+                if part is None or owner.whole_files:
+                    return self._send(200, data, contents)
+                first, last = int(part[1]), int(part[2])
+                headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
+                return self._send(206, data[first : last + 1], contents, headers)
+
+            def _send(self, code: int, data: bytes, contents: bool = True, headers=None) -> None:
+                self.send_response(code)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if contents:
+                    self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> None:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def serve(folder: Path):
+    server = Server(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
