@@ -40,7 +40,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "open_clip_torch", "ruff"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "open_clip_torch", "ruff", "aiohttp"],
+        "remote": ["fsspec", "aiohttp"],  # https://; s3:// needs s3fs as well, gs:// gcsfs
         "demo": ["open_clip_torch"],
     },
     classifiers=[

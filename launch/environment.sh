@@ -33,7 +33,7 @@ _missing_modules() {
     shift
     modules="torch torchvision megatron.core numpy pydantic yaml rich safetensors tensorboard"
     modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil matplotlib"
-    case " $* " in *" test "*) modules+=" pytest pytest_timeout hypothesis open_clip ruff" ;; esac
+    case " $* " in *" test "*) modules+=" pytest pytest_timeout hypothesis open_clip ruff aiohttp" ;; esac
     case " $* " in *" demo "*) modules+=" open_clip" ;; esac
     "$python" - $modules 2>/dev/null <<'PY'
 import re

@@ -123,3 +123,26 @@ def test_labels():
 def test_bad_labels(text):
     with pytest.raises(BadSampleError, match=".cls"):
         label_of(stored(cls=text))
+
+
+def photo(width: int, height: int) -> bytes:
+    """A smooth picture, as photographs are."""
+    across, down = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 9, height))
+    pixels = 127 + 60 * np.stack([np.sin(across + down), np.cos(down), np.sin(across - down)], -1)
+    return encoded(Image.fromarray(pixels.astype(np.uint8)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "part, size", [(1.0, (800, 600)), (0.51, (800, 600)), (0.5, (400, 300)), (0.2, (200, 150)),
+                   (0.01, (100, 75)), (3.0, (800, 600))],
+)  # fmt: skip
+def test_a_jpeg_is_shrunk_while_it_is_decoded_where_a_part_is_enough(part, size):
+    sample = stored(jpg=photo(800, 600))
+    assert decode_picture(sample, lambda width, height: part).size == size
+    png = stored(png=encoded(Image.new("RGB", (800, 600)), "PNG"))
+    assert decode_picture(png, lambda width, height: part).size == (800, 600)
+
+
+def test_a_truncated_jpeg_is_bad_when_shrunk_too():
+    with pytest.raises(BadSampleError, match="truncated"):
+        decode_picture(stored(jpg=photo(800, 600)[:-2000]), lambda width, height: 0.1)

@@ -58,7 +58,7 @@ def random_captions(count: int) -> list[str]:
 
 
 def test_clip_tokens_equal_openclips():
-    captions = ODD + random_captions(3000)
+    captions = ODD + random_captions(10_000)
     assert torch.equal(OURS(captions), THEIRS(captions))
 
 

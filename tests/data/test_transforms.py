@@ -1,3 +1,4 @@
+import io
 import json
 import pickle
 import random
@@ -6,14 +7,21 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torchvision import transforms as T
 
+from parallel_clip.data.decode import decode_picture
+from parallel_clip.data.shards import StoredSample
 from parallel_clip.data.transforms import (
     Preprocess,
+    evaluation_shrink,
     evaluation_transform,
     sample_seed,
     seeded,
+    training_shrink,
     training_transform,
 )
 from parallel_clip.errors import InputError
@@ -170,3 +178,49 @@ def test_transforms_can_be_sent_to_other_processes():
 def test_openai_statistics_are_openclips():
     assert Preprocess((8, 8)).mean == open_clip.OPENAI_DATASET_MEAN
     assert Preprocess((8, 8)).std == open_clip.OPENAI_DATASET_STD
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(900, 700), (700, 900), (2000, 300), (230, 240)])
+def test_what_is_enough_for_evaluation_is_no_less_than_the_model_sees(size, mode):
+    preprocess = Preprocess((224, 224), resize_mode=mode)
+    part = evaluation_shrink(preprocess)(*size)
+    shrunk = [part * side for side in size]
+    if mode == "longest":
+        assert max(shrunk) == pytest.approx(224)
+    else:
+        assert min(shrunk) == pytest.approx(224)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(50, 3000),
+    st.integers(50, 3000),
+    st.floats(0.05, 1.0),
+    st.integers(0, 10**6),
+)
+def test_what_is_enough_for_training_is_enough_for_every_crop(width, height, smallest, seed):
+    options = {"scale": (smallest, 1.0), "ratio": (0.75, 4 / 3)}
+    part = training_shrink(Preprocess((64, 64)), options)(width, height)
+    torch.manual_seed(seed)
+    picture = torch.empty(3, height, width, device="meta")
+    ratio = width / height
+    _, _, crop_height, crop_width = T.RandomResizedCrop.get_params(
+        picture, list(options["scale"]), list(options["ratio"])
+    )
+    if 0.75 < ratio < 4 / 3:  # else a crop that does not fit is replaced by one in the middle
+        assert crop_width * part >= 64 - part - 1e-6
+        assert crop_height * part >= 64 - part - 1e-6
+
+
+def test_shrinking_changes_little():
+    across, down = np.meshgrid(np.linspace(0, 6, 1200), np.linspace(0, 9, 900))
+    pixels = 127 + 60 * np.stack([np.sin(across + down), np.cos(down), np.sin(across - down)], -1)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG")
+    sample = StoredSample("key", {"jpg": buffer.getvalue()})
+    preprocess = Preprocess((64, 64))
+    exact = evaluation_transform(preprocess)(decode_picture(sample))
+    fast = evaluation_transform(preprocess)(decode_picture(sample, evaluation_shrink(preprocess)))
+    assert decode_picture(sample, evaluation_shrink(preprocess)).size == (150, 113)
+    assert (exact - fast).abs().mean() < 0.03
