@@ -207,7 +207,7 @@ def samples_per_second(batches: Iterator[int], skip: int) -> float:
 
 def measure_parts(data: TrainingData, samples: int = 256) -> dict[str, float]:
     """Microseconds a sample, in one process."""
-    transform = training_transform(PREPROCESS, {})
+    transform, tokenizer = training_transform(PREPROCESS, {}), ClipTokenizer(77)
     files, spent = ShardFiles(), dict.fromkeys(
         ("order", "read", "decode", "augment", "tokenize", "stack"), 0.0
     )  # fmt: skip
@@ -232,7 +232,7 @@ def measure_parts(data: TrainingData, samples: int = 256) -> dict[str, float]:
 
         images.append(timed("augment", augment))
         captions.append(captions_of(sample)[0])
-    timed("tokenize", lambda: ClipTokenizer(77)(captions))
+    timed("tokenize", lambda: tokenizer(captions))
     timed("stack", lambda: torch.stack(images))
     return spent
 

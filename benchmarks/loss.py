@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from common import describe, environment, write_results
 from loss_peers import losses_of
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -294,6 +295,8 @@ def draw(rows: Sequence[Row], results: dict[str, Any]) -> Figure:
     for axes, title in zip(panels, ("milliseconds", "peak MiB beside the inputs"), strict=True):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel(f"global batch B, {LARGE[0]} pairs on each process")
         axes.set_title(f"{title}, D = {LARGE[1]}", fontsize=10)
         axes.grid(alpha=0.3)

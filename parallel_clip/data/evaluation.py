@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from parallel_clip.data.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.index import ShardTable, index_shards
@@ -137,7 +138,7 @@ class _EvaluationSamples:
             used.append(position)
             addresses.append(StoredAddress(0, shard.path, sample.key))
         return EvaluationBatch(
-            torch.stack(images) if images else torch.empty(0, 3, *self._size),
+            default_collate(images) if images else torch.empty(0, 3, *self._size),
             torch.tensor(used, dtype=torch.int64),
             self._tokenizer(captions),
             torch.tensor(owner, dtype=torch.int64),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from parallel_clip.config import bytes_in
 from parallel_clip.data.decode import captions_of, decode_picture
@@ -160,7 +161,7 @@ class TrainingData:
         pairs = map(self._pair, positions, addresses)
         images, captions, stored, bad = zip(*pairs, strict=True)
         return Microbatch(
-            torch.stack(images),
+            default_collate(images),  # in a worker straight into the memory that it shares
             self._tokenizer(captions),
             torch.tensor(positions),
             list(stored),

@@ -207,11 +207,12 @@ def _sometimes(probability: float, transform: Callable[[Image], Image], picture:
 
 
 def _to_rgb(picture: Image) -> Image:
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _to_tensor(preprocess: Preprocess) -> list[Callable]:
-    return [_to_rgb, T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std)]
+    # In place: a tensor that was just made has no other reader.
+    return [_to_rgb, T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std, inplace=True)]
 
 
 def _augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
