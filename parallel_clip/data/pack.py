@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import webdataset
+from PIL import Image
 
-from parallel_clip.data.decode import PICTURE_EXTENSIONS
-from parallel_clip.data.progress import Say
+from parallel_clip.data.decode import PICTURE_EXTENSIONS, PICTURE_FORMATS
+from parallel_clip.data.progress import Say, track
 from parallel_clip.errors import InputError
 
 
@@ -20,6 +21,7 @@ class _Pair:
     name: str  # of the picture in the source
     captions: list[str]
     label: str | None  # the contents of `.cls`
+    size: tuple[int, int]
 
 
 def pack_folder(
@@ -36,9 +38,10 @@ def pack_folder(
     `source` is a folder of pictures, each with its captions beside it (the lines of the `.txt` of
     the same name; a `.cls` is taken along), or a CSV file with the columns `file` (paths from the
     CSV's folder) and `caption`; rows of one file are its several captions. Pictures are shuffled by
-    `seed`, so that neighbours in a folder are none in a shard, and their bytes copied as they are;
-    a `.json` keeps each file's name. The same input gives the same bytes. InputError: nothing to
-    pack, a picture without caption.
+    `seed`, so that neighbours in a folder are none in a shard, and their bytes copied as they are.
+    Keys are nine digits and each sample has a `.json`, as img2dataset has it, with its key, the
+    first caption, the picture's width and height, and the file's name. The same input gives the
+    same bytes. InputError: nothing to pack, a picture without caption or that is none.
     """
     source, target = Path(source), Path(target)
     if any(target.glob("*.tar")):
@@ -52,7 +55,7 @@ def pack_folder(
     with webdataset.ShardWriter(
         pattern, samples_per_shard, shard_bytes, verbose=0, mtime=0
     ) as shards:
-        for number, pair in enumerate(pairs):
+        for number, pair in enumerate(track(pairs, len(pairs), "packed", say, "pictures")):
             shards.write(_sample(number, pair))
     written = sorted(target.glob("*.tar"))
     say(f"packed {len(pairs):,} pictures into {len(written):,} shards in {target}")
@@ -76,6 +79,7 @@ def _in_folder(folder: Path) -> Iterator[_Pair]:
             str(path.relative_to(folder)),
             _text(path.with_suffix(".txt")).splitlines(),
             _text(label) if label.is_file() else None,
+            _size(path),
         )
 
 
@@ -95,19 +99,36 @@ def _in_csv(table: Path) -> Iterator[_Pair]:
                 f"{table} names {name}: {path} is not a file ending in "
                 f"{', '.join(PICTURE_EXTENSIONS)}"
             )
-        yield _Pair(path, name, lines, None)
+        yield _Pair(path, name, lines, None, _size(path))
 
 
 def _sample(number: int, pair: _Pair) -> dict[str, str | bytes]:
+    width, height = pair.size
+    facts = {
+        "key": f"{number:09d}",
+        "caption": pair.captions[0] if pair.captions else "",
+        "width": width,
+        "height": height,
+        "file": pair.name,
+    }
     sample = {
-        "__key__": f"{number:09d}",
+        "__key__": facts["key"],
         pair.picture.suffix[1:].lower(): pair.picture.read_bytes(),
         "txt": "\n".join(pair.captions),
-        "json": json.dumps({"file": pair.name}, ensure_ascii=False).encode(),
+        "json": json.dumps(facts, ensure_ascii=False).encode(),
     }
     if pair.label is not None:
         sample["cls"] = pair.label.encode()
     return sample
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height; looked at before anything is written, so that what is none is found then."""
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
+            return picture.size
+    except Exception as error:  # decoders raise almost anything
+        raise InputError(f"{path} is no picture ({error}); move it away") from None
 
 
 def _is_picture(path: Path) -> bool:

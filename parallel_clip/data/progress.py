@@ -13,8 +13,10 @@ Value = TypeVar("Value")
 _SECONDS_BETWEEN_LINES = 10
 
 
-def track(results: Iterable[Value], total: int, doing: str, say: Say) -> Iterator[Value]:
-    """Hand on `results`, of which there will be `total` shards; `doing` is such as "indexed"."""
+def track(
+    results: Iterable[Value], total: int, doing: str, say: Say, unit: str = "shards"
+) -> Iterator[Value]:
+    """Hand on `results`, of which there will be `total`; `doing` is such as "indexed"."""
     if say is print and sys.stdout.isatty():
         from rich.progress import track as bar
 
@@ -26,5 +28,5 @@ def track(results: Iterable[Value], total: int, doing: str, say: Say) -> Iterato
         if now - last > _SECONDS_BETWEEN_LINES:
             last = now
             left = (now - began) / number * (total - number)
-            say(f"{doing} {number:,} of {total:,} shards, {left:,.0f} s left")
+            say(f"{doing} {number:,} of {total:,} {unit}, {left:,.0f} s left")
         yield result

@@ -43,7 +43,9 @@ def test_a_folder_becomes_shards(folder, tmp_path):
         kind = "jpg" if number % 2 else "png"
         assert sample.files[kind] == picture(number, kind="JPEG" if number % 2 else "PNG")
         name = f"cats/cat.v{number}.jpg" if number % 2 else f"{number}.PNG"
-        assert json.loads(sample.files["json"]) == {"file": name}
+        assert json.loads(sample.files["json"]) == {
+            "key": sample.key, "caption": first, "width": 24, "height": 18, "file": name
+        }  # fmt: skip
         if number == 0:
             assert label_of(sample) == 3
         else:
@@ -97,3 +99,10 @@ def test_sources_and_targets_that_are_wrong(folder, tmp_path):
     pack_folder(folder, tmp_path / "shards")
     with pytest.raises(InputError, match="holds shards already"):
         pack_folder(folder, tmp_path / "shards")
+
+
+def test_a_file_that_is_no_picture_is_named_before_anything_is_written(folder, tmp_path):
+    (folder / "4.PNG").write_text("not a picture")
+    with pytest.raises(InputError, match="4.PNG is no picture"):
+        pack_folder(folder, tmp_path / "shards", print)
+    assert not (tmp_path / "shards").exists()
