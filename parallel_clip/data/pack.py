@@ -123,7 +123,7 @@ def _sample(number: int, pair: _Pair) -> dict[str, str | bytes]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height; looked at before anything is written, so that what is none is found then."""
+    """Width and height; looked at before anything is written, when what is none can be named."""
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
             return picture.size

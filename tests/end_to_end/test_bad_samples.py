@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,37 @@ def test_data_check_finds_them_beforehand(config):
     assert "005" in found[0] and "017" in found[1] and "UTF-8" in found[1]
     assert run("data", "check", shard, config.parent / "train", "--workers", 2)[0].code == 2
     assert succeed("data", "check", config.parent / "train").endswith("40 samples, 0 broken\n")
+
+
+def test_a_header_that_changed_since_it_was_indexed_is_a_bad_sample(config, tmp_path):
+    """Of the same size, so nothing but the sample tells."""
+    shard = write_shard(tmp_path / "a.tar", {f"{n:03d}": sample(n) for n in range(24)})
+    succeed("data", "index", shard)
+    data = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        place = next(member.offset for member in tar if member.name == "011.txt")
+    data[place + 2] ^= 4  # 011.txt is called 015.txt now
+    shard.write_bytes(data)
+
+    folder = tmp_path / "run"
+    overrides = [f"data.train.0.shards={shard}", f"run_dir={folder}", "data.max_bad_fraction=0.5"]
+    succeed("train", config, *overrides)
+    found = lines(folder / "bad_samples.jsonl")
+    assert [entry["key"] for entry in found] == ["011", "011"]  # two epochs
+    assert all("damaged in the shard" in entry["reason"] for entry in found)
+    assert metrics(folder)[-1]["bad_samples"] == 2
+    assert "011" not in {key for _, _, _, key in ledger(folder)}
+
+    (ended,) = run("data", "check", shard)
+    assert ended.code == 2 and f"{shard}, 011: damaged in the shard" in ended.out
+
+
+def test_a_shard_that_was_cut_since_it_was_indexed_is_refused(config, tmp_path):
+    shard = write_shard(tmp_path / "a.tar", {f"{n:03d}": sample(n) for n in range(24)})
+    succeed("data", "index", shard)
+    shard.write_bytes(shard.read_bytes()[:-20480])
+    (ended,) = run("train", config, f"data.train.0.shards={shard}", f"run_dir={tmp_path / 'run'}")
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    assert f"shard {shard} has" in ended.err and "with 24 samples" in ended.err
+    (ended,) = run("data", "check", shard)
+    assert ended.code == 2 and f"{shard}, " in ended.out
