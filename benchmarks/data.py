@@ -46,9 +46,10 @@ from rich.table import Table
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.decode import captions_of, decode_picture
-from parallel_clip.data.loader import StepSlice, TrainingData, TrainingLoader, open_training_data
+from parallel_clip.data.loader import StepSlice, TrainingLoader, open_training_data
 from parallel_clip.data.shards import ShardFiles
 from parallel_clip.data.tokenizer import ClipTokenizer
+from parallel_clip.data.training_data import TrainingData
 from parallel_clip.data.transforms import Preprocess, sample_seed, seeded, training_transform
 
 BATCH = 64

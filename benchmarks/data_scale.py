@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from parallel_clip.data.index import INDEX_NAME, index_shards
+from parallel_clip.data.index import index_shards
 from parallel_clip.data.index_file import FORMAT
+from parallel_clip.data.index_folder import INDEX_NAME
 from parallel_clip.data.loader import StepSlice
 from parallel_clip.data.order import Order, Source
 

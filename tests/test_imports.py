@@ -28,6 +28,7 @@ PURE = [
     "pipeline/orders.py",
     "pipeline/timeline.py",
     "data/order.py",
+    "data/permutation.py",
     "model/architectures.py",
     "convert/names.py",
 ]

@@ -11,10 +11,10 @@ from torch.utils.data import default_collate
 
 from parallel_clip.data.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.index import ShardTable, index_shards
-from parallel_clip.data.loader import BadSample, StoredAddress
 from parallel_clip.data.progress import Say
 from parallel_clip.data.shards import BadSampleError, ShardFiles, ShardIndex
 from parallel_clip.data.tokenizer import Tokenizer
+from parallel_clip.data.training_data import BadSample, StoredAddress
 from parallel_clip.data.transforms import Preprocess, evaluation_transform
 from parallel_clip.data.workers import getting_on, read_ahead
 

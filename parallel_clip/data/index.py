@@ -1,37 +1,22 @@
-"""The index of shards: how many samples each has and where they are, made once and kept.
-
-One file for a folder of shards, `shards.index` beside them, or in the cache folder where theirs is
-not writable or is an address (see `index_file.py`).
-"""
+"""The index of shards: how many samples each has and where they are, made once and kept for each
+folder of shards (see `index_folder.py`)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from parallel_clip.data.files import parent_and_name
-from parallel_clip.data.index_file import IndexFile, write_index
+from parallel_clip.data.index_folder import SIZES_NAME, Folder
 from parallel_clip.data.patterns import expand_shards, require_files
 from parallel_clip.data.progress import Say, track
-from parallel_clip.data.remote import (
-    cache_folder,
-    file_system,
-    is_remote,
-    patiently,
-)
 from parallel_clip.data.shards import ShardIndex, scan_shard
 from parallel_clip.errors import InputError
-
-INDEX_NAME = "shards.index"
-SIZES_NAME = "sizes.json"  # OpenCLIP's: the samples of each shard, by file name
 
 _FEW = 16  # shards that are scanned quicker than processes start
 
@@ -43,7 +28,7 @@ class ShardTable(Sequence[ShardIndex]):
 
     paths: list[str]
     counts: np.ndarray  # int64 [shards]
-    folders: dict[str, _Folder]
+    folders: dict[str, Folder]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,7 +73,7 @@ def index_shards(
     by_folder: dict[str, list[str]] = {}
     for path in named:
         by_folder.setdefault(parent_and_name(path)[0], []).append(path)
-    folders = {place: _Folder.load(place, say) for place in by_folder}
+    folders = {place: Folder.load(place, say) for place in by_folder}
     counts: dict[str, int] = {}
     todo = []
     for place, members in by_folder.items():
@@ -121,12 +106,12 @@ def index_shards(
 
 def known_shards(paths: Sequence[str], say: Say = print) -> dict[str, ShardIndex]:
     """What saved indexes know of these shards, whether it is so or not."""
-    folders: dict[str, _Folder] = {}
+    folders: dict[str, Folder] = {}
     found = {}
     for path in paths:
         place = parent_and_name(path)[0]
         if place not in folders:
-            folders[place] = _Folder.load(place, say)
+            folders[place] = Folder.load(place, say)
         if folders[place].known([path]):
             found[path] = folders[place].shard(path)
     return found
@@ -136,84 +121,6 @@ def save_index(table: ShardTable, say: Say = print) -> None:
     """Keep what `index_shards` scanned and has not been kept yet."""
     for folder in table.folders.values():
         folder.save(say)
-
-
-class _Folder:
-    """What is known of the shards of one folder: from index files, and what was scanned since."""
-
-    def __init__(self, place: str, files: list[IndexFile]):
-        self._place = place
-        self._files = files
-        self._scanned: dict[str, tuple[ShardIndex, int]] = {}  # with the time of change
-        self._told: dict[str, int] | None = None
-
-    @classmethod
-    def load(cls, place: str, say: Say) -> _Folder:
-        files = []
-        _fetch_remote_index(place)
-        for path in _index_files(place):
-            if not path.is_file():
-                continue
-            try:
-                files.append(IndexFile.read(path))
-            except (OSError, ValueError) as error:
-                say(f"the index {path} is not readable ({error}): made again")
-        return cls(place, files)
-
-    def known(self, paths: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-        """(samples, bytes, time of change) of those of `paths` that an index has."""
-        found: dict[str, tuple[int, int, int]] = {}
-        names = np.array([os.fsencode(parent_and_name(path)[1]) for path in paths])
-        for file in reversed(self._files):
-            for path, row in zip(paths, file.rows(names).tolist(), strict=True):
-                if row >= 0:
-                    facts = file.samples[row], file.bytes[row], file.changed_ns[row]
-                    found[path] = tuple(map(int, facts))
-        return found
-
-    def shard(self, path: str) -> ShardIndex:
-        if path in self._scanned:
-            return self._scanned[path][0]
-        name = np.array([os.fsencode(parent_and_name(path)[1])])
-        for file in self._files:
-            row = int(file.rows(name)[0])
-            if row >= 0:
-                return file.shard(row, path)
-        self.add(scan_shard(path), None)  # only its count was asked for before
-        return self._scanned[path][0]
-
-    def add(self, shard: ShardIndex, status: os.stat_result | None) -> None:
-        self._scanned[shard.path] = shard, 0 if status is None else status.st_mtime_ns
-
-    def told_sizes(self) -> dict[str, int]:
-        """The counts of a `sizes.json` beside the shards."""
-        if self._told is None:
-            self._told = {} if is_remote(self._place) else _read_sizes(Path(self._place))
-        return self._told
-
-    def save(self, say: Say) -> None:
-        if not self._scanned:
-            return
-        entries = dict(self._scanned)
-        for file in self._files:
-            for row, name in enumerate(file.names.tolist()):
-                path = _join(self._place, os.fsdecode(name))
-                if path not in entries:
-                    entries[path] = file.shard(row, path), int(file.changed_ns[row])
-        shards, changed = zip(*entries.values(), strict=True)
-        samples = sum(shard.samples for shard in shards)
-        for path in _index_files(self._place):
-            try:
-                write_index(path, shards, changed)
-                self._files, self._scanned = [IndexFile.read(path)], {}
-            except OSError:
-                continue
-            say(f"index of {len(shards):,} shards, {samples:,} samples, written to {path}")
-            return
-        say(
-            f"neither {self._place} nor the cache folder is writable: the index is not kept "
-            "(set PARALLEL_CLIP_CACHE to a folder that is)"
-        )
 
 
 def _scan(paths: Sequence[str], say: Say, workers: int | None) -> list[ShardIndex]:
@@ -289,46 +196,3 @@ def _other_count(path: str, told: int, found: int) -> str:
         f"shard {path} holds {found:,} samples, but {SIZES_NAME} beside it says {told:,}; fetch "
         f"the shard again, or correct or remove the {SIZES_NAME}"
     )
-
-
-def _read_sizes(folder: Path) -> dict[str, int]:
-    file = folder / SIZES_NAME
-    if not file.is_file():
-        return {}
-    try:
-        sizes = json.loads(file.read_text())
-        return {str(name): int(count) for name, count in sizes.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a table of counts by shard: {error}") from None
-
-
-def _index_files(place: str) -> list[Path]:
-    """Where the index of a folder may be, best first."""
-    name = hashlib.sha256(os.path.abspath(place).encode()).hexdigest()[:16]
-    if is_remote(place):
-        name = hashlib.sha256(place.encode()).hexdigest()[:16]
-        return [cache_folder() / f"{name}.index"]
-    return [Path(place) / INDEX_NAME, cache_folder() / f"{name}.index"]
-
-
-def _fetch_remote_index(place: str) -> None:
-    """The `shards.index` that lies beside shards at an address, if there is one."""
-    if not is_remote(place):
-        return
-    target = _index_files(place)[0]
-    if target.is_file():
-        return
-    try:
-        system, path = file_system(f"{place}/{INDEX_NAME}")
-        if not patiently(place, lambda: system.exists(path)):
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        patiently(place, lambda: system.get_file(path, str(temporary)))
-        temporary.replace(target)
-    except OSError:
-        return  # it is made here instead
-
-
-def _join(place: str, name: str) -> str:
-    return f"{place}/{name}" if is_remote(place) else os.path.normpath(os.path.join(place, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from parallel_clip.data.loader import TrainingData
+from parallel_clip.data.training_data import TrainingData
 from parallel_clip.loss.exchange import plan_exchange
 from parallel_clip.model.architectures import TextArchitecture, VisionArchitecture
 from parallel_clip.training.job import Job

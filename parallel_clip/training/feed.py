@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.data.loader import BadSample, Microbatch, TrainingLoader
+from parallel_clip.data.loader import TrainingLoader
+from parallel_clip.data.training_data import BadSample, Microbatch
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import BatchPlan
 from parallel_clip.model.architectures import Architecture

@@ -14,8 +14,9 @@ from parallel_clip.config import Config
 from parallel_clip.convert.source import Facts, ModelWeights, open_source
 from parallel_clip.data.check import require_usable
 from parallel_clip.data.index import ShardTable
-from parallel_clip.data.loader import TrainingData, open_training_data
+from parallel_clip.data.loader import open_training_data
 from parallel_clip.data.tokenizer import Tokenizer, build_tokenizer
+from parallel_clip.data.training_data import TrainingData
 from parallel_clip.data.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.evaluate.held_out import check_held_out

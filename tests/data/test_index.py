@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel_clip.data import index
-from parallel_clip.data.index import INDEX_NAME, index_shards
+from parallel_clip.data.index import index_shards
 from parallel_clip.data.index_file import IndexFile, write_index
+from parallel_clip.data.index_folder import INDEX_NAME
 from parallel_clip.data.shards import ShardIndex
 from parallel_clip.errors import InputError
 from tests.data.shard_files import write_shards

@@ -11,14 +11,13 @@ from parallel_clip.data import loader as loader_module
 from parallel_clip.data.decode import captions_of, decode_picture
 from parallel_clip.data.index import index_shards
 from parallel_clip.data.loader import (
-    BadSample,
-    Microbatch,
     StepSlice,
     TrainingLoader,
     open_training_data,
 )
 from parallel_clip.data.shards import ShardFiles
 from parallel_clip.data.tokenizer import ClipTokenizer
+from parallel_clip.data.training_data import BadSample, Microbatch
 from parallel_clip.data.transforms import Preprocess, evaluation_transform
 from parallel_clip.errors import BadDataError, InputError
 from tests.data.shard_files import picture, sample, write_shard, write_shards

@@ -7,7 +7,8 @@ import pytest
 
 from parallel_clip.data import remote
 from parallel_clip.data.files import OpenFiles
-from parallel_clip.data.index import INDEX_NAME, index_shards
+from parallel_clip.data.index import index_shards
+from parallel_clip.data.index_folder import INDEX_NAME
 from parallel_clip.data.remote import RemoteCache, RemoteFile
 from parallel_clip.data.shards import ShardFiles
 from parallel_clip.errors import InputError

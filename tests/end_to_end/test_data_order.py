@@ -148,9 +148,9 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_word(config, tmp_path, proc
 
 def die_while_decoding(rank: int) -> None:
     """The fifteenth picture that a worker of rank 0 decodes is its last act."""
-    from parallel_clip.data import loader
+    from parallel_clip.data import training_data
 
-    main, decode, count = os.getpid(), loader.decode_picture, []
+    main, decode, count = os.getpid(), training_data.decode_picture, []
 
     def decode_or_die(*arguments):
         count.append(None)
@@ -158,4 +158,4 @@ def die_while_decoding(rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(*arguments)
 
-    loader.decode_picture = decode_or_die
+    training_data.decode_picture = decode_or_die
