@@ -1,6 +1,9 @@
 import pytest
+from rich.console import Console
 
 from parallel_clip.data.check import check_shards
+from parallel_clip.data.index import index_shards
+from parallel_clip.data.report import print_report, report_tree
 from parallel_clip.errors import InputError
 from tests.data.shard_files import picture, sample, write_shard, write_shards
 
@@ -38,3 +41,32 @@ def test_captions_of_json_are_checked(tmp_path):
 def test_missing_shards(tmp_path):
     with pytest.raises(InputError, match="do not exist"):
         check_shards(str(tmp_path / "a.tar"))
+
+
+def test_sizes_and_captions_are_counted_and_drawn(tmp_path, capsys):
+    samples = {
+        "a": {"jpg": picture(0, (40, 70)), "txt": b"12345\n1234567"},
+        "b": {"jpg": picture(1, (300, 31)), "txt": b"x" * 200},
+        "c": {"jpg": picture(2, (33, 33)), "txt": "\u00e9\u00e9".encode()},
+    }
+    write_shard(tmp_path / "a.tar", samples)
+    report = check_shards(str(tmp_path))
+    tree = report_tree(report)
+    assert tree["shorter_side_pixels"] == {16: 1, 32: 2}
+    assert tree["caption_bytes"] == {4: 3, 128: 1}
+    assert (tree["samples"], tree["captions"], tree["broken"]) == (3, 4, [])
+    print_report(report, Console(width=80))
+    shown = capsys.readouterr().out
+    assert "32 to 63  2" in shown and "length of 4 captions" in shown
+    assert shown.splitlines()[-1] == "1 shards, 3 samples, 0 broken"
+
+
+def test_the_samples_that_an_index_knows_are_looked_for(tmp_path):
+    """A whole shard in the place of another one is no less broken."""
+    write_shards(tmp_path, [3, 4])
+    index_shards(str(tmp_path), lambda line: None)
+    (tmp_path / "000001.tar").replace(tmp_path / "000000.tar")
+    report = check_shards(str(tmp_path / "000000.tar"))
+    assert report.samples == 3 and len(report.broken) == 4
+    assert report.broken[0].key is None and "not as it was" in report.broken[0].reason
+    assert "data index" in report.broken[0].reason

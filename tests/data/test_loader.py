@@ -26,8 +26,10 @@ PREPROCESS = Preprocess((16, 16))
 TOKENIZER = ClipTokenizer(12)
 
 
-def source(shards, weight=1.0, samples=None):
-    return SimpleNamespace(shards=str(shards), weight=weight, samples=samples, caption_key=None)
+def source(shards, weight=1.0, samples=None, caption_key=None):
+    return SimpleNamespace(
+        shards=str(shards), weight=weight, samples=samples, caption_key=caption_key
+    )
 
 
 def open_data(*sources, seed=0, augment="train", caption_key=None, decode="exact", **options):
@@ -168,6 +170,34 @@ def test_several_captions(tmp_path):
     drawn = used()
     assert set(drawn) == set(map(row, captions)) and min(drawn.values()) > 6
     assert used() == drawn != used(seed=1)
+
+
+def test_a_source_may_have_its_captions_elsewhere(tmp_path):
+    files = {"jpg": picture(0), "txt": b"text", "json": b'{"alt": "other"}'}
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", {"0": files})
+    data = open_data(
+        source(tmp_path / "a.tar"), source(tmp_path / "b.tar", caption_key="alt"), augment="none"
+    )
+    batch = data[range(2)]
+    for address, tokens in zip(batch.addresses, batch.tokens, strict=True):
+        caption = "text" if address.source == 0 else "other"
+        assert torch.equal(tokens, TOKENIZER([caption])[0])
+
+
+def test_fast_decoding_changes_pixels_a_little_and_nothing_else(tmp_path):
+    samples = {f"{n}": {"jpg": smooth(n), "txt": b"a"} for n in range(3)}
+    write_shard(tmp_path / "a.tar", samples)
+    exact, fast = (open_data(source(tmp_path), decode=how)[range(3)] for how in ("exact", "fast"))
+    assert exact.addresses == fast.addresses and torch.equal(exact.tokens, fast.tokens)
+    assert not torch.equal(exact.images, fast.images)
+    assert (exact.images - fast.images).abs().mean() < 0.1
+
+
+def smooth(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").rotate(30 * number).resize((400, 300)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 def huge() -> bytes:
