@@ -66,7 +66,7 @@ def main() -> int:
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 110)
     with tempfile.TemporaryDirectory() as folder:
-        shards = make_shards(Path(folder) / "shards", 8, 64 if options.quick else 320)
+        shards = make_shards(Path(folder) / "shards", 8, 64 if options.quick else 160)
         small = make_shards(Path(folder) / "small", 2, 64)
         results: dict[str, Any] = {"environment": environment(), "batch": BATCH}
         results["speed"] = [
@@ -299,8 +299,9 @@ def draw(results: dict[str, Any]) -> Figure:
     parts.barh(list(results["parts"]), list(results["parts"].values()))
     parts.set_title("microseconds a sample", fontsize=10)
     memory.plot(range(1, len(results["memory"]) + 1), results["memory"])
-    memory.set_ylim(0)
+    memory.set_ylim(0, 1.3 * max(results["memory"]))
     memory.set_title("MiB resident, trainer and worker, by epoch", fontsize=10)
+    figure.tight_layout()
     figure.text(0.12, -0.04, describe(results["environment"]), fontsize=7, color="grey")
     return figure
 

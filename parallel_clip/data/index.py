@@ -13,7 +13,7 @@ import numpy as np
 
 from parallel_clip.data.files import parent_and_name
 from parallel_clip.data.index_folder import SIZES_NAME, Folder
-from parallel_clip.data.patterns import expand_shards, require_files
+from parallel_clip.data.patterns import Stamp, expand_shards, require_files
 from parallel_clip.data.progress import Say, track
 from parallel_clip.data.shards import ShardIndex, scan_shard
 from parallel_clip.errors import InputError
@@ -69,7 +69,7 @@ def index_shards(
     """
     paths = expand_shards(patterns)
     named = list(dict.fromkeys(paths))
-    statuses = require_files(named) if check else {}
+    stamps = require_files(named) if check else {}
     by_folder: dict[str, list[str]] = {}
     for path in named:
         by_folder.setdefault(parent_and_name(path)[0], []).append(path)
@@ -79,9 +79,9 @@ def index_shards(
     for place, members in by_folder.items():
         folder = folders[place]
         known = folder.known(members)
-        changed = _changed(members, known, statuses, renew)
+        changed = _changed(members, known, stamps, renew)
         if changed and not renew:
-            raise InputError(_changed_message(changed, known, statuses))
+            raise InputError(_changed_message(changed, known, stamps))
         told = folder.told_sizes() if check or counts_suffice else {}
         for path in members:
             if path in known and path not in changed:
@@ -93,7 +93,7 @@ def index_shards(
     if todo:
         say(f"making the index of {len(todo):,} of {len(named):,} shards")
         for shard in _scan(todo, say, workers):
-            folders[parent_and_name(shard.path)[0]].add(shard, statuses.get(shard.path))
+            folders[parent_and_name(shard.path)[0]].add(shard, stamps.get(shard.path))
             counts[shard.path] = shard.samples
     if check:
         for place, members in by_folder.items():
@@ -152,26 +152,26 @@ def _scan_or_error(path: str) -> ShardIndex | InputError:
 def _changed(
     paths: Sequence[str],
     known: dict[str, tuple[int, int, int]],
-    statuses: dict[str, os.stat_result],
+    stamps: dict[str, Stamp],
     renew: bool,
 ) -> set[str]:
     """Which shards are not those that were indexed. The time of change tells only that one may not
     be: copying changes it too."""
     changed = set()
     for path in paths:
-        status = statuses.get(path)
-        if status is not None and path in known:
+        stamp = stamps.get(path)
+        if stamp is not None and path in known:
             _, size, time = known[path]
-            if status.st_size != size or renew and status.st_mtime_ns != time:
+            if stamp.size != size or renew and stamp.changed_ns != time:
                 changed.add(path)
     return changed
 
 
 def _changed_message(
-    changed: set[str], known: dict[str, tuple[int, int, int]], statuses: dict[str, os.stat_result]
+    changed: set[str], known: dict[str, tuple[int, int, int]], stamps: dict[str, Stamp]
 ) -> str:
     shown = [
-        f"shard {path} has {statuses[path].st_size:,} bytes, but had {known[path][1]:,} when it "
+        f"shard {path} has {stamps[path].size:,} bytes, but had {known[path][1]:,} when it "
         f"was indexed, with {known[path][0]:,} samples"
         for path in sorted(changed)[:5]
     ]

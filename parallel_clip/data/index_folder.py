@@ -16,6 +16,7 @@ import numpy as np
 
 from parallel_clip.data.files import parent_and_name
 from parallel_clip.data.index_file import IndexFile, write_index
+from parallel_clip.data.patterns import Stamp
 from parallel_clip.data.progress import Say
 from parallel_clip.data.remote import cache_folder, file_system, is_remote, patiently
 from parallel_clip.data.shards import ShardIndex, scan_shard
@@ -67,8 +68,8 @@ class Folder:
         self.add(scan_shard(path), None)  # only its count was asked for before
         return self._scanned[path][0]
 
-    def add(self, shard: ShardIndex, status: os.stat_result | None) -> None:
-        self._scanned[shard.path] = shard, 0 if status is None else status.st_mtime_ns
+    def add(self, shard: ShardIndex, stamp: Stamp | None) -> None:
+        self._scanned[shard.path] = shard, 0 if stamp is None else stamp.changed_ns
 
     def told_sizes(self) -> dict[str, int]:
         """The counts of a `sizes.json` beside the shards."""

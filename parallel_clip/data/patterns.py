@@ -7,13 +7,14 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from parallel_clip.data.remote import file_system, is_remote, patiently
 from parallel_clip.errors import InputError
 
-_THREADS = 16
+_THREADS, _PART = 16, 512
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
@@ -31,12 +32,21 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     return paths
 
 
-def require_files(paths: Sequence[str]) -> dict[str, os.stat_result]:
-    """What the file system tells of each path on this machine; InputError names the missing."""
+class Stamp(NamedTuple):
+    """What the file system tells of a file: its bytes, and when it was last changed."""
+
+    size: int
+    changed_ns: int
+
+
+def require_files(paths: Sequence[str]) -> dict[str, Stamp]:
+    """The stamp of each path on this machine; InputError names the missing."""
     local = list(dict.fromkeys(path for path in paths if not is_remote(path)))
+    parts = [local[start : start + _PART] for start in range(0, len(local), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:  # it waits for the file system
-        found = dict(zip(local, threads.map(_status, local, chunksize=64), strict=True))
-    missing = [path for path, status in found.items() if status is None]
+        stamps = [stamp for part in threads.map(_stamps, parts) for stamp in part]
+    found = dict(zip(local, stamps, strict=True))
+    missing = [path for path, stamp in found.items() if stamp is None]
     if missing:
         shown = ", ".join(missing[:5])
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
@@ -47,12 +57,16 @@ def require_files(paths: Sequence[str]) -> dict[str, os.stat_result]:
     return found
 
 
-def _status(path: str) -> os.stat_result | None:
+def _stamps(paths: Sequence[str]) -> list[Stamp | None]:
+    return [_stamp(path) for path in paths]
+
+
+def _stamp(path: str) -> Stamp | None:
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status if stat.S_ISREG(status.st_mode) else None
+    return Stamp(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 def _expand(pattern: str) -> list[str]:
