@@ -155,7 +155,8 @@ def check_data(job: Job, say: Say, *, counts_suffice: bool = False) -> tuple[int
         InputError: as `open_data` and `check_held_out`, or shards that are of another kind.
     """
     data, steps = open_data(job, say, counts_suffice=counts_suffice)
-    _require_same_data(job.resume, data.made_of)
+    if job.resume.step < steps:  # else there is nothing to go on with
+        _require_same_data(job.resume, data.made_of)
     for source, shards in zip(job.config.data.train, data.sources, strict=True):
         require_usable(shards, "captions", source.caption_key or job.config.data.caption_key)
     return steps, [*data.sources, *check_held_out(job.config, say)]

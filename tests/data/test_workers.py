@@ -43,11 +43,14 @@ def slow():
         still_trying()
 
 
-def left_behind() -> list:
-    return [p for p in multiprocessing.active_children() if p.is_alive()]
+@pytest.fixture
+def left_behind():
+    """The processes that live now and did not before; other tests keep some."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
 
 
-def test_a_worker_that_is_killed_is_named_with_its_place():
+def test_a_worker_that_is_killed_is_named_with_its_place(left_behind):
     began = time.monotonic()
     with pytest.raises((WorkerError, RuntimeError)) as caught:
         list(read_ahead(Data(at_5=killed), range(9), 2, 1))
@@ -60,7 +63,7 @@ def test_a_worker_that_is_killed_is_named_with_its_place():
     assert not left_behind()
 
 
-def test_a_worker_that_is_stuck_is_named_with_its_place_and_ended():
+def test_a_worker_that_is_stuck_is_named_with_its_place_and_ended(left_behind):
     began = time.monotonic()
     values = read_ahead(Data(at_3=stuck), range(9), 2, 1, patience=2)
     with pytest.raises(WorkerError, match="is stuck: for .* s at item 3 of source 7"):
@@ -103,7 +106,7 @@ def test_errors_come_as_they_are(workers, error, kind):
     assert str(error) in str(caught.value)
 
 
-def test_what_is_left_early_leaves_no_process():
+def test_what_is_left_early_leaves_no_process(left_behind):
     values = read_ahead(Data(), range(100), 2, 1)
     assert next(values) == 0
     values.close()
