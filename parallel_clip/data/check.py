@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,6 +12,7 @@ from typing import Literal
 from parallel_clip.data.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.index import known_shards
 from parallel_clip.data.patterns import expand_shards, require_files
+from parallel_clip.data.processes import each
 from parallel_clip.data.progress import Say, track
 from parallel_clip.data.shards import (
     BadSampleError,
@@ -81,7 +80,7 @@ def check_shards(
     check = partial(_check_known, caption_key=caption_key)
     jobs = [(path, known.get(path)) for path in paths]
     total = CheckReport()
-    for report in track(_results(check, jobs, workers), len(paths), "checked", say):
+    for report in track(each(check, jobs, workers), len(paths), "checked", say):
         total.add(report)
     return total
 
@@ -164,14 +163,6 @@ def require_usable(
         f"none of the first {tried:,} samples can be used: {first} (the first of them); "
         f"a sample needs a picture and {wanted[need]}"
     )
-
-
-def _results(check, jobs: Sequence[tuple], workers: int) -> Iterable[CheckReport]:
-    if workers <= 1:
-        yield from map(check, jobs)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as processes:
-        yield from processes.map(check, jobs)
 
 
 def _check_known(job: tuple[str, ShardIndex | None], caption_key: str | None) -> CheckReport:

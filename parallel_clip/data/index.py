@@ -3,10 +3,8 @@ folder of shards (see `index_folder.py`)."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from parallel_clip.data.files import parent_and_name
 from parallel_clip.data.index_folder import SIZES_NAME, Folder
 from parallel_clip.data.patterns import Stamp, expand_shards, require_files
+from parallel_clip.data.processes import each
 from parallel_clip.data.progress import Say, track
 from parallel_clip.data.shards import ShardIndex, scan_shard
 from parallel_clip.errors import InputError
@@ -125,21 +124,14 @@ def save_index(table: ShardTable, say: Say = print) -> None:
 
 def _scan(paths: Sequence[str], say: Say, workers: int | None) -> list[ShardIndex]:
     found, errors = [], []
-    for result in track(_results(paths, workers), len(paths), "indexed", say):
+    workers = 1 if len(paths) <= _FEW else workers or os.cpu_count() or 1
+    results = each(_scan_or_error, paths, workers, chunksize=4)
+    for result in track(results, len(paths), "indexed", say):
         (errors if isinstance(result, InputError) else found).append(result)
     if errors:
         more = [f"and {len(errors) - 5:,} shards more"] if len(errors) > 5 else []
         raise InputError("\n".join([*map(str, errors[:5]), *more]))
     return found
-
-
-def _results(paths: Sequence[str], workers: int | None) -> Iterator[ShardIndex | InputError]:
-    workers = workers or os.cpu_count() or 1
-    if len(paths) <= _FEW or workers == 1:
-        yield from map(_scan_or_error, paths)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as processes:
-        yield from processes.map(_scan_or_error, paths, chunksize=4)
 
 
 def _scan_or_error(path: str) -> ShardIndex | InputError:

@@ -85,7 +85,8 @@ def read_ahead(
         worker_init_fn=watch.begin_in_worker if watch else None,
         timeout=_SECONDS_BETWEEN_LOOKS if watch else 0,
     )
-    _watch = watch
+    if watch:  # reading without workers, as evaluation does, leaves those of training watched
+        _watch = watch
     values = iter(loader)
     try:
         while True:

@@ -111,3 +111,16 @@ def test_what_is_left_early_leaves_no_process(left_behind):
     assert next(values) == 0
     values.close()
     assert not left_behind()
+
+
+def test_reading_without_workers_in_between_leaves_the_others_watched():
+    """As an evaluation does in the middle of a training."""
+    values = read_ahead(Data(at_5=killed), range(9), 1, 1)
+    assert next(values) == 0
+    assert list(read_ahead(Data(), range(3), 0, 1)) == [0, 1, 2]
+    with pytest.raises((WorkerError, RuntimeError)) as caught:
+        list(values)
+    message = str(caught.value)
+    if not isinstance(caught.value, WorkerError):
+        message = worker_failure(caught.value)
+    assert "data worker" in message and "at item 5 of source 7" in message
