@@ -45,12 +45,18 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.config import config_from_dict
-from parallel_clip.data.decode import captions_of, decode_picture
-from parallel_clip.data.loader import StepSlice, TrainingLoader, open_training_data
-from parallel_clip.data.shards import ShardFiles
-from parallel_clip.data.tokenizer import ClipTokenizer
-from parallel_clip.data.training_data import TrainingData
-from parallel_clip.data.transforms import Preprocess, sample_seed, seeded, training_transform
+from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
+from parallel_clip.data.feeding.open import open_training_data
+from parallel_clip.data.feeding.training_data import TrainingData
+from parallel_clip.data.samples.decode import captions_of, decode_picture
+from parallel_clip.data.samples.tokenizer import ClipTokenizer
+from parallel_clip.data.samples.transforms import (
+    Preprocess,
+    sample_seed,
+    seeded,
+    training_transform,
+)
+from parallel_clip.data.storage.shards import ShardFiles
 
 BATCH = 64
 SIZE = 224
@@ -130,7 +136,9 @@ def our_batches(shards: str, workers: int, decode: str) -> Iterator[int]:
     """Of one epoch: samples in each batch."""
     data = open_data(shards, decode)
     steps = data.samples_per_epoch // BATCH
-    for microbatches in TrainingLoader(data, StepSlice(BATCH, BATCH), 0, steps, workers=workers):
+    for microbatches in TrainingLoader(
+        data, RankBatchSlice(BATCH, BATCH), 0, steps, workers=workers
+    ):
         yield sum(len(microbatch.images) for microbatch in microbatches)
 
 
@@ -247,7 +255,7 @@ def _measure_memory(shards: str, epochs: int) -> list[float]:
     data = open_data(shards)
     steps_per_epoch = data.samples_per_epoch // BATCH
     loader = TrainingLoader(
-        data, StepSlice(BATCH, BATCH), 0, epochs * steps_per_epoch, workers=1, patience=600
+        data, RankBatchSlice(BATCH, BATCH), 0, epochs * steps_per_epoch, workers=1, patience=600
     )
     resident, process = [], psutil.Process(os.getpid())
     for step, _ in enumerate(loader, 1):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from parallel_clip.data.index import index_shards
-from parallel_clip.data.index_file import FORMAT
-from parallel_clip.data.index_folder import INDEX_NAME
-from parallel_clip.data.loader import StepSlice
-from parallel_clip.data.order import Order, Source
+from parallel_clip.data.feeding.loader import RankBatchSlice
+from parallel_clip.data.index.index_file import FORMAT
+from parallel_clip.data.index.index_folder import INDEX_NAME
+from parallel_clip.data.index.shard_table import index_shards
+from parallel_clip.data.order.sample_order import Order, OrderSource
 
 SAMPLES = 10_000  # of a shard
 SHARD_BYTES = 512 * 30 * SAMPLES
@@ -48,9 +48,9 @@ def _open(pattern: str, check: bool) -> dict[str, float]:
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
     table = index_shards(pattern, _say_nothing, check=check)
-    order = Order([Source(table.counts)], seed=0)
+    order = Order([OrderSource(table.counts)], seed=0)
     for step in (0, 1000):
-        (positions,) = StepSlice(
+        (positions,) = RankBatchSlice(
             GLOBAL_BATCH, GLOBAL_BATCH // RANKS, RANKS - 1, RANKS
         ).microbatches(step)
         found = order.of_positions(np.arange(positions.start, positions.stop))

@@ -12,11 +12,13 @@ from typing import Any
 from parallel_clip.config import Config, config_from_dict
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.layout import Layout
-from parallel_clip.model.architectures import Architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.clip import CLIPModel
 from parallel_clip.model.handover import handover, message_length
-from parallel_clip.pipeline.partition import LayerRange, Stage, partition
-from parallel_clip.plan.dry_run import RankBytes, dry_run, saved_activations
+from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.plan.memory import RankMemory, dry_run, saved_activations
+from parallel_clip.stages.partition import partition
+from parallel_clip.stages.stage import LayerRange, Stage
 
 
 class Counts:
@@ -24,13 +26,13 @@ class Counts:
 
     def __init__(self, architecture: Architecture, pairs: int):
         self.architecture, self.pairs = architecture, pairs
-        self._states: dict[Any, RankBytes] = {}
+        self._states: dict[Any, RankMemory] = {}
         self._activations: dict[Any, tuple[dict[str, int], ...]] = {}
 
     def stages(self, layout: Layout) -> tuple[Stage, ...]:
         return partition(self.architecture, layout.pipeline)
 
-    def held(self, layout: Layout, recompute: str, number: int = 0) -> RankBytes:
+    def held(self, layout: Layout, recompute: str, number: int = 0) -> RankMemory:
         """What the first tensor rank of a stage holds; one data rank, no virtual stages."""
         stages = self.stages(layout)
         rank = number * layout.tensor

@@ -17,12 +17,12 @@ from memory_counts import Counts, config_for
 from rich.console import Console
 from rich.table import Table
 
-from parallel_clip.convert.names import parameter_table
 from parallel_clip.layout import Layout
-from parallel_clip.model.architectures import Architecture
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.parameters import parameter_table
 from parallel_clip.pipeline.orders import peak_graphs, step_orders
-from parallel_clip.pipeline.partition import Stage
-from parallel_clip.plan.dry_run import RankBytes, dry_run
+from parallel_clip.plan.memory import RankMemory, dry_run
+from parallel_clip.stages.stage import Stage
 
 PIPELINE_SIZES = [1, 2, 3, 4, 6, 8]
 PIPELINE_RECOMPUTES = ["none"]
@@ -50,10 +50,10 @@ class PipelineRow:
     recompute: str
     stages: Sequence[Stage]
     fullest: int
-    held: RankBytes
+    held: RankMemory
     activations: int
     outside_layers: int
-    unsplit: RankBytes
+    unsplit: RankMemory
 
     @property
     def ranks(self) -> int:
@@ -109,7 +109,7 @@ def measure_pipelines(
                 yield _row(counts, layout, recompute, unsplit)
 
 
-def _row(counts: Counts, layout: Layout, recompute: str, unsplit: RankBytes) -> PipelineRow:
+def _row(counts: Counts, layout: Layout, recompute: str, unsplit: RankMemory) -> PipelineRow:
     stages = counts.stages(layout)
     orders = step_orders(layout.pipeline, MICROBATCHES)
     found = []

@@ -46,12 +46,10 @@ from parallel_clip.engine.groups import close_groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout, check_model
-from parallel_clip.model.architectures import (
-    Architecture,
-    architecture_from_json,
-    load_architecture,
-)
-from parallel_clip.plan.dry_run import RankBytes, count_rank, dry_run
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.memory import RankMemory, dry_run, measure_rank_memory
 
 MODELS = ["ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
 TENSOR_SIZES = [1, 2, 4, 8]
@@ -89,8 +87,8 @@ class Row:
     tensor: int
     sequence: bool
     recompute: str
-    held: RankBytes
-    unsplit: RankBytes
+    held: RankMemory
+    unsplit: RankMemory
 
     @property
     def state_ratio(self) -> float:
@@ -208,7 +206,7 @@ def measure(counts: Counts, sizes: list[int], recomputes: list[str]) -> Iterator
         for size in sizes
         for sequence in ((False, True) if size > 1 else (False,))
     ]
-    unsplit: dict[str, RankBytes] = {}
+    unsplit: dict[str, RankMemory] = {}
     name = counts.architecture.name
     for recompute, size, sequence in track(
         cases, description=name, disable=not sys.stdout.isatty()
@@ -239,7 +237,8 @@ def _count_for_real(rank: int, layout: Layout, folder: str) -> None:
     )
     groups = open_groups(layout, Launch(rank, rank, layout.world))
     torch.save(
-        count_rank(config_for(layout, "none", pairs=5), SMALL, groups), f"{folder}/{rank}.pt"
+        measure_rank_memory(config_for(layout, "none", pairs=5), SMALL, groups),
+        f"{folder}/{rank}.pt",
     )
     close_groups()
 

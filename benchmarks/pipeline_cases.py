@@ -10,11 +10,12 @@ from typing import Any
 
 from simulated_stages import Case, Step
 
-from parallel_clip.model.architectures import load_architecture
-from parallel_clip.pipeline.costs import TowerCosts, text_costs, vision_costs
+from parallel_clip.model.known_models import load_architecture
 from parallel_clip.pipeline.orders import step_orders
-from parallel_clip.pipeline.partition import LayerRange, partition
 from parallel_clip.pipeline.timeline import Costs, ideal_step_seconds, simulate
+from parallel_clip.stages.costs import TowerCosts, text_costs, vision_costs
+from parallel_clip.stages.partition import partition
+from parallel_clip.stages.stage import LayerRange
 
 FORWARD = (
     0.16  # seconds of a rank's forward: messages and Python, 1 to 3 ms an op, are small beside

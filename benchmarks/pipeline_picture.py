@@ -12,13 +12,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from pipeline_cases import DRAWN, INTERLEAVED, STASH, TWO_PASS, Row
 
-from parallel_clip.pipeline.orders import Kind
+from parallel_clip.pipeline.orders import OpKind
 
 COLORS = {
-    Kind.FORWARD_WITHOUT_GRAPH: "#b5d4ee",
-    Kind.FORWARD_KEEPING_GRAPH: "#3f9b6d",
-    Kind.FORWARD_AGAIN: "#3572b0",
-    Kind.BACKWARD: "#eda247",
+    OpKind.FORWARD_WITHOUT_GRAPH: "#b5d4ee",
+    OpKind.FORWARD_KEEPING_GRAPH: "#3f9b6d",
+    OpKind.FORWARD_AGAIN: "#3572b0",
+    OpKind.BACKWARD: "#eda247",
 }
 
 

@@ -29,15 +29,21 @@ from parallel_clip.engine.groups import Groups, close_groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
-from parallel_clip.model.architectures import Architecture, architecture_from_json
-from parallel_clip.model.clip import CLIPModel, ModelOptions
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.clip import CLIPModel
 from parallel_clip.model.initialize import initial_value
-from parallel_clip.pipeline.orders import Kind, Op
-from parallel_clip.pipeline.partition import chunks_of, partition
-from parallel_clip.pipeline.schedule import ContrastiveLoss, Inputs, _Step, forward_backward
+from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.optimizer.train_state import build_train_state, wrap_for_data_parallel
+from parallel_clip.pipeline.forward_backward import (
+    ContrastiveLoss,
+    MicrobatchInputs,
+    TwoPassStep,
+    forward_backward,
+)
+from parallel_clip.pipeline.orders import OpKind, PipelineOp
 from parallel_clip.pipeline.timeline import Costs, Span
-from parallel_clip.training.build import build
-from parallel_clip.training.optimizer import wrap_for_data_parallel
+from parallel_clip.stages.partition import chunks_of, partition
 
 REAL_PAIRS = 8  # in a microbatch of the real model
 
@@ -110,7 +116,7 @@ class _RankStep:
 
     began: float = 0.0
     ended: float = 0.0
-    ops: list[tuple[Op, float, float]] = field(default_factory=list)
+    ops: list[tuple[PipelineOp, float, float]] = field(default_factory=list)
 
 
 def _serve(rank: int, cases: Sequence[Case], steps: int, folder: Path) -> None:
@@ -132,7 +138,9 @@ def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
         loss = ClipLoss(group=groups.data)
     else:
         towers = [_sleeping_stages(groups, case, costs) for costs in case.towers]
-        microbatches = [Inputs(None, torch.zeros(1, 1, dtype=torch.long))] * case.microbatches
+        microbatches = [
+            MicrobatchInputs(None, torch.zeros(1, 1, dtype=torch.long))
+        ] * case.microbatches
         loss = _trivial_loss
     _step(towers, microbatches[: case.ranks], loss, stash=0)  # opens connections
     records = []
@@ -151,7 +159,7 @@ def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
 
 def _step(
     towers: Sequence[Sequence[DistributedDataParallel]],
-    microbatches: Sequence[Inputs],
+    microbatches: Sequence[MicrobatchInputs],
     loss: ContrastiveLoss,
     stash: int,
 ) -> None:
@@ -159,7 +167,7 @@ def _step(
     if len(towers) == 1:
         forward_backward(towers[0], microbatches, loss, stash)
         return
-    first, second = (_Step(chunks, microbatches, loss, stash) for chunks in towers)
+    first, second = (TwoPassStep(chunks, microbatches, loss, stash) for chunks in towers)
     first.loss = _trivial_loss
     for run in ("first_pass", "take_loss", "second_pass"):
         for tower in (first, second):
@@ -205,7 +213,7 @@ class _Recorder:
         def run(*arguments: Any) -> Tensor:
             start = time.perf_counter()
             value = loss(*arguments)
-            self._record(Op(Kind.LOSS), start)
+            self._record(PipelineOp(OpKind.LOSS), start)
             return value
 
         return run
@@ -218,30 +226,32 @@ class _Recorder:
                 function, data, model, *arguments, current_microbatch=current_microbatch, **options
             )
             place = (current_microbatch, *self._places[id(model)])
-            self._record(Op(self._forward_kind(place), *place), start)
+            self._record(PipelineOp(self._forward_kind(place), *place), start)
             self._passed_once.add(place)
             self._outputs[id(result[0])] = place
             return result
 
         return run
 
-    def _forward_kind(self, place: tuple[int, int, int]) -> Kind:
+    def _forward_kind(self, place: tuple[int, int, int]) -> OpKind:
         if self._called_with_grad is None:
-            return Kind.REPLAY
+            return OpKind.REPLAY
         if place in self._passed_once:
-            return Kind.FORWARD_AGAIN
-        return Kind.FORWARD_KEEPING_GRAPH if self._called_with_grad else Kind.FORWARD_WITHOUT_GRAPH
+            return OpKind.FORWARD_AGAIN
+        return (
+            OpKind.FORWARD_KEEPING_GRAPH if self._called_with_grad else OpKind.FORWARD_WITHOUT_GRAPH
+        )
 
     def _backward(self, backward_step: Callable) -> Callable:
         def run(received: Any, output: Any, *arguments: Any):
             start = time.perf_counter()
             result = backward_step(received, output, *arguments)
-            self._record(Op(Kind.BACKWARD, *self._outputs[id(output)]), start)
+            self._record(PipelineOp(OpKind.BACKWARD, *self._outputs[id(output)]), start)
             return result
 
         return run
 
-    def _record(self, op: Op, start: float) -> None:
+    def _record(self, op: PipelineOp, start: float) -> None:
         self.step.ops.append((op, start, time.perf_counter()))
 
 
@@ -333,14 +343,14 @@ def _real_stages(groups: Groups, case: Case) -> list[DistributedDataParallel]:
             "data": {"train": [{"shards": "none.tar"}]},
         }
     )
-    built = build(config, REAL, groups)
+    built = build_train_state(config, REAL, groups)
     for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, initial_value(parameter, REAL, seed=0))
     return built.wrapped
 
 
-def _real_inputs(groups: Groups, case: Case) -> list[Inputs]:
+def _real_inputs(groups: Groups, case: Case) -> list[MicrobatchInputs]:
     images = torch.randn(REAL_PAIRS, 3, *REAL.vision.image_size)
     tokens = torch.randint(1, 1000, (REAL_PAIRS, REAL.text.context_length))
-    microbatch = Inputs(images if groups.pipeline_rank == 0 else None, tokens)
+    microbatch = MicrobatchInputs(images if groups.pipeline_rank == 0 else None, tokens)
     return [microbatch] * case.microbatches

@@ -33,9 +33,10 @@ from parallel_clip.engine.groups import Groups, close_groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
-from parallel_clip.model.architectures import Architecture, load_architecture
-from parallel_clip.pipeline.schedule import Inputs
-from parallel_clip.training.build import build
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.optimizer.train_state import build_train_state
+from parallel_clip.pipeline.forward_backward import MicrobatchInputs
 from parallel_clip.training.step import training_step
 
 LR, BETAS, EPS, WEIGHT_DECAY = 5e-4, (0.9, 0.98), 1e-6, 0.2
@@ -195,11 +196,11 @@ def parallel_clip_step(
 ) -> Step:
     """Our own training step with one microbatch, from the same weights."""
     config = config_for(architecture, precision, batch=len(images))
-    built = build(config, architecture, groups)
+    built = build_train_state(config, architecture, groups)
     for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, weights[parameter.name])
     loss_function = ClipLoss(group=groups.data)
-    microbatches = [Inputs(images, texts)]
+    microbatches = [MicrobatchInputs(images, texts)]
 
     def step() -> float:
         record = training_step(built, loss_function, microbatches, 1, LR, groups.pipeline)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from parallel_clip.data.transforms import evaluation_transform
-from parallel_clip.engine.quiet import quiet_dependencies
+from parallel_clip.data.samples.transforms import evaluation_transform
+from parallel_clip.engine.quiet import silence_dependency_warnings
 
 matplotlib.use("Agg")
 
@@ -86,7 +86,7 @@ def our_features(
     run: Path, pictures: list[TestPicture], captions: list[str]
 ) -> tuple[Tensor, Tensor]:
     """The same by parallel_clip from its own checkpoint, gathered into one process."""
-    quiet_dependencies()
+    silence_dependency_warnings()
     from parallel_clip.evaluate.encoder import load_encoder  # it imports megatron-core
 
     encoder = load_encoder(str(run))

@@ -10,35 +10,35 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from parallel_clip import __version__, commands
-from parallel_clip.engine.last_words import say_once, was_left_alone
+from parallel_clip.engine.error_report import is_lost_connection, report_error_once
 from parallel_clip.engine.launch import Launch, read_launch
-from parallel_clip.engine.quiet import quiet_dependencies
+from parallel_clip.engine.quiet import silence_dependency_warnings
 from parallel_clip.errors import BadDataError, InputError, WorkerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 the input is wrong, 1 something broke."""
     launch = Launch(0, 0, 1)
-    quiet_dependencies()
+    silence_dependency_warnings()
     try:
         launch = read_launch()
         options = _parse(arguments)
         return options.run(options, launch) or 0
     except InputError as error:
-        say_once(f"parallel-clip: {error}", launch)
+        report_error_once(f"parallel-clip: {error}", launch)
         return 2
     except (BadDataError, FloatingPointError) as error:
-        say_once(f"parallel-clip: {error}", launch)
+        report_error_once(f"parallel-clip: {error}", launch)
         return 1
     except WorkerError as error:
         _end_at_once(str(error), launch)
     except Exception as error:
-        from parallel_clip.data.workers import worker_failure
+        from parallel_clip.data.feeding.workers import worker_failure
 
         failure = worker_failure(error)
         if failure is not None:
             _end_at_once(failure, launch)
-        if was_left_alone(error):
+        if is_lost_connection(error):
             print(
                 f"parallel-clip: rank {launch.rank} stops: the connection to another rank was "
                 "closed; the rank that failed says why",

@@ -21,11 +21,11 @@ def train(options: argparse.Namespace, launch: Launch) -> None:
         if options.world_size is not None:
             raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
         from parallel_clip.engine.groups import close_groups
-        from parallel_clip.plan.stash import with_room
-        from parallel_clip.training.job import make_job
+        from parallel_clip.plan.memory import fit_stash_to_memory
+        from parallel_clip.plan.run_plan import make_run_plan
         from parallel_clip.training.loop import train as run
 
-        run(with_room(make_job(config, launch.world_size)), launch)
+        run(fit_stash_to_memory(make_run_plan(config, launch.world_size)), launch)
         close_groups()
         return
     if launch.world_size > 1:
@@ -66,9 +66,10 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
     if options.to == "run" and (options.bin or options.precision != "fp32"):
         raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
     from parallel_clip.convert import openclip
-    from parallel_clip.convert.source import ModelWeights, open_source
-    from parallel_clip.data.transforms import Preprocess
-    from parallel_clip.model.architectures import load_architecture
+    from parallel_clip.convert.open import open_source
+    from parallel_clip.convert.weight_source import ModelWeights
+    from parallel_clip.data.samples.transforms import Preprocess
+    from parallel_clip.model.known_models import load_architecture
 
     source, target = open_source(options.source), Path(options.target)
     facts = source.facts
@@ -88,20 +89,20 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:
-    from parallel_clip.data.index import index_shards
+    from parallel_clip.data.index.shard_table import index_shards
 
     shards = index_shards(options.shards, renew=True, workers=options.workers)
     print(f"{len(shards):,} shards, {shards.samples:,} samples")
 
 
 def data_check(options: argparse.Namespace, launch: Launch) -> int:
-    from parallel_clip.data.check import check_shards
-    from parallel_clip.data.report import print_report, report_tree
-    from parallel_clip.evaluate.report import check_json_target, write_json
+    from parallel_clip.data.tools.check import decode_all_shards
+    from parallel_clip.data.tools.check_report import print_report, report_tree
+    from parallel_clip.evaluate.results import check_json_target, write_json
 
     check_json_target(options.json)
     alone = options.json == "-"
-    report = check_shards(
+    report = decode_all_shards(
         options.shards,
         _say_nothing if alone else print,
         caption_key=options.caption_key,
@@ -115,7 +116,7 @@ def data_check(options: argparse.Namespace, launch: Launch) -> int:
 
 
 def data_pack(options: argparse.Namespace, launch: Launch) -> None:
-    from parallel_clip.data.pack import pack_folder
+    from parallel_clip.data.tools.pack import pack_folder
 
     shards = pack_folder(
         Path(options.source), Path(options.target), samples_per_shard=options.samples_per_shard
@@ -150,17 +151,17 @@ def doctor(options: argparse.Namespace, launch: Launch) -> None:
 
 def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
     """The encoder, this data rank's part of the shards, and the group that shares the work."""
-    from parallel_clip.data.check import require_usable
-    from parallel_clip.data.evaluation import open_evaluation_data
-    from parallel_clip.data.index import index_shards, save_index
+    from parallel_clip.data.feeding.evaluation_data import open_evaluation_data
+    from parallel_clip.data.feeding.open import check_first_samples
+    from parallel_clip.data.index.shard_table import index_shards, save_index
     from parallel_clip.engine.groups import open_groups
     from parallel_clip.evaluate.encoder import load_encoder
-    from parallel_clip.evaluate.report import check_json_target
+    from parallel_clip.evaluate.results import check_json_target
     from parallel_clip.layout import Layout
 
     check_json_target(options.json)
     groups = open_groups(Layout(launch.world_size, options.tensor), launch)
-    encoder = groups.everywhere(
+    encoder = groups.run_on_all_ranks(
         lambda: load_encoder(
             options.checkpoint,
             groups,
@@ -175,11 +176,11 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
 
     def look_into_data() -> None:
         shards = index_shards(options.data, say, save=False)
-        require_usable(shards, need, options.caption_key)
+        check_first_samples(shards, need, options.caption_key)
         save_index(shards, say)
 
-    groups.rank_zero_first(look_into_data)
-    data = groups.everywhere(
+    groups.run_on_rank_zero(look_into_data)
+    data = groups.run_on_all_ranks(
         lambda: open_evaluation_data(
             options.data,
             encoder.preprocess,
@@ -198,7 +199,7 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
 
 def _report(title: str, results: dict, options: argparse.Namespace, launch: Launch) -> None:
     from parallel_clip.engine.groups import close_groups
-    from parallel_clip.evaluate.report import print_table, write_json
+    from parallel_clip.evaluate.results import print_table, write_json
 
     close_groups()
     if not launch.is_rank_zero:

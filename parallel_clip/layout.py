@@ -15,7 +15,7 @@ from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
     from parallel_clip.config import Train
-    from parallel_clip.model.architectures import Architecture
+    from parallel_clip.model.architecture import Architecture
 
 
 class Coordinates(NamedTuple):

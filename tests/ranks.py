@@ -13,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel_clip.config import Config, config_from_dict
-from parallel_clip.convert.names import Parameter
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
-from parallel_clip.model.architectures import Architecture, architecture_from_json
-from parallel_clip.model.clip import CLIPModel, ModelOptions
-from parallel_clip.model.initialize import load_slice, local_slice
-from parallel_clip.pipeline.schedule import Inputs
-from parallel_clip.training.build import Built, build
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import Parameter, load_slice, local_slice
+from parallel_clip.optimizer.train_state import TrainState, build_train_state
+from parallel_clip.pipeline.forward_backward import MicrobatchInputs
 
 Weights = dict[str, Tensor]
 
@@ -52,9 +53,9 @@ def config_of(layout: Layout, **settings: Any) -> Config:
 
 def loaded_training(
     groups: Groups, config: Config, architecture: Architecture, weights: Weights
-) -> Built:
+) -> TrainState:
     """Model, data-parallel wrapping and optimizer of a rank, with these weights."""
-    built = build(config, architecture, groups)
+    built = build_train_state(config, architecture, groups)
     for parameter, tensor in built.global_parameters():
         part = local_slice(
             weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
@@ -65,7 +66,7 @@ def loaded_training(
 
 def own_microbatches(
     groups: Groups, images: Tensor, tokens: Tensor, count: int, kept: Tensor | None = None
-) -> list[Inputs]:
+) -> list[MicrobatchInputs]:
     """This data rank's share of a global batch, in `count` microbatches; pictures on the first
     stage only."""
     ranks, rank = groups.layout.data, groups.data_rank
@@ -75,7 +76,7 @@ def own_microbatches(
         [None] * count if x is None else x.chunk(ranks)[rank].chunk(count)
         for x in (images, tokens, kept)
     ]
-    return [Inputs(*microbatch) for microbatch in zip(*parts, strict=True)]
+    return [MicrobatchInputs(*microbatch) for microbatch in zip(*parts, strict=True)]
 
 
 def sum_over_tokens(tensor: Tensor, values: Tensor, groups: Groups) -> Tensor:

@@ -17,7 +17,7 @@ from parallel_clip.layout import (
     plan_batch,
     training_steps,
 )
-from parallel_clip.model.architectures import load_architecture
+from parallel_clip.model.known_models import load_architecture
 
 sizes = st.integers(1, 6)
 

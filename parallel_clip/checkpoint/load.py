@@ -10,14 +10,14 @@ from torch import Tensor
 
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import KINDS, PieceReader
-from parallel_clip.checkpoint.save import StateOwner
-from parallel_clip.convert.names import Parameter
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.clip import CLIPModel, global_parameters
+from parallel_clip.model.parameters import Parameter
+from parallel_clip.optimizer.adamw import Optimizer
 
 
 def load_checkpoint(
-    folder: Path, chunks: Sequence[CLIPModel], optimizer: StateOwner, groups: Groups
+    folder: Path, chunks: Sequence[CLIPModel], optimizer: Optimizer, groups: Groups
 ) -> Meta:
     """Fill a rank's stages, masters and moments from a checkpoint written in any layout.
 

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel_clip.errors import InputError
+from parallel_clip.optimizer import MOMENTS
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
 INDEX_FILE = "index.json"
 FILE_BYTES = 2 << 30  # a writer holds so much before it begins another file
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import PieceWriter, save_tensors, write_index
-from parallel_clip.convert.names import parameter_table
-from parallel_clip.convert.source import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS, ModelWeights
+from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
 from parallel_clip.errors import InputError
-from parallel_clip.model.architectures import Architecture
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import parameter_table
 
+OPENCLIP_CONFIG = "open_clip_config.json"
+OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,3 +95,62 @@ def make_empty_folder(target: Path) -> None:
 
 def _all_tensors(weights: ModelWeights, architecture: Architecture) -> list[tuple[str, Tensor]]:
     return [(p.name, weights.read(p.name).contiguous()) for p in parameter_table(architecture)]
+
+
+class OpenClipSource:
+    """An OpenCLIP state dict in safetensors or as torch saves it, with its config if beside it."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        config = file.parent / OPENCLIP_CONFIG
+        architecture = preprocess = None
+        if config.is_file():
+            try:
+                settings = json.loads(config.read_text())
+                preprocess = settings.get("preprocess_cfg")
+                architecture = architecture_from_json(settings["model_cfg"], file.parent.name)
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise InputError(f"{config} is not an OpenCLIP config: {error!r}") from None
+        self.facts = SourceMetadata(architecture, preprocess, tokenizer=None, folder=file.parent)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        if self._file.suffix == ".safetensors":
+            return {n: tuple(self._safetensors.get_slice(n).get_shape())
+                    for n in self._safetensors.keys()}  # fmt: skip
+        return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+
+    def read(self, name: str) -> Tensor:
+        if self._file.suffix == ".safetensors":
+            return self._safetensors.get_tensor(name)
+        return self._pickled[name]
+
+    @cached_property
+    def _safetensors(self) -> safe_open:
+        try:
+            return safe_open(self._file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self._file} is not a safetensors file: {error}") from None
+
+    @cached_property
+    def _pickled(self) -> dict[str, Tensor]:
+        try:
+            # Only torch's newer format, a zip, can be mapped into memory.
+            content = torch.load(
+                self._file,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(self._file),
+            )
+        except (OSError, EOFError) as error:
+            raise InputError(f"{self._file} cannot be read: {error}") from None
+        except (RuntimeError, ValueError, pickle.UnpicklingError):
+            raise InputError(
+                f"{self._file} is no torch file of plain tensors; a damaged one has to be fetched "
+                "again, and from one that holds more (code could be run by reading it) the state "
+                "dict has to be saved alone, as .safetensors or with torch.save"
+            ) from None
+        # open_clip_train saves {"state_dict": ..., "optimizer": ...}; DDP adds "module.".
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not state or not all(isinstance(v, Tensor) for v in state.values()):
+            raise InputError(f"{self._file} holds no state dict of tensors")
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}

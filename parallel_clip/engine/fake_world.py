@@ -33,7 +33,7 @@ def fake_rank(layout: Layout, rank: int = 0) -> Iterator[Groups]:
     try:
         groups = open_groups(layout, Launch(rank, 0, layout.world))
         with (
-            mock.patch.object(dist, "all_gather_object", _all_say_the_same),
+            mock.patch.object(dist, "all_gather_object", fake_all_gather_object),
             # The state of a generator has no fake, and nothing in the model is random.
             mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_: nullcontext()),
             FakeTensorMode(allow_non_fake_inputs=True),
@@ -43,6 +43,6 @@ def fake_rank(layout: Layout, rank: int = 0) -> Iterator[Groups]:
         close_groups()
 
 
-def _all_say_the_same(answers: list, mine: object, group=None) -> None:
+def fake_all_gather_object(answers: list, mine: object, group=None) -> None:
     """Stands in for `all_gather_object` where no other process is there to answer."""
     answers[:] = [mine] * len(answers)

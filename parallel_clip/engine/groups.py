@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from parallel_clip.engine import device as device_seam
 from parallel_clip.engine.launch import Launch, set_rendezvous_address
-from parallel_clip.engine.quiet import quiet_dependencies
+from parallel_clip.engine.quiet import silence_dependency_warnings
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
 
@@ -59,7 +59,7 @@ class Groups:
         """Whether this is the rank that reads for its copy of the model."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
-    def rank_zero_first(self, function: Callable[[], T]) -> T:
+    def run_on_rank_zero(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone and hand everyone its result (or its InputError)."""
         outcome: list[object] = [None, None]
         if self.is_rank_zero:
@@ -73,7 +73,7 @@ class Groups:
             raise InputError(outcome[1])
         return outcome[0]
 
-    def everywhere(self, function: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, function: Callable[[], T]) -> T:
         """Run `function` on every rank; an InputError on any of them is raised on all.
 
         Without this a rank that alone finds the input wrong would leave the others waiting.
@@ -95,7 +95,7 @@ class Groups:
 
 def open_groups(layout: Layout, launch: Launch) -> Groups:
     """Join the process group of all ranks and cut it into the layout's groups."""
-    quiet_dependencies()
+    silence_dependency_warnings()
     from megatron.core import parallel_state, tensor_parallel
 
     device = device_seam.prepare_device(launch.local_rank)

@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def quiet_dependencies() -> None:
+def silence_dependency_warnings() -> None:
     """To be called before torch and megatron-core are imported."""
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,9 +6,9 @@ import logging
 
 from torch.distributed import ProcessGroup
 
-from parallel_clip.data.evaluation import EvaluationBatch
+from parallel_clip.data.feeding.evaluation_data import EvaluationBatch
+from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.errors import InputError
-from parallel_clip.evaluate.gather import gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class BadSamples:
         self._good += len(batch.images)
         self._reports += [str(sample) for sample in batch.bad]
 
-    def settle(self, group: ProcessGroup | None, need: str) -> None:
+    def check_limit(self, group: ProcessGroup | None, need: str) -> None:
         """Set `total`, over all ranks. Raises InputError on every rank where more than the
         tolerated share is bad, or there is no good sample at all; `need` says what one has."""
         first = next(iter(self._reports), None)

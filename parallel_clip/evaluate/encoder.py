@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel_clip.convert.source import ModelWeights, open_source
-from parallel_clip.data.tokenizer import Tokenizer, build_tokenizer
-from parallel_clip.data.transforms import Preprocess
+from parallel_clip.convert.open import open_source
+from parallel_clip.convert.weight_source import ModelWeights
+from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
+from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.engine.groups import Groups, open_groups
 from parallel_clip.engine.launch import read_launch
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout, check_model
-from parallel_clip.model.architectures import Architecture, load_architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions, global_parameters, normalised
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.clip import CLIPModel, global_parameters, normalised
 from parallel_clip.model.handover import Handover, Shape
-from parallel_clip.model.initialize import load_slice
-from parallel_clip.pipeline.last_stage import from_last_stage
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.model.parameters import load_slice
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,18 @@ class ModelEncoder:
 
     def encode_image(self, images: Tensor) -> Tensor:
         def advance(chunk: CLIPModel, x: Tensor | None) -> Tensor:
-            return chunk.advance_image(images if chunk.stage.is_first else x)
+            return chunk.forward_vision(images if chunk.stage.is_first else x)
 
         return self._through_stages(len(images), lambda handover: handover.vision, advance)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         def advance(chunk: CLIPModel, x: Tensor | None) -> Tensor | None:
-            return chunk.advance_text(x, tokens)
+            return chunk.forward_text(x, tokens)
 
         return self._through_stages(len(tokens), lambda handover: handover.text, advance)
 
-    def from_last_stage(self, values: Tensor) -> Tensor:
-        return from_last_stage(values, self.groups.pipeline)
+    def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
+        return broadcast_from_last_stage(values, self.groups.pipeline)
 
     def _through_stages(
         self,
@@ -144,3 +148,29 @@ def load_encoder(
     for parameter, tensor in global_parameters([model]):
         load_slice(tensor, parameter, weights.read(parameter.name), groups.tensor)
     return ModelEncoder([model.eval()], preprocess, tokenize, groups)
+
+
+class Encoder(Protocol):
+    """Both towers, with what goes before them.
+
+    Where ranks share a model they call together, with the same arguments. Where it lies on the
+    stages of a pipeline, what `encode_*` returns is right on the last stage alone, so that a stage
+    can begin the next batch; `broadcast_from_last_stage` hands it to all once all is encoded.
+    """
+
+    architecture: Architecture
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pictures fp32 [n, 3, H, W] to features fp32 [n, D] of length 1; both on `device`."""
+        ...
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [n, L] to features fp32 [n, D] of length 1; both on `device`."""
+        ...
+
+    def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
+        """The last stage's values, of the same shape on each, on every rank that shares a model."""
+        ...

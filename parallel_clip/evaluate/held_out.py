@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from parallel_clip.config import Config
-from parallel_clip.data.check import require_usable
-from parallel_clip.data.evaluation import EvaluationData, open_evaluation_data
-from parallel_clip.data.index import ShardTable, index_shards
+from parallel_clip.data.feeding.evaluation_data import EvaluationData, open_evaluation_data
+from parallel_clip.data.feeding.open import check_first_samples
+from parallel_clip.data.index.shard_table import ShardTable, index_shards
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder
-from parallel_clip.evaluate.held_out_loss import held_out_loss
-from parallel_clip.evaluate.pairs import encode_pairs
+from parallel_clip.evaluate.pairs import PairFeatures, encode_pairs
 from parallel_clip.evaluate.prompts import read_classes, read_templates
 from parallel_clip.evaluate.retrieval import retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
-from parallel_clip.pipeline.last_stage import read_logit_parameters
+from parallel_clip.pipeline.logit_parameters import read_logit_parameters
 
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
-def check_held_out(config: Config, say: Say) -> list[ShardTable]:
+def check_held_out(config: Config, say: Print) -> list[ShardTable]:
     """See that the held-out sets are there and of the right kind; their shards. Writes nothing.
 
     Raises:
@@ -36,19 +40,19 @@ def check_held_out(config: Config, say: Say) -> list[ShardTable]:
     for patterns, need in sets:
         if patterns is not None:
             shards = index_shards(patterns, say, save=False)
-            require_usable(shards, need, config.data.caption_key)
+            check_first_samples(shards, need, config.data.caption_key)
             found.append(shards)
     return found
 
 
-class HeldOut:
+class HeldOutEvaluation:
     """The held-out sets of a run, opened and checked once before training begins.
 
     Raises:
         InputError: shards, classes or templates that are not there or not right.
     """
 
-    def __init__(self, config: Config, encoder: ModelEncoder, groups: Groups, say: Say):
+    def __init__(self, config: Config, encoder: ModelEncoder, groups: Groups, say: Print):
         self._config = config
         self._encoder = encoder
         self._groups = groups
@@ -88,7 +92,7 @@ class HeldOut:
             results["zero_shot"] = zero_shot(encoder, self._zero_shot, classes, group)
         return results
 
-    def _open(self, shards: str | list[str] | None, need: str, say: Say) -> EvaluationData | None:
+    def _open(self, shards: str | list[str] | None, need: str, say: Print) -> EvaluationData | None:
         if shards is None:
             return None
         return open_evaluation_data(
@@ -103,3 +107,44 @@ class HeldOut:
             say=say,
             check=False,
         )
+
+
+def held_out_loss(
+    features: PairFeatures,
+    kind: Literal["infonce", "sigmoid"],
+    logit_scale: float,
+    logit_bias: float | None = None,
+    batch: int = 64,
+) -> dict[str, float | int]:
+    """The mean loss over batches of `batch` pictures, each with its first caption.
+
+    A contrastive loss grows with its batch, so all batches are equally large: the pictures left
+    over at the end are not used, and fewer pictures than a batch are one batch of their own.
+    `logit_scale` is the multiplier itself. Returns `loss`, the `batch` it is of, and the number of
+    `pairs` it was taken over. Features are the same on every rank, and so is the loss.
+    """
+    images, texts = features.images, features.first_captions()
+    batch = min(batch, len(images))
+    batches = len(images) // batch
+    losses = []
+    for start in range(0, batches * batch, batch):
+        pairs = slice(start, start + batch)
+        logits = logit_scale * images[pairs] @ texts[pairs].T
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        losses.append(_infonce(logits) if kind == "infonce" else _sigmoid(logits))
+    return {
+        "loss": torch.stack(losses).mean().item(),
+        "batch": batch,
+        "pairs": batches * batch,
+    }
+
+
+def _infonce(logits: Tensor) -> Tensor:
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.data.evaluation import EvaluationBatch
+from parallel_clip.data.feeding.evaluation_data import EvaluationBatch
+from parallel_clip.engine.collectives import gather_rows
 from parallel_clip.evaluate.bad_samples import BadSamples
-from parallel_clip.evaluate.encoder_protocol import Encoder
-from parallel_clip.evaluate.gather import gather_rows
+from parallel_clip.evaluate.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,11 @@ def encode_pairs(
             texts += [encoder.encode_text(t.to(device)) for t in batch.tokens.split(text_batch)]
         owners.append(batch.owner + pictures)
         pictures += len(batch.images)
-    bad.settle(group, "retrieval and loss need a picture and its captions")
+    bad.check_limit(group, "retrieval and loss need a picture and its captions")
 
-    own_images, own_texts = (encoder.from_last_stage(torch.cat(f)) for f in (images, texts))
+    own_images, own_texts = (
+        encoder.broadcast_from_last_stage(torch.cat(f)) for f in (images, texts)
+    )
     captions = torch.bincount(torch.cat(owners).to(device), minlength=pictures)
     all_captions = gather_rows(captions, group)
     everyone = torch.arange(len(all_captions), device=device)

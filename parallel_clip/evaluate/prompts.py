@@ -7,7 +7,7 @@ from parallel_clip.errors import InputError
 
 log = logging.getLogger(__name__)
 
-OURS = (
+DEFAULT_TEMPLATES = (
     "{}",
     "a photo of a {}.",
     "a photo of the {}.",
@@ -26,7 +26,7 @@ def read_templates(choice: str | Path | None = None) -> list[str]:
     Raises InputError where the file or `open_clip` is missing, or a line has no `{}`.
     """
     if choice is None:
-        return list(OURS)
+        return list(DEFAULT_TEMPLATES)
     if str(choice) == "openai":
         return _openai_templates()
     lines = _read_lines(Path(choice), "templates")

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.data.evaluation import EvaluationBatch
+from parallel_clip.data.feeding.evaluation_data import EvaluationBatch
+from parallel_clip.engine.collectives import gather_rows, raise_on_all_ranks
 from parallel_clip.errors import InputError
 from parallel_clip.evaluate.bad_samples import BadSamples
-from parallel_clip.evaluate.encoder_protocol import Encoder
-from parallel_clip.evaluate.gather import gather_rows, one_fate
-from parallel_clip.evaluate.metrics import class_ranks, recall
+from parallel_clip.evaluate.encoder import Encoder
 from parallel_clip.evaluate.prompts import fill
+from parallel_clip.evaluate.ranking import class_ranks, recall
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def encode_classes(
     for start in range(0, len(prompts), batch):
         tokens = encoder.tokenizer(prompts[start : start + batch])
         features.append(encoder.encode_text(tokens.to(encoder.device)))
-    of_prompts = encoder.from_last_stage(torch.cat(features)).unflatten(
+    of_prompts = encoder.broadcast_from_last_stage(torch.cat(features)).unflatten(
         0, (len(own_names), len(templates))
     )
     return gather_rows(F.normalize(of_prompts.mean(dim=1), dim=-1), group)
@@ -59,16 +59,18 @@ def zero_shot(
     """
     ranks = [torch.empty(0, dtype=torch.int64, device=encoder.device)]
     bad = BadSamples()
-    with one_fate(group):
+    with raise_on_all_ranks(group):
         for batch in batches:
             bad.add(batch)
             _check_labels(batch, len(classes))
             if len(batch.images):
                 images = encoder.encode_image(batch.images.to(encoder.device))
                 ranks.append(class_ranks(images, classes, batch.labels.to(encoder.device)))
-    bad.settle(group, "zero-shot classification needs a picture and the number of its class, .cls")
+    bad.check_limit(
+        group, "zero-shot classification needs a picture and the number of its class, .cls"
+    )
 
-    all_ranks = gather_rows(encoder.from_last_stage(torch.cat(ranks)), group)
+    all_ranks = gather_rows(encoder.broadcast_from_last_stage(torch.cat(ranks)), group)
     return {
         "top1": recall(all_ranks, 1),
         "top5": recall(all_ranks, 5),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from parallel_clip.loss.exchange import Exchange, Plan, Ranks, gather, plan_exchange
+from parallel_clip.loss.exchange import LossGroups, gather
+from parallel_clip.loss.exchange_plan import Exchange, ExchangePlan, plan_exchange
 
 # How far a feature's length may be from 1 before it is said: bf16 rounding is well within.
 _LENGTH_TOLERANCE = 0.02
@@ -77,7 +78,7 @@ class ContrastiveLoss(nn.Module):
         self.group, self.helpers = group, helpers
         self.exchange, self.tile = exchange, tile
         self._expected_place = rank, world_size
-        self._ranks: Ranks | None = None
+        self._ranks: LossGroups | None = None
 
     def forward(
         self,
@@ -114,7 +115,7 @@ class ContrastiveLoss(nn.Module):
         loss = _InAutograd.apply(image_features, text_features, scale, bias, self, want_gradients)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def plan(self, pairs: int, width: int) -> Plan:
+    def plan(self, pairs: int, width: int) -> ExchangePlan:
         """How a batch of `pairs` on each rank is computed."""
         ranks = self._ranks or self._find_ranks()
         return plan_exchange(
@@ -127,14 +128,14 @@ class ContrastiveLoss(nn.Module):
         texts: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        ranks: Ranks,
-        plan: Plan,
+        ranks: LossGroups,
+        plan: ExchangePlan,
         want_gradients: bool,
     ) -> tuple[Tensor, Gradients | None]:
         """The loss (fp64, 0-dim) and its gradients."""
         raise NotImplementedError
 
-    def _find_ranks(self) -> Ranks:
+    def _find_ranks(self) -> LossGroups:
         group = self.group
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
@@ -143,7 +144,7 @@ class ContrastiveLoss(nn.Module):
                 given is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(given) < 0
             ):
                 raise ValueError(f"{name}: rank {dist.get_rank()} is not one of its ranks")
-        ranks = Ranks(group, self.helpers)
+        ranks = LossGroups(group, self.helpers)
         place = ranks.data_rank, ranks.data_size
         for name, given, found in zip(
             ("rank", "world_size"), self._expected_place, place, strict=True
@@ -200,7 +201,7 @@ def _exchange_of(dist_impl: str) -> Exchange:
     return known[dist_impl]
 
 
-def _check_shapes_alike(features: Tensor, ranks: Ranks) -> None:
+def _check_shapes_alike(features: Tensor, ranks: LossGroups) -> None:
     """Ranks with other shapes would wait for one another, or mix up whose is whose."""
     shapes = [tuple(features.shape)]
     if ranks.data_size > 1:

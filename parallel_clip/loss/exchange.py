@@ -9,29 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Exchange = Literal["auto", "gather", "ring"]
+from parallel_clip.loss.exchange_plan import ExchangePlan
 
 # The names since torch 2.14, which warns of the older ones.
 _new_names = hasattr(dist, "all_gather_single")
 all_gather_single = dist.all_gather_single if _new_names else dist.all_gather_into_tensor
 reduce_scatter_single = dist.reduce_scatter_single if _new_names else dist.reduce_scatter_tensor
 
-# Gathered texts with their fp32 gradients are held whole up to so many bytes; beyond, they stream.
-GATHER_BYTES = 2 << 30
-# A chunk's block of logits takes about so many bytes.
-TILE_BYTES = 32 << 20
-LEAST_TILE, LARGEST_TILE = 128, 4096
-
 
 @dataclass(frozen=True)
-class Ranks:
+class LossGroups:
     """The groups of a loss; None stands for this process alone."""
 
     data: ProcessGroup | None = None
@@ -59,61 +52,7 @@ class Ranks:
         return slice(pairs * rank // size, pairs * (rank + 1) // size)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a loss is computed. gathered: all texts are held at once; `tile`: columns of logits that
-    are worked on at a time; stored: the logits are kept for the gradient and not computed again."""
-
-    gathered: bool
-    tile: int
-    stored: bool
-
-    def __str__(self) -> str:
-        texts = "texts gathered" if self.gathered else "texts streamed"
-        return f"{texts}, logits " + ("kept" if self.stored else f"in tiles of {self.tile} columns")
-
-
-def plan_exchange(
-    exchange: Exchange,
-    tile: int | Literal["auto"],
-    pairs: int,
-    width: int,
-    ranks: int,
-    helpers: int,
-) -> Plan:
-    """Decide from sizes where `exchange` or `tile` are "auto"; pure.
-
-    pairs: b; width: D; ranks: N; helpers: H. Logits are kept where they take no more memory than
-    gathered texts and their gradients do, b × B / H numbers against 2 × B × D, or than a tile.
-    """
-    global_batch = pairs * ranks
-    texts_bytes = 4 * 2 * global_batch * width
-    block_bytes = 4 * pairs * global_batch // helpers
-    gathered = exchange == "gather"
-    if exchange == "auto":
-        gathered = texts_bytes // helpers <= GATHER_BYTES
-    stored = tile == "auto" and gathered and block_bytes <= max(texts_bytes, TILE_BYTES)
-    if tile == "auto":
-        room = TILE_BYTES // (4 * pairs)
-        if not stored:  # the few blocks and chunks at work take little more than the features do
-            room = min(room, pairs, 2 * width)
-        tile = max(LEAST_TILE, min(LARGEST_TILE, room))
-    return Plan(gathered, tile, stored)
-
-
-def most_bytes(plan: Plan, pairs: int, width: int, ranks: int, helpers: int) -> int:
-    """An upper bound of what a loss holds at its fullest beside the features given to it; pure."""
-    global_batch = pairs * ranks
-    columns = min(plan.tile, global_batch)
-    numbers = 5 * pairs * width + 3 * pairs * columns + 2 * columns * width + 16 * global_batch
-    if plan.gathered:
-        numbers += 2 * global_batch * width // helpers
-    if plan.stored:
-        numbers += pairs * global_batch // helpers
-    return 4 * numbers
-
-
-class Texts:
+class TextShards:
     """This helper's texts of all ranks in chunks, and the gradients on their way back.
 
     own: [n, D], this rank's; group: the data-parallel ranks. Where all texts are held, rank by
@@ -121,7 +60,7 @@ class Texts:
     rank by rank.
     """
 
-    def __init__(self, own: Tensor, group: ProcessGroup | None, plan: Plan):
+    def __init__(self, own: Tensor, group: ProcessGroup | None, plan: ExchangePlan):
         self.own, self.group = own.contiguous(), group
         self.ranks = _size(group)
         self.held = plan.gathered or self.ranks == 1
@@ -167,7 +106,9 @@ class Texts:
             return block[:0, :0].diagonal()
         return block[picture : picture + count, column : column + count].diagonal()
 
-    def send_back(self, chunk: slice, block: Tensor, images: Tensor, own_grads: Tensor) -> None:
+    def accumulate_text_grad(
+        self, chunk: slice, block: Tensor, images: Tensor, own_grads: Tensor
+    ) -> None:
         """Hand in blockᵀ images, the gradients of a chunk; `own_grads` [n, D] takes what comes
         back, once all chunks are in and `finish` has been called."""
         if not self.held:

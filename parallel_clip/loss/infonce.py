@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
-from parallel_clip.loss.exchange import Plan, Ranks, Texts, max_over, sum_over
+from parallel_clip.loss.exchange import LossGroups, TextShards, max_over, sum_over
+from parallel_clip.loss.exchange_plan import ExchangePlan
 
 
 class ClipLoss(ContrastiveLoss):
@@ -35,21 +36,26 @@ class ClipLoss(ContrastiveLoss):
         texts: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        ranks: Ranks,
-        plan: Plan,
+        ranks: LossGroups,
+        plan: ExchangePlan,
         want_gradients: bool,
     ) -> tuple[Tensor, Gradients | None]:
         return _infonce(images, texts, scale, ranks, plan, want_gradients)
 
 
 def _infonce(
-    images: Tensor, texts: Tensor, scale: Tensor, ranks: Ranks, plan: Plan, want_gradients: bool
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    ranks: LossGroups,
+    plan: ExchangePlan,
+    want_gradients: bool,
 ) -> tuple[Tensor, Gradients | None]:
     pairs, mine = len(images), ranks.own_texts(len(images))
     global_batch = pairs * ranks.data_size
     images = images.float()
     scaled = images * scale
-    columns = Texts(texts[mine], ranks.data, plan)
+    columns = TextShards(texts[mine], ranks.data, plan)
 
     kept: list[Tensor] | None = [] if plan.stored and want_gradients else None
     of_rows, of_columns, own = _log_sum_exp(scaled, columns, mine, ranks, kept)
@@ -72,9 +78,9 @@ def _infonce(
 
 def _sums_of_gradients(
     scaled: Tensor,
-    columns: Texts,
+    columns: TextShards,
     mine: slice,
-    ranks: Ranks,
+    ranks: LossGroups,
     of_rows: _LogSumExp,
     of_columns: _LogSumExp,
     kept: list[Tensor] | None,
@@ -94,7 +100,7 @@ def _sums_of_gradients(
         del chunk, logits  # nothing of a chunk outlives its use: they are the memory of this loss
         if kept is not None:
             kept[number] = None
-        columns.send_back(part, block, scaled, text_grads[mine])
+        columns.accumulate_text_grad(part, block, scaled, text_grads[mine])
         del block
     columns.finish(text_grads[mine])
     return sum_over(grads, ranks.helpers)
@@ -112,7 +118,7 @@ class _LogSumExp(NamedTuple):
 
 
 def _log_sum_exp(
-    scaled: Tensor, columns: Texts, mine: slice, ranks: Ranks, kept: list[Tensor] | None
+    scaled: Tensor, columns: TextShards, mine: slice, ranks: LossGroups, kept: list[Tensor] | None
 ) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
     """Of the rows [b] and of this helper's columns [N·n], over all ranks, and the sum of the logits
     of this rank's own pairs among them, fp64.

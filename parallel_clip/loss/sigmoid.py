@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
-from parallel_clip.loss.exchange import Plan, Ranks, Texts, sum_over
+from parallel_clip.loss.exchange import LossGroups, TextShards, sum_over
+from parallel_clip.loss.exchange_plan import ExchangePlan
 
 
 class SigLipLoss(ContrastiveLoss):
@@ -27,8 +28,8 @@ class SigLipLoss(ContrastiveLoss):
         texts: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        ranks: Ranks,
-        plan: Plan,
+        ranks: LossGroups,
+        plan: ExchangePlan,
         want_gradients: bool,
     ) -> tuple[Tensor, Gradients | None]:
         return _sigmoid(images, texts, scale, bias, ranks, plan, want_gradients)
@@ -39,15 +40,15 @@ def _sigmoid(
     texts: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    ranks: Ranks,
-    plan: Plan,
+    ranks: LossGroups,
+    plan: ExchangePlan,
     want_gradients: bool,
 ) -> tuple[Tensor, Gradients | None]:
     pairs, mine = len(images), ranks.own_texts(len(images))
     global_batch = pairs * ranks.data_size
     images = images.float()
     scaled = images * scale
-    columns = Texts(texts[mine], ranks.data, plan)
+    columns = TextShards(texts[mine], ranks.data, plan)
 
     grads = images.new_zeros(2, *images.shape) if want_gradients else None
     totals = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, d bias, d scale
@@ -65,7 +66,7 @@ def _sigmoid(
         totals[1] += _total(block)
         grads[0].addmm_(block, chunk)
         del chunk  # nothing of a chunk outlives its use: they are the memory of this loss
-        columns.send_back(part, block, scaled, grads[1][mine])
+        columns.accumulate_text_grad(part, block, scaled, grads[1][mine])
         del logits, block
 
     sum_over(totals, ranks.helpers)

@@ -5,41 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from parallel_clip.convert.names import Parameter, parameter_table
-from parallel_clip.model.architectures import Architecture, TextArchitecture, VisionArchitecture
+from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.handover import Handover, handover, message_length
-from parallel_clip.model.layers import ACTIVATIONS
-from parallel_clip.model.text import TextTower
-from parallel_clip.model.vision import VisionTower
-from parallel_clip.pipeline.partition import LayerRange, Stage, whole_model
+from parallel_clip.model.megatron_config import ModelOptions, _schedule_config, _tower_config
+from parallel_clip.model.parameters import Parameter, parameter_table
+from parallel_clip.model.towers.text import TextTower
+from parallel_clip.model.towers.vision import VisionTower
+from parallel_clip.stages.partition import whole_model
+from parallel_clip.stages.stage import LayerRange, Stage
 
 _LAYER = re.compile(r"(vision|text)\.block\.layers\.(\d+)\.(.+)")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How a model is run, apart from what it is.
-
-    sequence: sequence parallelism; recompute: none, selective or full; deterministic: on GPU,
-    only kernels that give the same bits each time.
-    """
-
-    precision: str = "fp32"
-    recompute: str = "none"
-    sequence: bool = False
-    deterministic: bool = False
 
 
 class CLIPModel(MegatronModule):
@@ -98,19 +81,19 @@ class CLIPModel(MegatronModule):
         vision, text = images, None
         if not self.stage.is_first:
             before = self.stages[self.stage.number - 1]
-            vision, text = self.handover(before, pairs).unpack(self.take_received())
-        vision = self.advance_image(vision, kept)
-        text = self.advance_text(text, tokens)
+            vision, text = self.handover(before, pairs).unpack(self.pop_input_tensor())
+        vision = self.forward_vision(vision, kept)
+        text = self.forward_text(text, tokens)
         if self.stage.is_last:
             return torch.stack([normalised(vision), normalised(text)])
         handed_on = self.handover(self.stage, pairs)
         return handed_on.pack(vision, text, self.message_length(pairs))
 
-    def advance_image(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward_vision(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """Pictures or hidden states through this stage's layers; to features where they end."""
         return x if self.vision is None else self.vision(x, kept)
 
-    def advance_text(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
+    def forward_text(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Likewise for texts; None before the first of their layers."""
         return x if self.text is None else self.text(x, tokens)
 
@@ -154,7 +137,7 @@ class CLIPModel(MegatronModule):
         """Take what the stage before hands on: one message, None on the first stage."""
         (self.received,) = input_tensor
 
-    def take_received(self) -> Tensor | None:
+    def pop_input_tensor(self) -> Tensor | None:
         """The message that has come. It is not kept here: whoever needs it for backward has it."""
         received, self.received = self.received, None
         return received
@@ -175,61 +158,3 @@ def clamp_logit_scale(model: CLIPModel) -> None:
     if model.logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-
-
-def _tower_config(
-    tower: VisionArchitecture | TextArchitecture,
-    layers: int,
-    options: ModelOptions,
-    tensor_group: ProcessGroup,
-) -> TransformerConfig:
-    recompute = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    }[options.recompute]
-    return TransformerConfig(
-        num_layers=layers,
-        hidden_size=tower.width,
-        num_attention_heads=tower.heads,
-        ffn_hidden_size=tower.mlp_width,
-        layernorm_epsilon=tower.norm_eps,
-        activation_func=ACTIVATIONS[tower.activation],
-        **_parallel_settings(options, tensor_group),
-        **recompute,
-    )
-
-
-def _schedule_config(options: ModelOptions, tensor_group: ProcessGroup) -> TransformerConfig:
-    """What megatron-core's schedules and DDP read; the layers have configs of their own."""
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=tensor_group.size(),
-        num_attention_heads=tensor_group.size(),
-        **_parallel_settings(options, tensor_group),
-    )
-    config.hidden_size = 1  # a message is one column of numbers, see handover.py
-    config.deallocate_pipeline_outputs = True  # what has been sent is not needed for backward
-    return config
-
-
-def _parallel_settings(options: ModelOptions, tensor_group: ProcessGroup) -> dict:
-    dtype = DTYPES[options.precision]
-    return {
-        "tensor_model_parallel_size": tensor_group.size(),
-        "sequence_parallel": options.sequence and tensor_group.size() > 1,
-        "bf16": dtype == torch.bfloat16,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "deterministic_mode": options.deterministic,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "perform_initialization": False,  # initialize.py does, from global names
-    }

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel_clip.model.architectures import Architecture
-from parallel_clip.pipeline.partition import LayerRange, Stage
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.stages.stage import LayerRange, Stage
 
 Shape = tuple[int, ...]
 
@@ -66,9 +66,9 @@ def handover(
     share = tensor_size if sequence else 1
 
     def shape(held: LayerRange, tokens: int, width: int) -> Shape | None:
-        if held.finished:
+        if held.is_finished:
             return pairs, architecture.embed_dim
-        return (-(-tokens // share), pairs, width) if held.begun else None
+        return (-(-tokens // share), pairs, width) if held.has_started else None
 
     text = architecture.text
     return Handover(

@@ -10,36 +10,12 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
-from parallel_clip.convert.names import Parameter, Placement
-from parallel_clip.model.architectures import Architecture
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.parameters import Parameter
 
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
-
-
-@torch.no_grad()
-def load_slice(
-    tensor: nn.Parameter, parameter: Parameter, whole: Tensor, tensor_group: ProcessGroup
-) -> None:
-    """Copy this rank's part of the full tensor `whole` into `tensor`."""
-    tensor.copy_(local_slice(whole, parameter.placement, tensor_group.rank(), tensor_group.size()))
-
-
-def local_slice(whole: Tensor, placement: Placement, rank: int, size: int) -> Tensor:
-    """The part of a full tensor that `rank` of `size` tensor ranks holds; zeros where padded."""
-    if placement.axis is None or size == 1:
-        return whole
-    axis = placement.axis
-    shape = list(whole.shape)
-    shape[axis] = placement.local_length(whole.shape[axis], size)
-    part = whole.new_zeros(shape)
-    for segment in placement.segments(whole.shape[axis], rank, size):
-        part.narrow(axis, segment.local, segment.length).copy_(
-            whole.narrow(axis, segment.whole, segment.length)
-        )
-    return part
 
 
 def initial_value(parameter: Parameter, architecture: Architecture, seed: int) -> Tensor:

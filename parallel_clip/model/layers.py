@@ -40,7 +40,7 @@ from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
-class TokenCount:
+class SequenceLength:
     """How many real tokens a tower works on; the rest of a padded sequence is padding."""
 
     training: int
@@ -52,7 +52,7 @@ class TokenCount:
 
 def transformer_block(
     config: TransformerConfig,
-    tokens: TokenCount,
+    tokens: SequenceLength,
     causal: bool,
     layer_scale: float | None,
 ) -> TransformerBlock:
@@ -82,7 +82,7 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        mark_as_seeing_own_tokens_only(self, config)
+        mark_sequence_parallel(self, config)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -145,7 +145,7 @@ class SelfAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        tokens: TokenCount,
+        tokens: SequenceLength,
         causal: bool,
         name: str | None = None,
     ):
@@ -159,7 +159,9 @@ class SelfAttention(MegatronModule):
         self.linear_proj = RowLinear(width, width, config, pg_collection.tp)
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:
-        qkv = keep_input_only(self, self.norm, x_Sbh, self.linear_qkv)  # [s + padding, b, 3·h/t]
+        qkv = recompute_activation(
+            self, self.norm, x_Sbh, self.linear_qkv
+        )  # [s + padding, b, 3·h/t]
         tokens, batch = self.tokens.of(self), qkv.shape[1]
         qkv = qkv[:tokens].view(tokens, batch, 3, self.heads, -1)
         q_bnsd, k_bnsd, v_bnsd = qkv.permute(2, 1, 3, 0, 4).unbind(0)
@@ -183,11 +185,11 @@ class MLP(MegatronModule):
         self.activation = config.activation_func
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:
-        x_sbm = keep_input_only(self, self.norm, x_Sbh, self.linear_fc1)
-        return keep_input_only(self, self.activation, x_sbm, self.linear_fc2)
+        x_sbm = recompute_activation(self, self.norm, x_Sbh, self.linear_fc1)
+        return recompute_activation(self, self.activation, x_sbm, self.linear_fc2)
 
 
-def keep_input_only(module: MegatronModule, cheap: Callable, x: Tensor, linear: nn.Module):
+def recompute_activation(module: MegatronModule, cheap: Callable, x: Tensor, linear: nn.Module):
     """linear(cheap(x)); under selective recompute the result of `cheap` is not kept for backward
     but made again from x. Norms and activations are cheap beside the memory that they cost."""
     selective = module.config.recompute_granularity == "selective"
@@ -208,7 +210,7 @@ class ResidualAdd(nn.Module):
         self.gamma = None
         if layer_scale is not None:
             self.gamma = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
-            mark_as_seeing_own_tokens_only(self, config)
+            mark_sequence_parallel(self, config)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         return self.add
@@ -224,7 +226,7 @@ def _residual_add(config: TransformerConfig, layer_scale: float | None) -> Modul
     return ModuleSpec(ResidualAdd, params={"config": config, "layer_scale": layer_scale})
 
 
-def mark_as_seeing_own_tokens_only(module: nn.Module, config: TransformerConfig) -> None:
+def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
     """Tag parameters whose gradient on a rank covers only that rank's tokens."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel

@@ -1,21 +1,57 @@
 """OpenCLIP's model-config JSON: which keys it has, which switches are not built here, and reading
 its values with messages that name the key."""
 
-import math
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
+from copy import deepcopy
 from typing import Any
 
-from parallel_clip.errors import InputError
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.json_section import JsonSection, SectionKeys
+from parallel_clip.model.towers.text import TextConfig
+from parallel_clip.model.towers.transformer import Activation
+from parallel_clip.model.towers.vision import VisionConfig
 
-# Switches that make another model than the one built here, with what they turn on.
-# They are off when absent, null, false, 0 or "", or at the value in OFF_VALUES.
-UNSUPPORTED: dict[str, dict[str, str]] = {
-    "model": {
+MODEL_KEYS = SectionKeys(
+    read=frozenset(
+        {
+            "embed_dim",
+            "vision_cfg",
+            "text_cfg",
+            "quick_gelu",
+            "init_logit_scale",
+            "init_logit_bias",
+            "custom_text",
+        }
+    ),
+    unsupported={
         "multimodal_cfg": "CoCa's captioning decoder",
         "nonscalar_logit_scale": "logit_scale of shape [1]",
     },
-    "vision_cfg": {
+    without_effect=frozenset(
+        {
+            "output_dict",
+        }
+    ),
+)
+
+VISION_KEYS = SectionKeys(
+    read=frozenset(
+        {
+            "layers",
+            "width",
+            "head_width",
+            "mlp_ratio",
+            "patch_size",
+            "image_size",
+            "ls_init_value",
+            "patch_dropout",
+            "no_ln_pre",
+            "final_ln_after_pool",
+            "pool_type",
+            "act_kwargs",
+            "norm_kwargs",
+        }
+    ),
+    unsupported={
         "timm_model_name": "an image tower of timm",
         "attentional_pool": "attentional pooling",
         "pos_embed_type": "fixed positions",
@@ -28,7 +64,42 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "scale_attn": "a norm after attention",
         "scale_fc": "a norm inside the MLP",
     },
-    "text_cfg": {
+    without_effect=frozenset(
+        {
+            "attn_pooler_heads",
+            "attn_pooler_queries",
+            "timm_drop",
+            "timm_drop_path",
+            "timm_model_pretrained",
+            "timm_pool",
+            "timm_proj",
+            "timm_proj_bias",
+        }
+    ),
+    off_values={"pos_embed_type": "learnable", "block_type": "default"},
+)
+
+TEXT_KEYS = SectionKeys(
+    read=frozenset(
+        {
+            "layers",
+            "width",
+            "mlp_ratio",
+            "ls_init_value",
+            "pool_type",
+            "act_kwargs",
+            "norm_kwargs",
+            "context_length",
+            "vocab_size",
+            "hf_tokenizer_name",
+            "tokenizer_kwargs",
+            "heads",
+            "eos_id",
+            "no_causal_mask",
+            "proj_bias",
+        }
+    ),
+    unsupported={
         "hf_model_name": "a text tower of Hugging Face",
         "embed_cls": "a class token in the text",
         "final_ln_after_pool": "the final norm after pooling",
@@ -43,165 +114,154 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "scale_attn": "a norm after attention",
         "scale_fc": "a norm inside the MLP",
     },
-}
-OFF_VALUES = {"pos_embed_type": "learnable", "block_type": "default", "proj_type": "linear"}
-
-# Keys that OpenCLIP reads only beside one of the switches above (or, `output_dict`, that change how
-# its forward returns and not what), so that any value of theirs leaves our models as they are.
-WITHOUT_EFFECT: dict[str, set[str]] = {
-    "model": {"output_dict"},
-    "vision_cfg": {
-        "attn_pooler_queries",
-        "attn_pooler_heads",
-        "timm_model_pretrained",
-        "timm_pool",
-        "timm_proj",
-        "timm_proj_bias",
-        "timm_drop",
-        "timm_drop_path",
-    },
-    "text_cfg": {"pad_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"},
-}
-
-READ_HERE: dict[str, set[str]] = {
-    "model": {
-        "embed_dim",
-        "vision_cfg",
-        "text_cfg",
-        "quick_gelu",
-        "init_logit_scale",
-        "init_logit_bias",
-        "custom_text",
-    },
-    "vision_cfg": {
-        "layers",
-        "width",
-        "head_width",
-        "mlp_ratio",
-        "patch_size",
-        "image_size",
-        "ls_init_value",
-        "patch_dropout",
-        "no_ln_pre",
-        "final_ln_after_pool",
-        "pool_type",
-        "act_kwargs",
-        "norm_kwargs",
-    },
-    "text_cfg": {
-        "context_length",
-        "vocab_size",
-        "hf_tokenizer_name",
-        "tokenizer_kwargs",
-        "width",
-        "heads",
-        "layers",
-        "mlp_ratio",
-        "ls_init_value",
-        "eos_id",
-        "no_causal_mask",
-        "pool_type",
-        "proj_bias",
-        "act_kwargs",
-        "norm_kwargs",
-    },
-}
+    without_effect=frozenset(
+        {
+            "hf_model_pretrained",
+            "hf_pooler_type",
+            "hf_proj_type",
+            "pad_id",
+        }
+    ),
+    off_values={"block_type": "default", "proj_type": "linear"},
+)
 
 
-class Section:
-    """One of the three objects of a model config ("model", "vision_cfg" or "text_cfg").
+def architecture_from_json(cfg: dict[str, Any], name: str) -> Architecture:
+    """The model that OpenCLIP would build from `cfg`; `name` is for messages and records.
 
-    The reading methods give a value or the default that OpenCLIP would take, and raise InputError
-    where the value has the wrong type or range.
+    Raises InputError for a switch that is not built here, an unknown key, a value of the wrong
+    type, and for sizes that do not fit each other.
     """
+    model = JsonSection(cfg, "model", name, MODEL_KEYS)
+    for key in ("vision_cfg", "text_cfg"):
+        if key not in model.values:
+            raise model.error(f"{key} is missing")
+    vision = JsonSection(cfg["vision_cfg"], "vision_cfg", name, VISION_KEYS)
+    text = JsonSection(cfg["text_cfg"], "text_cfg", name, TEXT_KEYS)
 
-    def __init__(self, values: Any, kind: str, model_name: str):
-        self.kind = kind
-        self.model_name = model_name
-        if not isinstance(values, Mapping):
-            raise self.error(f"{kind} must be a JSON object, not {values!r}")
-        self.values = values
+    unsupported = [switch for s in (model, vision, text) for switch in s.unsupported()]
+    if isinstance(vision.values.get("layers"), list):
+        unsupported.append(f"vision_cfg.layers = {vision.values['layers']} (a ModifiedResNet)")
+    if unsupported:
+        raise model.error(
+            f"not supported: {'; '.join(unsupported)}; parallel_clip trains plain vision "
+            "transformers with OpenCLIP's own text transformer, such as ViT-B-32"
+        )
+    for section in (model, vision, text):
+        section.check_keys()
 
-    def error(self, what: str) -> InputError:
-        return InputError(f"model config {self.model_name!r}: {what}")
+    quick_gelu = model.flag("quick_gelu")
+    return Architecture(
+        name=name,
+        embed_dim=model.integer("embed_dim"),
+        vision=_read_vision(vision, quick_gelu),
+        text=_read_text(text, quick_gelu),
+        init_logit_scale=model.optional_number("init_logit_scale"),
+        init_logit_bias=model.optional_number("init_logit_bias"),
+        # OpenCLIP goes by the presence of hf_model_name, even when it is null.
+        custom_text=model.flag("custom_text") or "hf_model_name" in text.values,
+        json=deepcopy(cfg),
+    )
 
-    def key(self, name: str) -> str:
-        return name if self.kind == "model" else f"{self.kind}.{name}"
 
-    def unsupported(self) -> list[str]:
-        """The switches that are on and not built here: `key = value (what it is)`."""
-        found = []
-        for name, meaning in UNSUPPORTED[self.kind].items():
-            value = self.values.get(name)
-            if value not in (None, False, "", OFF_VALUES.get(name)):
-                shown = "{...}" if isinstance(value, Mapping) else repr(value)
-                found.append(f"{self.key(name)} = {shown} ({meaning})")
-        if self.kind == "vision_cfg" and isinstance(self.values.get("layers"), list):
-            found.append(f"vision_cfg.layers = {self.values['layers']} (a ModifiedResNet)")
-        return found
+def _read_vision(section: JsonSection, quick_gelu: bool) -> VisionConfig:
+    width = section.integer("width", 768)
+    head_width = section.integer("head_width", 64)
+    heads = width // head_width
+    if heads == 0 or width % heads:
+        raise section.error(
+            f"vision_cfg.width {width} cannot be cut into heads of vision_cfg.head_width "
+            f"{head_width}; choose a multiple of {head_width}"
+        )
+    vision = VisionConfig(
+        width=width,
+        layers=section.integer("layers", 12),
+        heads=heads,
+        mlp_width=_mlp_width(section, width),
+        image_size=section.pair("image_size", 224),
+        patch_size=section.pair("patch_size", 16),
+        pool=section.choice("pool_type", "tok", ("tok", "avg")),
+        final_norm_after_pool=section.flag("final_ln_after_pool"),
+        pre_norm=not section.flag("no_ln_pre"),
+        layer_scale=section.optional_number("ls_init_value"),
+        patch_dropout=section.number("patch_dropout", 0.0),
+        activation=_activation(section, quick_gelu),
+        norm_eps=_norm_eps(section),
+    )
+    if not 0 <= vision.patch_dropout < 1:
+        raise section.error(
+            f"vision_cfg.patch_dropout {vision.patch_dropout} must be at least 0 and below 1"
+        )
+    if vision.patches == 0:
+        raise section.error(
+            f"vision_cfg.patch_size {vision.patch_size} is larger than vision_cfg.image_size "
+            f"{vision.image_size}: a picture has no whole patch"
+        )
+    return vision
 
-    def check_keys(self) -> None:
-        """Raises InputError for a key that OpenCLIP does not have, naming the nearest it has."""
-        known = READ_HERE[self.kind] | set(UNSUPPORTED[self.kind]) | WITHOUT_EFFECT[self.kind]
-        for name in self.values:
-            if name not in known:
-                near = get_close_matches(name, sorted(known), n=1, cutoff=0)
-                raise self.error(f"unknown key {self.key(name)}; the nearest known is {near[0]}")
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            wanted = f"a whole number of at least {minimum}"
-            raise self.error(f"{self.key(name)} must be {wanted}, not {value!r}")
-        return value
+def _read_text(section: JsonSection, quick_gelu: bool) -> TextConfig:
+    width = section.integer("width", 512)
+    heads = section.integer("heads", 8)
+    if width % heads:
+        raise section.error(
+            f"text_cfg.width {width} is not divisible by text_cfg.heads {heads}; the nearest "
+            f"width below that is {width // heads * heads}"
+        )
+    text = TextConfig(
+        width=width,
+        layers=section.integer("layers", 12),
+        heads=heads,
+        mlp_width=_mlp_width(section, width),
+        context_length=section.integer("context_length", 77),
+        vocab_size=section.integer("vocab_size", 49408),
+        pool=section.choice("pool_type", "argmax", ("argmax", "last", "eos", "first")),
+        causal=not section.flag("no_causal_mask"),
+        eos_id=section.integer("eos_id", 2, minimum=0),
+        projection_bias=section.flag("proj_bias"),
+        layer_scale=section.optional_number("ls_init_value"),
+        activation=_activation(section, quick_gelu),
+        norm_eps=_norm_eps(section),
+        tokenizer=section.optional_text("hf_tokenizer_name"),
+        tokenizer_kwargs=section.options("tokenizer_kwargs"),
+    )
+    if text.pool == "eos" and text.eos_id >= text.vocab_size:
+        raise section.error(
+            f"text_cfg.eos_id {text.eos_id} lies outside text_cfg.vocab_size {text.vocab_size}"
+        )
+    return text
 
-    def number(self, name: str, default: float) -> float:
-        value = self.values.get(name, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise self.error(f"{self.key(name)} must be a number, not {value!r}")
-        return float(value)
 
-    def optional_number(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.number(name, 0.0)
+def _mlp_width(section: JsonSection, width: int) -> int:
+    ratio = section.number("mlp_ratio", 4.0)
+    mlp_width = int(width * ratio)
+    if mlp_width < 1:
+        raise section.error(f"{section.key('mlp_ratio')} {ratio} leaves no MLP at width {width}")
+    return mlp_width
 
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name, False)
-        if not isinstance(value, bool):
-            raise self.error(f"{self.key(name)} must be true or false, not {value!r}")
-        return value
 
-    def choice(self, name: str, default: str, choices: Collection[str]) -> str:
-        value = self.values.get(name, default)
-        if value not in choices:
-            allowed = ", ".join(choices)
-            raise self.error(f"{self.key(name)} = {value!r} is not supported; use one of {allowed}")
-        return value
+def _activation(section: JsonSection, quick_gelu: bool) -> Activation:
+    options = section.options("act_kwargs", known=("approximate",))
+    if quick_gelu:
+        if options:
+            raise section.error(
+                f"{section.key('act_kwargs')} {options} belongs to GELU and quick_gelu is on; "
+                "remove one of them"
+            )
+        return "quick_gelu"
+    approximate = options.get("approximate", "none")
+    if approximate not in ("none", "tanh"):
+        raise section.error(
+            f"{section.key('act_kwargs')}.approximate must be 'none' or 'tanh', not {approximate!r}"
+        )
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
 
-    def pair(self, name: str, default: int) -> tuple[int, int]:
-        """A size in pixels: one number for both sides, or [height, width]."""
-        value = self.values.get(name, default)
-        sides = value if isinstance(value, list | tuple) else [value, value]
-        if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-            wanted = "a whole number of pixels or [height, width]"
-            raise self.error(f"{self.key(name)} must be {wanted}, not {value!r}")
-        return sides[0], sides[1]
 
-    def optional_text(self, name: str) -> str | None:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, str):
-            raise self.error(f"{self.key(name)} must be a text, not {value!r}")
-        return value or None
-
-    def options(self, name: str, known: Collection[str] | None = None) -> dict[str, Any]:
-        """A nested object of keyword arguments; {} when absent or null."""
-        value = self.values.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise self.error(f"{self.key(name)} must be a JSON object, not {value!r}")
-        for option in value:
-            if known is not None and option not in known:
-                built = ", ".join(known)
-                raise self.error(f"{self.key(name)}.{option} is not supported; use {built}")
-        return dict(value)
+def _norm_eps(section: JsonSection) -> float:
+    options = section.options("norm_kwargs", known=("eps",))
+    eps = options.get("eps", 1e-5)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise section.error(
+            f"{section.key('norm_kwargs')}.eps must be a number between 0 and 1, not {eps!r}"
+        )
+    return float(eps)

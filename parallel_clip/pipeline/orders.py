@@ -25,7 +25,7 @@ from typing import NamedTuple
 from parallel_clip.errors import InputError
 
 
-class Kind(Enum):
+class OpKind(Enum):
     """What an op does. The first two belong to pass 1, the forwards after the loss to pass 2."""
 
     FORWARD_WITHOUT_GRAPH = "forward without graph"
@@ -36,13 +36,13 @@ class Kind(Enum):
     BACKWARD = "backward"
 
 
-class Op(NamedTuple):
+class PipelineOp(NamedTuple):
     """One op of a rank: of a microbatch in one of the rank's chunks (both 0 for the loss).
 
     `tower` tells pipelines apart that share the ranks one after the other; 0 where there is one.
     """
 
-    kind: Kind
+    kind: OpKind
     microbatch: int = 0
     chunk: int = 0
     tower: int = 0
@@ -50,7 +50,7 @@ class Op(NamedTuple):
 
 def step_orders(
     ranks: int, microbatches: int, stash: int = 0, chunks: int = 1, towers: int = 1
-) -> list[list[Op]]:
+) -> list[list[PipelineOp]]:
     """The ops of a step, for each rank.
 
     With two `towers`, each is a pipeline of its own: pass 1 of the first, pass 1 of the second, the
@@ -68,13 +68,13 @@ def step_orders(
         for tower in range(towers):
             first += _first_pass(ranks, microbatches, kept, chunks, tower)
             second += _one_forward_one_backward(
-                rank, ranks, microbatches, chunks, Kind.FORWARD_AGAIN, kept, tower
+                rank, ranks, microbatches, chunks, OpKind.FORWARD_AGAIN, kept, tower
             )
-        orders.append(first + [Op(Kind.LOSS)] * (rank == ranks - 1) + second)
+        orders.append(first + [PipelineOp(OpKind.LOSS)] * (rank == ranks - 1) + second)
     return orders
 
 
-def one_pass_orders(ranks: int, microbatches: int, chunks: int = 1) -> list[list[Op]]:
+def one_pass_orders(ranks: int, microbatches: int, chunks: int = 1) -> list[list[PipelineOp]]:
     """The ops of a single pass of 1F1B, for each rank: a loss that splits over microbatches.
 
     Raises:
@@ -82,7 +82,7 @@ def one_pass_orders(ranks: int, microbatches: int, chunks: int = 1) -> list[list
     """
     _check(ranks, microbatches, 0, chunks)
     return [
-        _one_forward_one_backward(rank, ranks, microbatches, chunks, Kind.FORWARD_KEEPING_GRAPH)
+        _one_forward_one_backward(rank, ranks, microbatches, chunks, OpKind.FORWARD_KEEPING_GRAPH)
         for rank in range(ranks)
     ]
 
@@ -116,7 +116,7 @@ def microbatch_group_size(microbatches: int, ranks: int) -> int:
     )
 
 
-def peak_graphs(order: Iterable[Op], sizes: Sequence[int] | None = None) -> int:
+def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None) -> int:
     """The most graphs alive at once on a rank, each of one microbatch in one chunk.
 
     With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, the most
@@ -125,9 +125,9 @@ def peak_graphs(order: Iterable[Op], sizes: Sequence[int] | None = None) -> int:
     alive = peak = 0
     for op in order:
         size = 1 if sizes is None else sizes[op.chunk]
-        if op.kind in (Kind.FORWARD_KEEPING_GRAPH, Kind.FORWARD_AGAIN):
+        if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
             alive += size
-        elif op.kind is Kind.BACKWARD:
+        elif op.kind is OpKind.BACKWARD:
             alive -= size
         peak = max(peak, alive)
     return peak
@@ -150,11 +150,11 @@ def _check(ranks: int, microbatches: int, stash: int, chunks: int) -> None:
 
 def _first_pass(
     ranks: int, microbatches: int, kept: range, chunks: int, tower: int
-) -> Iterable[Op]:
-    for microbatch, chunk in _turns(ranks, microbatches, chunks):
+) -> Iterable[PipelineOp]:
+    for microbatch, chunk in forward_sequence(ranks, microbatches, chunks):
         keeps = microbatch in kept
-        kind = Kind.FORWARD_KEEPING_GRAPH if keeps else Kind.FORWARD_WITHOUT_GRAPH
-        yield Op(kind, microbatch, chunk, tower)
+        kind = OpKind.FORWARD_KEEPING_GRAPH if keeps else OpKind.FORWARD_WITHOUT_GRAPH
+        yield PipelineOp(kind, microbatch, chunk, tower)
 
 
 def _one_forward_one_backward(
@@ -162,17 +162,18 @@ def _one_forward_one_backward(
     ranks: int,
     microbatches: int,
     chunks: int,
-    forward: Kind,
+    forward: OpKind,
     kept: Sequence[int] = (),
     tower: int = 0,
-) -> list[Op]:
-    turns = _turns(ranks, microbatches, chunks)
+) -> list[PipelineOp]:
+    turns = forward_sequence(ranks, microbatches, chunks)
     forwards = [
-        Op(Kind.REPLAY if microbatch in kept else forward, microbatch, chunk, tower)
+        PipelineOp(OpKind.REPLAY if microbatch in kept else forward, microbatch, chunk, tower)
         for microbatch, chunk in turns
     ]
     backwards = [
-        Op(Kind.BACKWARD, microbatch, chunks - 1 - chunk, tower) for microbatch, chunk in turns
+        PipelineOp(OpKind.BACKWARD, microbatch, chunks - 1 - chunk, tower)
+        for microbatch, chunk in turns
     ]
     warmup = warmup_forwards(rank, ranks, microbatches, chunks)
     steady = len(forwards) - warmup
@@ -182,7 +183,7 @@ def _one_forward_one_backward(
     return order + backwards[steady:]
 
 
-def _turns(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:
+def forward_sequence(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:
     """(microbatch, chunk) in the order of the forwards: a group through each chunk in turn."""
     group = microbatch_group_size(microbatches, ranks) if chunks > 1 else microbatches
     return [

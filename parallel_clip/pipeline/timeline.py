@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
-from parallel_clip.pipeline.orders import Kind, Op, step_orders
+from parallel_clip.pipeline.orders import OpKind, PipelineOp, step_orders
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Costs:
     message: float = 0.0
     forward_without_graph: Sequence[float] | None = None
 
-    def seconds(self, kind: Kind, stage: int) -> float:
+    def seconds(self, kind: OpKind, stage: int) -> float:
         """Seconds of an op of `kind` (any but the loss) on a virtual stage."""
-        if kind is Kind.REPLAY:
+        if kind is OpKind.REPLAY:
             return 0
-        if kind is Kind.BACKWARD:
+        if kind is OpKind.BACKWARD:
             return self.backward[stage]
-        if kind is Kind.FORWARD_WITHOUT_GRAPH and self.forward_without_graph is not None:
+        if kind is OpKind.FORWARD_WITHOUT_GRAPH and self.forward_without_graph is not None:
             return self.forward_without_graph[stage]
         return self.forward[stage]
 
@@ -48,7 +48,7 @@ class Span(NamedTuple):
     """When a rank ran an op, in seconds from the step's start."""
 
     rank: int
-    op: Op
+    op: PipelineOp
     start: float
     end: float
 
@@ -74,10 +74,10 @@ class Timeline:
 
 
 def simulate(
-    orders: Sequence[Sequence[Op]],
+    orders: Sequence[Sequence[PipelineOp]],
     towers: Sequence[Costs],
     loss: float = 0.0,
-    taken: Mapping[tuple[int, Op], float] | None = None,
+    taken: Mapping[tuple[int, PipelineOp], float] | None = None,
 ) -> Timeline:
     """Run the `orders` of all ranks, [P], with the costs of each tower in them.
 
@@ -108,7 +108,7 @@ def simulate(
                 if taken is not None:
                     seconds = taken[rank, op]
                 else:
-                    seconds = loss if op.kind is Kind.LOSS else costs.seconds(op.kind, stage)
+                    seconds = loss if op.kind is OpKind.LOSS else costs.seconds(op.kind, stage)
                 end = start + seconds
                 spans[rank].append(Span(rank, op, start, end))
                 clocks[rank] = end
@@ -209,19 +209,19 @@ class _Message(NamedTuple):
 
 
 _CONTENTS = {
-    Kind.FORWARD_WITHOUT_GRAPH: "activations of pass 1",
-    Kind.FORWARD_KEEPING_GRAPH: "activations of pass 1",
-    Kind.FORWARD_AGAIN: "activations of pass 2",
-    Kind.REPLAY: "activations of pass 2",
-    Kind.BACKWARD: "gradients",
+    OpKind.FORWARD_WITHOUT_GRAPH: "activations of pass 1",
+    OpKind.FORWARD_KEEPING_GRAPH: "activations of pass 1",
+    OpKind.FORWARD_AGAIN: "activations of pass 2",
+    OpKind.REPLAY: "activations of pass 2",
+    OpKind.BACKWARD: "gradients",
 }
 
 
-def _messages(op: Op, stage: int, last: int) -> tuple[_Message | None, _Message | None]:
+def _messages(op: PipelineOp, stage: int, last: int) -> tuple[_Message | None, _Message | None]:
     """What an op on virtual stage `stage` waits for, and what it sends on."""
-    if op.kind is Kind.LOSS:
+    if op.kind is OpKind.LOSS:
         return None, None
-    before, after = (stage + 1, stage - 1) if op.kind is Kind.BACKWARD else (stage - 1, stage + 1)
+    before, after = (stage + 1, stage - 1) if op.kind is OpKind.BACKWARD else (stage - 1, stage + 1)
     content = _CONTENTS[op.kind]
     received = _Message(content, stage, op.microbatch, op.tower)
     sent = _Message(content, after, op.microbatch, op.tower)

@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.config import Config
-from parallel_clip.pipeline.partition import LayerRange
-from parallel_clip.plan.stages import StageLoad, stage_loads, step_timeline
-from parallel_clip.plan.stash import with_room
-from parallel_clip.training.describe import describe_job
-from parallel_clip.training.job import Job, check_data, make_job
+from parallel_clip.plan.describe import describe_job
+from parallel_clip.plan.memory import fit_stash_to_memory
+from parallel_clip.plan.run_plan import Job, check_data, make_run_plan
+from parallel_clip.plan.stages import StageEstimate, stage_estimates
+from parallel_clip.plan.step_time import step_timeline
+from parallel_clip.stages.stage import LayerRange
 
 _GIB = 2**30
 
@@ -23,17 +24,17 @@ def dry_run_report(config: Config, world_size: int) -> str:
 
     Writes nothing. Raises InputError.
     """
-    job = make_job(config, world_size)
+    job = make_run_plan(config, world_size)
     steps, _ = check_data(job, print, counts_suffice=True)
-    job = with_room(job)
-    loads = stage_loads(job)
+    job = fit_stash_to_memory(job)
+    loads = stage_estimates(job)
     lines = [describe_job(job, steps)]
     if job.layout.pipeline > 1:
         lines += [_stage_table(job, loads), _legend(job)]
     return "\n".join([*lines, *_memory_lines(job, loads)])
 
 
-def _stage_table(job: Job, loads: list[StageLoad]) -> str:
+def _stage_table(job: Job, loads: list[StageEstimate]) -> str:
     """Layers, parameters, work and memory of each pipeline rank."""
     slowest, pairs = max(load.flops for load in loads), job.plan.micro_batch
     table = Table(box=SIMPLE_HEAD, title_justify="left")
@@ -70,7 +71,7 @@ def _layers(held: LayerRange) -> str:
     return f"{held.layers} ({held.first}-{held.stop - 1})" if held.layers else "-"
 
 
-def _memory_lines(job: Job, loads: list[StageLoad]) -> list[str]:
+def _memory_lines(job: Job, loads: list[StageEstimate]) -> list[str]:
     fullest = max(loads, key=lambda load: load.peak)
     held = fullest.held
     kept = fullest.peak_activations / held.saved

@@ -18,7 +18,7 @@ class SavedActivations:
 
     def __init__(self, model: nn.Module, excluded: Iterable[Tensor] = ()):
         self._model = model
-        self._excluded = {memory_of(tensor) for tensor in (*model.parameters(), *excluded)}
+        self._excluded = {storage_id(tensor) for tensor in (*model.parameters(), *excluded)}
         self._kept: dict[int, tuple[str, torch.UntypedStorage]] = {}
         self._running: list[str] = []
         self._hooks: list = []
@@ -48,7 +48,7 @@ class SavedActivations:
             self.by_module[kind] = self.by_module.get(kind, 0) + storage.nbytes()
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        memory = memory_of(tensor)
+        memory = storage_id(tensor)
         if memory not in self._excluded and memory not in self._kept:
             kind = self._running[-1] if self._running else ""
             self._kept[memory] = (kind, tensor.untyped_storage())
@@ -58,6 +58,6 @@ class SavedActivations:
         self._running.pop()
 
 
-def memory_of(tensor: Tensor) -> int:
+def storage_id(tensor: Tensor) -> int:
     """The identity of the memory behind a tensor, which its views share."""
     return tensor.untyped_storage()._cdata

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.data.loader import TrainingLoader
-from parallel_clip.data.training_data import BadSample, Microbatch
+from parallel_clip.data.feeding.loader import TrainingLoader
+from parallel_clip.data.feeding.training_data import BadSample, Microbatch
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import BatchPlan
-from parallel_clip.model.architectures import Architecture
-from parallel_clip.model.patch_dropout import kept_patches_of_batch
-from parallel_clip.pipeline.schedule import Inputs
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
+from parallel_clip.pipeline.forward_backward import MicrobatchInputs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepBatch:
     """A data rank's share of one global batch. `read` and what comes of it is there on the rank
     that read it, and empty on the others that share the model with it."""
 
-    inputs: list[Inputs]
+    inputs: list[MicrobatchInputs]
     read: Sequence[Microbatch]
 
     @property
@@ -42,7 +42,7 @@ class StepBatch:
         return np.bincount(np.array(read, np.int64), minlength=sources).tolist()
 
 
-class Feed:
+class DeviceFeed:
     """Yields the batch of each step from `first_step` (counted from 0) on.
 
     loader: given where `groups.reads_data`, None on the others.
@@ -74,7 +74,7 @@ class Feed:
             ]
             yield StepBatch(inputs, read)
 
-    def _share(self, step: int, microbatch: Microbatch | None) -> Inputs:
+    def _share(self, step: int, microbatch: Microbatch | None) -> MicrobatchInputs:
         """Put a microbatch on the device of every rank that works on it."""
         pairs, text = self._plan.micro_batch, self._architecture.text
         if microbatch is None:
@@ -86,9 +86,9 @@ class Feed:
             tokens = self._broadcast(tokens, groups.tensor)
         tokens = self._broadcast(tokens, groups.pipeline)
         if groups.pipeline_rank > 0:
-            return Inputs(None, tokens)
+            return MicrobatchInputs(None, tokens)
         images, positions = self._share_pictures(microbatch)
-        return Inputs(images, tokens, self._kept_patches(step, positions))
+        return MicrobatchInputs(images, tokens, self._kept_patches(step, positions))
 
     def _share_pictures(self, microbatch: Microbatch | None) -> tuple[Tensor, Tensor]:
         """Pictures and their positions in the order, on every tensor rank of the first stage."""

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from parallel_clip.checkpoint.checkpointer import save_checkpoint
 from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.save import save_checkpoint
-from parallel_clip.data.index import ShardTable, save_index
-from parallel_clip.data.loader import StepSlice, TrainingLoader
+from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
+from parallel_clip.data.index.shard_table import ShardTable, save_index
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import BadDataError
 from parallel_clip.evaluate.encoder import ModelEncoder
-from parallel_clip.evaluate.held_out import HeldOut
-from parallel_clip.model.clip import DTYPES
-from parallel_clip.model.initialize import initial_value, local_slice
+from parallel_clip.evaluate.held_out import HeldOutEvaluation
+from parallel_clip.model.initialize import initial_value
+from parallel_clip.model.megatron_config import DTYPES
+from parallel_clip.model.parameters import local_slice
+from parallel_clip.optimizer.train_state import TrainState, build_train_state
+from parallel_clip.plan.describe import describe_data, describe_job
+from parallel_clip.plan.run_plan import Job, check_data, open_data
 from parallel_clip.training import run_folder
-from parallel_clip.training.build import Built, build, build_loss
-from parallel_clip.training.describe import describe_data, describe_job
-from parallel_clip.training.feed import Feed, StepBatch
-from parallel_clip.training.job import Job, check_data, open_data
+from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
-from parallel_clip.training.metrics import MetricsLog, StepRecord, Stopwatch
-from parallel_clip.training.step import training_step
+from parallel_clip.training.run_log import MetricsLog, StepRecord, StepTimer
+from parallel_clip.training.sample_log import _Ledger
+from parallel_clip.training.step import build_loss, training_step
 
 
 def train(job: Job, launch: Launch) -> None:
@@ -53,28 +53,30 @@ def train(job: Job, launch: Launch) -> None:
         shards.extend(found)
         return steps
 
-    steps = groups.rank_zero_first(look_into_data)
+    steps = groups.run_on_rank_zero(look_into_data)
     if job.resume.step >= steps:
         say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
         return
-    built = build(config, job.architecture, groups)
-    groups.everywhere(lambda: _set_weights(built, job, groups))
+    built = build_train_state(config, job.architecture, groups)
+    groups.run_on_all_ranks(lambda: _set_weights(built, job, groups))
 
     def write_first_files() -> None:  # nothing before this writes anything
-        run_folder.prepare(config, job.layout, device.describe_device(), job.resume)
+        run_folder.prepare_run_folder(config, job.layout, device.describe_device(), job.resume)
         for table in shards:
             save_index(table, say)
 
-    groups.rank_zero_first(write_first_files)
-    data, _ = groups.everywhere(lambda: open_data(job, _say_nothing, check=False))
+    groups.run_on_rank_zero(write_first_files)
+    data, _ = groups.run_on_all_ranks(lambda: open_data(job, _say_nothing, check=False))
     encoder = ModelEncoder(built.chunks, job.preprocess, job.tokenizer, groups)
-    held_out = groups.everywhere(lambda: HeldOut(config, encoder, groups, _say_nothing))
+    held_out = groups.run_on_all_ranks(
+        lambda: HeldOutEvaluation(config, encoder, groups, _say_nothing)
+    )
     say(describe_job(job, steps))
     say(describe_data(job, data))
 
     loader = None
     if groups.reads_data:
-        part = StepSlice(
+        part = RankBatchSlice(
             job.plan.global_batch, job.plan.micro_batch, groups.data_rank, job.layout.data
         )
         loader = TrainingLoader(
@@ -86,8 +88,10 @@ def train(job: Job, launch: Launch) -> None:
             prefetch=config.data.prefetch,
             patience=config.data.worker_patience,
         )
-    feed = Feed(loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed)
-    _Run(job, groups, built, held_out, steps, data.made_of).go(feed)
+    feed = DeviceFeed(
+        loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed
+    )
+    _Run(job, groups, built, held_out, steps, data.data_fingerprint).run(feed)
     say(f"finished: {steps} steps, {job.run_dir}")
 
 
@@ -98,10 +102,10 @@ class _Run:
         self,
         job: Job,
         groups: Groups,
-        built: Built,
-        held_out: HeldOut,
+        built: TrainState,
+        held_out: HeldOutEvaluation,
         steps: int,
-        made_of: dict[str, Any],
+        data_fingerprint: dict[str, Any],
     ):
         self.job = job
         self.config = job.config
@@ -109,19 +113,19 @@ class _Run:
         self.built = built
         self.held_out = held_out
         self.steps = steps
-        self.made_of = made_of
+        self.data_fingerprint = data_fingerprint
         self.bad_samples = job.resume.bad_samples
         seen = job.resume.source_samples or [0] * len(job.config.data.train)
         self.source_samples = torch.tensor(seen)
-        self.stopwatch = Stopwatch()
+        self.stopwatch = StepTimer()
         self.log: MetricsLog | None = None
         if groups.is_rank_zero:
             self.log = MetricsLog(job.run_dir, steps, job.plan.global_batch, job.resume.step)
         self.ledger = _Ledger(job, groups) if self.config.log.ledger else None
 
-    def go(self, feed: Feed) -> None:
+    def run(self, feed: DeviceFeed) -> None:
         config, settings = self.config, self.config.optimizer
-        loss = build_loss(config, self.groups, self.job.stages_help)
+        loss = build_loss(config, self.groups, self.job.loss_on_all_stages)
         first = self.job.resume.step
         for step, (batch, data_seconds) in enumerate(
             _timed(feed.batches(first, self.steps)), start=first + 1
@@ -136,7 +140,7 @@ class _Run:
                     self.job.stash,
                     lr,
                     self.groups.pipeline,
-                    self.job.stages_help,
+                    self.job.loss_on_all_stages,
                 )
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
@@ -145,7 +149,7 @@ class _Run:
                 self.ledger.write(step, batch)
             if step == 1 or step % config.log.every == 0:
                 self._write_metrics(step, record)
-            self._between_steps(step)
+            self.save_and_evaluate(step)
         if self.log is not None:
             self.log.close()
 
@@ -158,7 +162,7 @@ class _Run:
                 step, record, means, int(memory), self.bad_samples, self.source_samples.tolist()
             )
 
-    def _between_steps(self, step: int) -> None:
+    def save_and_evaluate(self, step: int) -> None:
         began = time.perf_counter()
         last = step == self.steps
         evaluate, checkpoint = self.config.evaluate.every, self.config.checkpoint.every
@@ -178,7 +182,7 @@ class _Run:
             position=step * job.plan.global_batch,
             bad_samples=self.bad_samples,
             source_samples=tuple(self.source_samples.tolist()),
-            data=self.made_of,
+            data=self.data_fingerprint,
             model_name=job.architecture.name,
             model=job.architecture.json,
             preprocess=job.preprocess.to_openclip(),
@@ -223,28 +227,7 @@ class _Run:
             )
 
 
-@dataclass
-class _Ledger:
-    """Which samples each step saw: one file for each rank that reads."""
-
-    job: Job
-    groups: Groups
-
-    def write(self, step: int, batch: StepBatch) -> None:
-        if not self.groups.reads_data:
-            return
-        folder = self.job.run_dir / run_folder.LEDGER_FOLDER
-        folder.mkdir(exist_ok=True)
-        with (folder / f"rank_{self.groups.data_rank:05d}.jsonl").open("a") as file:
-            for microbatch in batch.read:
-                for position, address in zip(
-                    microbatch.positions.tolist(), microbatch.addresses, strict=True
-                ):
-                    line = {"step": step, "position": position, **address._asdict()}
-                    file.write(json.dumps(line) + "\n")
-
-
-def _set_weights(built: Built, job: Job, groups: Groups) -> None:
+def _set_weights(built: TrainState, job: Job, groups: Groups) -> None:
     """From the checkpoint to go on from, else from `init.from`, else random."""
     if job.resume.checkpoint is not None:
         load_checkpoint(job.resume.checkpoint, built.chunks, built.optimizer, groups)

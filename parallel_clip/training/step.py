@@ -9,21 +9,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from parallel_clip.config import Config
+from parallel_clip.engine.collectives import broadcast_from_last_stage
+from parallel_clip.engine.groups import Groups
+from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.loss.contrastive import ContrastiveLoss
 from parallel_clip.model.clip import clamp_logit_scale
-from parallel_clip.pipeline.last_stage import from_last_stage, read_logit_parameters
-from parallel_clip.pipeline.schedule import ContrastiveLoss, Inputs, forward_backward
-from parallel_clip.training.build import Built
-from parallel_clip.training.metrics import StepRecord
+from parallel_clip.optimizer.train_state import TrainState
+from parallel_clip.pipeline.forward_backward import MicrobatchInputs, forward_backward
+from parallel_clip.pipeline.logit_parameters import read_logit_parameters
+from parallel_clip.training.run_log import StepRecord
 
 
 def training_step(
-    built: Built,
+    built: TrainState,
     loss: ContrastiveLoss,
-    microbatches: Sequence[Inputs],
+    microbatches: Sequence[MicrobatchInputs],
     stash: int,
     lr: float,
     pipeline_group: ProcessGroup,
-    stages_help: bool = False,
+    loss_on_all_stages: bool = False,
 ) -> StepRecord:
     """Run one step on this rank's share of the global batch; the same record on every rank.
 
@@ -37,12 +42,12 @@ def training_step(
     optimizer = built.optimizer
     logit_scale, logit_bias = read_logit_parameters(built.chunks, pipeline_group)
     optimizer.zero_grad()
-    helping = pipeline_group if stages_help else None
+    helping = pipeline_group if loss_on_all_stages else None
     report = forward_backward(built.wrapped, microbatches, loss, stash, helping)
-    loss_value, *bad = from_last_stage(torch.stack(report), pipeline_group).tolist()
+    loss_value, *bad = broadcast_from_last_stage(torch.stack(report), pipeline_group).tolist()
     if not math.isfinite(loss_value):
         raise FloatingPointError(
-            f"the loss is {loss_value} (logit_scale {logit_scale:.4g}); {_where_it_began(*bad)}"
+            f"the loss is {loss_value} (logit_scale {logit_scale:.4g}); {nonfinite_ranks(*bad)}"
         )
     grad_norm = optimizer.step(lr)
     if not math.isfinite(grad_norm):
@@ -51,7 +56,7 @@ def training_step(
     return StepRecord(loss_value, grad_norm, lr, logit_scale, logit_bias)
 
 
-def _where_it_began(bad_images: float, bad_texts: float) -> str:
+def nonfinite_ranks(bad_images: float, bad_texts: float) -> str:
     """Which features of which ranks are not finite. Called by all ranks, as the loss is one."""
     everyones: list = [(bad_images, bad_texts)]
     if dist.is_initialized():
@@ -65,3 +70,16 @@ def _where_it_began(bad_images: float, bad_texts: float) -> str:
     if not sides:
         return "all features are finite: the multiplier, the bias or the loss itself is not"
     return f"not finite: {' and '.join(sides)}"
+
+
+def build_loss(config: Config, groups: Groups, loss_on_all_stages: bool) -> ContrastiveLoss:
+    """The loss over the data-parallel ranks, its work split over the tensor-parallel ones, and over
+    the stages of the pipeline if they help."""
+    kind = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind]
+    settings = config.loss
+    return kind(
+        group=groups.data,
+        helpers=groups.model if loss_on_all_stages else groups.tensor,
+        exchange=settings.exchange,
+        tile=settings.tile,
+    )

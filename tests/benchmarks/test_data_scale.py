@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel_clip.data.index import index_shards
-from parallel_clip.data.index_folder import INDEX_NAME
+from parallel_clip.data.index.index_folder import INDEX_NAME
+from parallel_clip.data.index.shard_table import index_shards
 from parallel_clip.errors import InputError
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from parallel_clip.layout import Layout
-from parallel_clip.model.architectures import architecture_from_json, load_architecture
-from parallel_clip.plan.dry_run import dry_run
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.memory import dry_run
 from tests.small_models import small_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

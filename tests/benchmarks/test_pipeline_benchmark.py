@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel_clip.pipeline.orders import Kind, step_orders
+from parallel_clip.pipeline.orders import OpKind, step_orders
 from parallel_clip.pipeline.timeline import Costs, Span
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -54,8 +54,8 @@ def test_stages_sleep_at_least_as_long_as_they_are_told(pipeline, measured):
     row = pipeline.row_of(pipeline.quick_plans()[0], [step])
     asked = case.towers[0]
     for span in step.spans:
-        if span.op.kind in (Kind.FORWARD_WITHOUT_GRAPH, Kind.FORWARD_AGAIN, Kind.BACKWARD):
-            told = asked.backward if span.op.kind is Kind.BACKWARD else asked.forward
+        if span.op.kind in (OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_AGAIN, OpKind.BACKWARD):
+            told = asked.backward if span.op.kind is OpKind.BACKWARD else asked.forward
             assert span.end - span.start >= told[0]
     # a forward and a backward of each microbatch, and two of three forwards a second time
     assert row.compute >= (3 * (1 + 2) + 2) / (3 * (1 + 2))
@@ -79,7 +79,7 @@ def test_ideals_of_equal_and_uneven_stages(pipeline):
         costs = Costs(list(forward), [2 * seconds for seconds in forward])
         case = pipeline.Case(2, 2, towers=(costs,))
         spans = [
-            Span(rank, op, 0, 0 if op.kind is Kind.LOSS else costs.seconds(op.kind, rank))
+            Span(rank, op, 0, 0 if op.kind is OpKind.LOSS else costs.seconds(op.kind, rank))
             for rank, order in enumerate(step_orders(2, 2))
             for op in order
         ]

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parallel_clip.checkpoint.checkpointer import save_checkpoint
 from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.save import save_checkpoint
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss
-from parallel_clip.model.architectures import architecture_from_json
-from parallel_clip.model.clip import DTYPES
-from parallel_clip.training.build import Built, build
+from parallel_clip.model.megatron_config import DTYPES
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.training.step import training_step
 from tests.ranks import config_of, loaded_training, own_microbatches
 from tests.training.step_cases import Task
@@ -66,38 +66,38 @@ def start_from_weights(groups: Groups, task: Task, checkpoint: Path) -> list[dic
     return _train(groups, task, built, 1)
 
 
-def _loaded(groups: Groups, task: Task) -> Built:
+def _loaded(groups: Groups, task: Task) -> TrainState:
     config = config_of(groups.layout, **task.settings)
     architecture = architecture_from_json(task.model_cfg, "small")
     return loaded_training(groups, config, architecture, task.weights)
 
 
-def _empty(groups: Groups, task: Task) -> Built:
+def _empty(groups: Groups, task: Task) -> TrainState:
     """Model and optimizer full of other numbers, which loading must leave nothing of."""
     config = config_of(groups.layout, **task.settings)
-    built = build(config, architecture_from_json(task.model_cfg, "small"), groups)
+    built = build_train_state(config, architecture_from_json(task.model_cfg, "small"), groups)
     for _, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, torch.full(tensor.shape, 7.0))
     return built
 
 
-def _train(groups: Groups, task: Task, built: Built, steps: int) -> list[dict]:
+def _train(groups: Groups, task: Task, built: TrainState, steps: int) -> list[dict]:
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
     loss = ClipLoss(group=groups.data)
     return [asdict(training_step(built, loss, batch, 0, LR, groups.pipeline)) for _ in range(steps)]
 
 
-def _save(groups: Groups, task: Task, built: Built, step: int, run_dir: Path) -> Path:
+def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> Path:
     meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {})
     return save_checkpoint(run_dir, meta, built.chunks, built.optimizer, groups, keep=None)
 
 
-def _tensors(built: Built) -> dict[str, Tensor]:
+def _tensors(built: TrainState) -> dict[str, Tensor]:
     return {p.name: tensor.detach().clone() for p, tensor in built.global_parameters()}
 
 
-def _state(built: Built) -> list[Tensor]:
+def _state(built: TrainState) -> list[Tensor]:
     """Weights, and what this rank owns of masters and moments."""
     tensors = []
     for _, tensor in built.global_parameters():

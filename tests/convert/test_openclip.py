@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parallel_clip.convert.open import open_source
 from parallel_clip.convert.openclip import write_openclip, write_run
-from parallel_clip.convert.source import ModelWeights, open_source
+from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.errors import InputError
-from parallel_clip.model.architectures import architecture_from_json
+from parallel_clip.model.openclip_json import architecture_from_json
 from tests import reference
 from tests.small_models import KINDS, image_batch, small_model, token_batch
 

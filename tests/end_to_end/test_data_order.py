@@ -148,7 +148,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_word(config, tmp_path, proc
 
 def die_while_decoding(rank: int) -> None:
     """The fifteenth picture that a worker of rank 0 decodes is its last act."""
-    from parallel_clip.data import training_data
+    from parallel_clip.data.feeding import training_data
 
     main, decode, count = os.getpid(), training_data.decode_picture, []
 

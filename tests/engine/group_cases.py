@@ -52,7 +52,7 @@ def complain_everywhere(groups: Groups, wrong: list[int]) -> str:
         return f"rank {groups.rank} is content"
 
     try:
-        return groups.everywhere(check)
+        return groups.run_on_all_ranks(check)
     except InputError as error:
         return f"InputError: {error}"
 
@@ -64,6 +64,6 @@ def ask_rank_zero(groups: Groups, wrong: bool) -> str:
         return f"said by rank {groups.rank}"
 
     try:
-        return groups.rank_zero_first(check)
+        return groups.run_on_rank_zero(check)
     except InputError as error:
         return f"InputError: {error}"

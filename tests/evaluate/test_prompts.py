@@ -3,12 +3,12 @@ import sys
 import pytest
 
 from parallel_clip.errors import InputError
-from parallel_clip.evaluate.prompts import OURS, fill, read_classes, read_templates
+from parallel_clip.evaluate.prompts import DEFAULT_TEMPLATES, fill, read_classes, read_templates
 
 
 def test_our_templates_are_the_default():
-    assert read_templates() == list(OURS)
-    assert all("{}" in template for template in OURS)
+    assert read_templates() == list(DEFAULT_TEMPLATES)
+    assert all("{}" in template for template in DEFAULT_TEMPLATES)
 
 
 def test_openai_is_the_eighty_of_open_clip():

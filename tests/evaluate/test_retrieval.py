@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from parallel_clip.errors import InputError
-from parallel_clip.evaluate.held_out_loss import held_out_loss
+from parallel_clip.evaluate.held_out import held_out_loss
 from parallel_clip.evaluate.pairs import encode_pairs
 from parallel_clip.evaluate.retrieval import retrieval
 from tests.data.shard_files import write_shard

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from parallel_clip.data.evaluation import EvaluationBatch, open_evaluation_data
-from parallel_clip.data.transforms import Preprocess
+from parallel_clip.data.feeding.evaluation_data import EvaluationBatch, open_evaluation_data
+from parallel_clip.data.samples.transforms import Preprocess
 
 WIDTH, CONTEXT = 8, 40
 
@@ -50,7 +50,7 @@ class ArithmeticEncoder:
         self.texts_encoded += len(tokens)
         return self._features(tokens / 100, self._text)
 
-    def from_last_stage(self, values: Tensor) -> Tensor:
+    def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
         return values
 
     @staticmethod

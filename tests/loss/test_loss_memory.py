@@ -12,7 +12,8 @@ import torch
 
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.layout import Layout
-from parallel_clip.loss.exchange import Plan, Ranks, Texts, plan_exchange
+from parallel_clip.loss.exchange import LossGroups, TextShards
+from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
 from parallel_clip.loss.infonce import _infonce
 from parallel_clip.loss.sigmoid import _sigmoid
 from parallel_clip.plan.peak_bytes import PeakBytes
@@ -34,22 +35,22 @@ LOSSES = {
 @contextmanager
 def first_and_last_chunks():
     """Of many equal chunks, a few and the last: fake work takes time too."""
-    every_chunk = Texts.chunks
+    every_chunk = TextShards.chunks
 
     def some(texts):
         chunks = list(every_chunk(texts))
         yield from chunks if len(chunks) <= MANY_CHUNKS else (*chunks[:3], chunks[-1])
 
-    with mock.patch.object(Texts, "chunks", some):
+    with mock.patch.object(TextShards, "chunks", some):
         yield
 
 
-def peak_bytes(loss: str, pairs: int, ranks: int, width: int, plan: Plan, dtype) -> int:
+def peak_bytes(loss: str, pairs: int, ranks: int, width: int, plan: ExchangePlan, dtype) -> int:
     with fake_rank(Layout(ranks)) as groups, first_and_last_chunks():
         images, texts = (torch.empty(pairs, width, dtype=dtype) for _ in range(2))
         scale = torch.tensor(100.0)
         with PeakBytes(images, texts, scale) as counted:
-            answer = LOSSES[loss](images, texts, scale, Ranks(groups.data), plan, True)
+            answer = LOSSES[loss](images, texts, scale, LossGroups(groups.data), plan, True)
         assert answer[1].images.shape == (pairs, width)
     return counted.peak
 

@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallel_clip.convert.source import ModelWeights, open_source
+from parallel_clip.convert.open import open_source
+from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.engine.groups import Groups
-from parallel_clip.model.architectures import architecture_from_json, load_architecture
-from parallel_clip.model.clip import CLIPModel, ModelOptions
-from parallel_clip.model.initialize import initial_value, load_slice
+from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.initialize import initial_value
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import load_slice
 from tests.ranks import Weights, loaded_model, sum_over_tokens
 
 

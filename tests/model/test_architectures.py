@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from parallel_clip.errors import InputError
-from parallel_clip.model import openclip_json
-from parallel_clip.model.architectures import (
+from parallel_clip.model.known_models import known_names, load_architecture
+from parallel_clip.model.openclip_json import (
+    MODEL_KEYS,
+    TEXT_KEYS,
+    VISION_KEYS,
     architecture_from_json,
-    known_names,
-    load_architecture,
 )
+
+KEYS = {"model": MODEL_KEYS, "vision_cfg": VISION_KEYS, "text_cfg": TEXT_KEYS}
 
 open_clip = pytest.importorskip("open_clip")
 CONFIG_FILES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
@@ -129,9 +132,9 @@ def test_every_key_of_openclip_is_accounted_for(kind):
     """Read here, refused by name, or without effect: each key exactly once."""
     theirs = open_clip.CLIPVisionCfg if kind == "vision_cfg" else open_clip.CLIPTextCfg
     ours = [
-        *openclip_json.READ_HERE[kind],
-        *openclip_json.UNSUPPORTED[kind],
-        *openclip_json.WITHOUT_EFFECT[kind],
+        *KEYS[kind].read,
+        *KEYS[kind].unsupported,
+        *KEYS[kind].without_effect,
     ]
     assert sorted(ours) == sorted(f.name for f in fields(theirs))
 
@@ -146,12 +149,12 @@ def test_other_openclip_models_are_refused_by_a_switch(path):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for kind, names in openclip_json.UNSUPPORTED.items() for name in names],
+    [(kind, name) for kind, keys in KEYS.items() for name in keys.unsupported],
 )
 def test_each_unsupported_switch_is_refused_by_name(kind, name):
     config = small()
     target = config if kind == "model" else config[kind]
-    for off in (None, False, "", openclip_json.OFF_VALUES.get(name)):
+    for off in (None, False, "", KEYS[kind].off_values.get(name)):
         if name != "hf_model_name":  # its mere presence changes the names of the parameters
             target[name] = off
             assert architecture_from_json(config, "off") == architecture_from_json(small(), "")

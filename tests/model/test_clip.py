@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parallel_clip.convert.names import parameter_table
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout, check_model
-from parallel_clip.model.architectures import architecture_from_json
-from parallel_clip.model.patch_dropout import kept_patches_of_batch
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import parameter_table
+from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from tests import reference
 from tests.model.clip_cases import Example, dtypes, features_of_file, forward_and_backward
 from tests.ranks import whole_tensor

@@ -7,10 +7,10 @@ from collections import defaultdict
 import pytest
 import torch
 
-from parallel_clip.convert.names import parameter_table
 from parallel_clip.layout import Layout
-from parallel_clip.model.architectures import architecture_from_json
 from parallel_clip.model.initialize import initial_value
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import parameter_table
 from tests import reference
 from tests.model.clip_cases import initial_weights
 from tests.ranks import whole_tensor

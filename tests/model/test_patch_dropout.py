@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_clip.model import kept_patches
-from parallel_clip.model.patch_dropout import kept_patches_of_batch
+from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 
 
 @given(

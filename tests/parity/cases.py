@@ -156,6 +156,6 @@ def _pipelines() -> list[Case]:
         ]
         cases.append(Case("siglip", microbatches=multiple, stash=0, **layout))
         cases.append(Case("uneven", microbatches=multiple, precision="bf16", **layout))
-    by_hand = {"vision": [2, 3, 0], "text": [0, 1, 1]}
-    cases.append(Case("uneven", pipeline=3, microbatches=3, stash=0, stages=by_hand))
+    manual_split = {"vision": [2, 3, 0], "text": [0, 1, 1]}
+    cases.append(Case("uneven", pipeline=3, microbatches=3, stash=0, stages=manual_split))
     return cases

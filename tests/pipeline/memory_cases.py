@@ -13,11 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss
-from parallel_clip.model.architectures import architecture_from_json
 from parallel_clip.model.clip import CLIPModel
-from parallel_clip.pipeline.schedule import _Step, forward_backward
-from parallel_clip.plan.dry_run import count_rank
-from parallel_clip.plan.saved_activations import memory_of
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.pipeline.forward_backward import TwoPassStep, forward_backward
+from parallel_clip.plan.memory import measure_rank_memory
+from parallel_clip.plan.saved_activations import storage_id
 from tests.pipeline.schedule_cases import Way
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
@@ -40,7 +40,7 @@ class LivingTensors:
     hold it. Those in `excluded`, such as parameters and inputs, do not count."""
 
     def __init__(self, excluded: Iterable[Tensor]):
-        self._excluded = {memory_of(tensor) for tensor in excluded}
+        self._excluded = {storage_id(tensor) for tensor in excluded}
         self._running: tuple[CLIPModel, int] | None = None
         self._holders: Counter[tuple[Any, int]] = Counter()  # by (graph or None, memory)
         self._sizes: dict[tuple[Any, int], int] = {}
@@ -48,7 +48,7 @@ class LivingTensors:
 
     @contextmanager
     def counting(self):
-        through = _Step._through
+        through = TwoPassStep.run_forward
 
         def noted(step, chunk, number):
             self._running = chunk.module, number
@@ -57,7 +57,10 @@ class LivingTensors:
             finally:
                 self._running = None
 
-        with mock.patch.object(_Step, "_through", noted), saved_tensors_hooks(self._keep, _give):
+        with (
+            mock.patch.object(TwoPassStep, "run_forward", noted),
+            saved_tensors_hooks(self._keep, _give),
+        ):
             yield
 
     def graphs(self) -> int:
@@ -71,7 +74,7 @@ class LivingTensors:
         return sum(n for (_, memory), n in self._sizes.items() if memory not in in_graphs)
 
     def _keep(self, tensor: Tensor) -> _Kept:
-        memory = memory_of(tensor)
+        memory = storage_id(tensor)
         if memory in self._excluded:
             return _Kept(tensor, None)
         place = self._running, memory
@@ -112,15 +115,15 @@ def peaks(
     ways: list[Way],
     settings: dict[str, Any],
 ) -> tuple[dict[Way, list[Peaks]], dict[Way, list[int]]]:
-    """What two steps in a row hold, each way, and what `count_rank` says of a graph in each of this
-    rank's stages."""
+    """What two steps in a row hold, each way, and what `measure_rank_memory` says of a graph of
+    each of this rank's stages."""
     architecture = architecture_from_json(model_cfg, "small")
     measured, counted = {}, {}
     pairs = len(tokens) // groups.layout.data
     for way in ways:
         batch = {"global": len(tokens), "micro": pairs // way.microbatches}
         config = config_of(groups.layout, batch=batch, **settings)
-        counted[way] = count_rank(config, architecture, groups).saved_by_chunk
+        counted[way] = measure_rank_memory(config, architecture, groups).saved_by_chunk
         built = loaded_training(groups, config, architecture, weights)
         microbatches = own_microbatches(groups, images, tokens, way.microbatches)
         inputs = [x for microbatch in microbatches for x in (microbatch.images, microbatch.tokens)]

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
-from parallel_clip.model.architectures import architecture_from_json
-from parallel_clip.pipeline.last_stage import from_last_stage
-from parallel_clip.pipeline.schedule import forward_backward
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.pipeline.forward_backward import forward_backward
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
 LOSSES = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
@@ -22,7 +22,7 @@ class Way(NamedTuple):
 
     microbatches: int
     stash: int
-    stages_help: bool = False
+    loss_on_all_stages: bool = False
 
 
 def steps(
@@ -44,14 +44,14 @@ def steps(
     outcomes = {}
     for way in ways:
         built.optimizer.zero_grad()
-        helpers = groups.model if way.stages_help else groups.tensor
+        helpers = groups.model if way.loss_on_all_stages else groups.tensor
         report = forward_backward(
             built.wrapped,
             own_microbatches(groups, images, tokens, way.microbatches, kept),
             LOSSES[loss](group=groups.data, helpers=helpers, tile=3),
             way.stash,
-            groups.pipeline if way.stages_help else None,
+            groups.pipeline if way.loss_on_all_stages else None,
         )
         gradients = {p.name: tensor.main_grad.clone() for p, tensor in built.global_parameters()}
-        outcomes[way] = from_last_stage(report.value, groups.pipeline).item(), gradients
+        outcomes[way] = broadcast_from_last_stage(report.value, groups.pipeline).item(), gradients
     return outcomes

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from parallel_clip.errors import InputError
 from parallel_clip.pipeline.orders import (
-    Kind,
-    Op,
+    OpKind,
+    PipelineOp,
     microbatch_group_size,
     one_pass_orders,
     peak_graphs,
@@ -18,8 +18,8 @@ from parallel_clip.pipeline.orders import (
     warmup_forwards,
 )
 
-FIRST_PASS = (Kind.FORWARD_WITHOUT_GRAPH, Kind.FORWARD_KEEPING_GRAPH)
-SECOND_PASS = (Kind.FORWARD_AGAIN, Kind.REPLAY, Kind.BACKWARD)
+FIRST_PASS = (OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_KEEPING_GRAPH)
+SECOND_PASS = (OpKind.FORWARD_AGAIN, OpKind.REPLAY, OpKind.BACKWARD)
 # ranks, microbatches, chunks
 PIPELINES = [
     (1, 1, 1),
@@ -131,7 +131,7 @@ def megatron_order(monkeypatch):
 
 def as_megatron(order, kinds):
     return [
-        ("backward" if op.kind is Kind.BACKWARD else "forward", op.microbatch, op.chunk)
+        ("backward" if op.kind is OpKind.BACKWARD else "forward", op.microbatch, op.chunk)
         for op in order
         if op.kind in kinds
     ]
@@ -161,24 +161,24 @@ def test_warmup_is_megatron_cores(ranks, microbatches, chunks):
 def test_the_order_of_a_small_step():
     first, last = step_orders(ranks=2, microbatches=3, stash=1)
     assert [(op.kind, op.microbatch) for op in first] == [
-        (Kind.FORWARD_WITHOUT_GRAPH, 0),
-        (Kind.FORWARD_WITHOUT_GRAPH, 1),
-        (Kind.FORWARD_KEEPING_GRAPH, 2),
-        (Kind.FORWARD_AGAIN, 0),
-        (Kind.FORWARD_AGAIN, 1),
-        (Kind.BACKWARD, 0),
-        (Kind.REPLAY, 2),
-        (Kind.BACKWARD, 1),
-        (Kind.BACKWARD, 2),
+        (OpKind.FORWARD_WITHOUT_GRAPH, 0),
+        (OpKind.FORWARD_WITHOUT_GRAPH, 1),
+        (OpKind.FORWARD_KEEPING_GRAPH, 2),
+        (OpKind.FORWARD_AGAIN, 0),
+        (OpKind.FORWARD_AGAIN, 1),
+        (OpKind.BACKWARD, 0),
+        (OpKind.REPLAY, 2),
+        (OpKind.BACKWARD, 1),
+        (OpKind.BACKWARD, 2),
     ]
     assert [(op.kind, op.microbatch) for op in last[3:]] == [
-        (Kind.LOSS, 0),
-        (Kind.FORWARD_AGAIN, 0),
-        (Kind.BACKWARD, 0),
-        (Kind.FORWARD_AGAIN, 1),
-        (Kind.BACKWARD, 1),
-        (Kind.REPLAY, 2),
-        (Kind.BACKWARD, 2),
+        (OpKind.LOSS, 0),
+        (OpKind.FORWARD_AGAIN, 0),
+        (OpKind.BACKWARD, 0),
+        (OpKind.FORWARD_AGAIN, 1),
+        (OpKind.BACKWARD, 1),
+        (OpKind.REPLAY, 2),
+        (OpKind.BACKWARD, 2),
     ]
 
 
@@ -186,15 +186,15 @@ def test_the_order_of_a_small_step():
 def test_a_step_holds_each_op_once(step, towers):
     ranks, microbatches, stash, chunks = step
     for rank, order in enumerate(step_orders(*step, towers=towers)):
-        expected = Counter([Op(Kind.LOSS)] * (rank == ranks - 1))
+        expected = Counter([PipelineOp(OpKind.LOSS)] * (rank == ranks - 1))
         for tower in range(towers):
             for chunk in range(chunks):
                 for microbatch in range(microbatches):
                     if microbatch < microbatches - stash:
-                        kinds = Kind.FORWARD_WITHOUT_GRAPH, Kind.FORWARD_AGAIN, Kind.BACKWARD
+                        kinds = OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_AGAIN, OpKind.BACKWARD
                     else:
-                        kinds = Kind.FORWARD_KEEPING_GRAPH, Kind.REPLAY, Kind.BACKWARD
-                    expected.update(Op(kind, microbatch, chunk, tower) for kind in kinds)
+                        kinds = OpKind.FORWARD_KEEPING_GRAPH, OpKind.REPLAY, OpKind.BACKWARD
+                    expected.update(PipelineOp(kind, microbatch, chunk, tower) for kind in kinds)
         assert Counter(order) == expected
 
 
@@ -204,18 +204,18 @@ def test_a_backward_follows_the_forward_that_made_its_graph(step, towers):
         graphs = set()
         for op in order:
             where = (op.microbatch, op.chunk, op.tower)
-            if op.kind in (Kind.FORWARD_KEEPING_GRAPH, Kind.FORWARD_AGAIN):
+            if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
                 graphs.add(where)
-            elif op.kind is Kind.REPLAY:
+            elif op.kind is OpKind.REPLAY:
                 assert where in graphs
-            elif op.kind is Kind.BACKWARD:
+            elif op.kind is OpKind.BACKWARD:
                 graphs.remove(where)
         assert graphs == set()
 
 
 def test_towers_take_turns_around_the_loss():
     order = step_orders(ranks=2, microbatches=2, towers=2)[-1]
-    loss = order.index(Op(Kind.LOSS))
+    loss = order.index(PipelineOp(OpKind.LOSS))
     assert [op.tower for op in order[:loss]] == [0, 0, 1, 1]
     assert [op.tower for op in order[loss + 1 :]] == [0, 0, 0, 0, 1, 1, 1, 1]
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from parallel_clip.errors import InputError
 from parallel_clip.pipeline.orders import (
-    Kind,
-    Op,
+    OpKind,
+    PipelineOp,
     microbatch_group_size,
     one_pass_orders,
     step_orders,
@@ -24,7 +24,7 @@ from parallel_clip.pipeline.timeline import (
 
 # Whole seconds, so that sums are exact: of a forward and a backward on each virtual stage.
 PACES = [(1, 2), (1, 1), (3, 1), (2, 7)]
-FIRST_PASS = (Kind.FORWARD_WITHOUT_GRAPH, Kind.FORWARD_KEEPING_GRAPH)
+FIRST_PASS = (OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_KEEPING_GRAPH)
 
 
 def equal(stages, forward, backward):
@@ -84,14 +84,14 @@ def test_every_op_starts_as_early_as_its_rank_and_its_input_allow(simulation):
         return span.op.chunk * ranks + span.rank
 
     def content_of(op):
-        if op.kind is Kind.BACKWARD:
+        if op.kind is OpKind.BACKWARD:
             return "gradients"
         return "pass 1" if op.kind in FIRST_PASS else "pass 2"
 
     made = {
         (content_of(s.op), stage_of(s), s.op.microbatch, s.op.tower): s.end
         for s in timeline.spans
-        if s.op.kind is not Kind.LOSS
+        if s.op.kind is not OpKind.LOSS
     }
     for rank, order in enumerate(orders):
         spans = [span for span in timeline.spans if span.rank == rank]
@@ -100,7 +100,7 @@ def test_every_op_starts_as_early_as_its_rank_and_its_input_allow(simulation):
         for span in spans:
             earliest, content, stage = free, content_of(span.op), stage_of(span)
             source = stage + 1 if content == "gradients" else stage - 1
-            if span.op.kind is Kind.LOSS:
+            if span.op.kind is OpKind.LOSS:
                 done = [end for key, end in made.items() if key[:2] == ("pass 1", stages - 1)]
                 earliest = max(earliest, *done)
             elif 0 <= source < stages:
@@ -146,10 +146,10 @@ def test_messages_cross_every_border_in_both_passes(simulation):
 
 def test_pass_2_begins_while_later_ranks_finish_pass_1():
     timeline = simulate(step_orders(ranks=4, microbatches=4), [equal(4, 1, 2)], loss=5)
-    loss = next(span for span in timeline.spans if span.op.kind is Kind.LOSS)
-    again = [span for span in timeline.spans if span.op.kind is Kind.FORWARD_AGAIN]
+    loss = next(span for span in timeline.spans if span.op.kind is OpKind.LOSS)
+    again = [span for span in timeline.spans if span.op.kind is OpKind.FORWARD_AGAIN]
     assert min(span.start for span in again) == 4 < loss.start == 7
-    assert all(s.start >= loss.end for s in timeline.spans if s.op.kind is Kind.BACKWARD)
+    assert all(s.start >= loss.end for s in timeline.spans if s.op.kind is OpKind.BACKWARD)
 
 
 @pytest.mark.parametrize(("forward", "backward"), PACES)
@@ -268,6 +268,6 @@ def test_costs_for_another_pipeline(costs):
 
 
 def test_orders_that_wait_for_ever():
-    orders = [[], [Op(Kind.FORWARD_WITHOUT_GRAPH)]]
+    orders = [[], [PipelineOp(OpKind.FORWARD_WITHOUT_GRAPH)]]
     with pytest.raises(ValueError, match="no rank can go on"):
         simulate(orders, [equal(2, 1, 1)])

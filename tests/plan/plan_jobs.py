@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_clip.config import config_from_dict
-from parallel_clip.training.job import Job, make_job
+from parallel_clip.plan.run_plan import Job, make_run_plan
 from tests.small_models import small_model
 
 PAIRS = 2  # in a microbatch
@@ -35,4 +35,4 @@ def small_job(
             "run_dir": str(folder / "run"),
         }
     )
-    return make_job(config, data * tensor * parallel.get("pipeline", 1))
+    return make_run_plan(config, data * tensor * parallel.get("pipeline", 1))

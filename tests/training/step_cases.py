@@ -10,8 +10,8 @@ from torch import Tensor
 
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
-from parallel_clip.model.architectures import architecture_from_json
-from parallel_clip.pipeline.stash import choose_stash
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.layout_plan import choose_stash
 from parallel_clip.training.step import training_step
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 

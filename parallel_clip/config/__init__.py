@@ -1,0 +1,28 @@
+"""The config of a run. Everything outside this folder imports from here."""
+
+from parallel_clip.config.keys import (
+    Config,
+    DataSource,
+    Optimizer,
+    Parallel,
+    Schedule,
+    Stages,
+    Train,
+    parse_bytes,
+)
+from parallel_clip.config.load import config_from_dict, load_config
+from parallel_clip.config.resume import resume_differences
+
+__all__ = [
+    "Config",
+    "Optimizer",
+    "Parallel",
+    "Schedule",
+    "DataSource",
+    "Stages",
+    "Train",
+    "parse_bytes",
+    "config_from_dict",
+    "load_config",
+    "resume_differences",
+]

@@ -1,0 +1,273 @@
+"""Every key of a training config: its type, its default, and what it means in one line.
+
+`load_config` reads YAML and overrides into a checked, frozen `Config`. What needs the number of
+processes to be checked is in `layout.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from parallel_clip.config import file as config_file
+from parallel_clip.errors import InputError
+
+Shards = str | list[str]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class ConfigSection(BaseModel):
+    """A group of keys; nothing unknown is taken, nothing converted, nothing changed later."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+class Model(ConfigSection):
+    name: str = Field(
+        "ViT-L-14",
+        description="OpenCLIP model name, or path of a JSON file in its model-config format",
+    )
+
+
+class Init(ConfigSection):
+    from_: str | None = Field(
+        None,
+        alias="from",
+        description="run or checkpoint of any kind whose weights to start from; null: random",
+    )
+
+
+class Loss(ConfigSection):
+    kind: Literal["infonce", "sigmoid"] = Field(
+        "infonce", description="softmax over the global batch, or one sigmoid a pair"
+    )
+    exchange: Literal["auto", "gather", "ring"] = Field(
+        "auto",
+        description="texts of all ranks held at once, or streamed in chunks; auto: by their size",
+    )
+    stages: Literal["auto", "last", "all"] = Field(
+        "auto",
+        description="pipeline stages that work on the loss; auto: all where they would wait for it "
+        "and the batch is large",
+    )
+    tile: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="columns of logits worked on at a time, computed again for the gradient; "
+        "auto: by size, and kept where they are small",
+    )
+
+
+class Stages(ConfigSection):
+    vision: list[Count] = Field(description="vision layers on each stage, in order")
+    text: list[Count] = Field(description="text layers on each stage, in order")
+
+
+class Parallel(ConfigSection):
+    tensor: int = Field(1, ge=1, description="ranks that share every layer's heads and MLP")
+    pipeline: int = Field(1, ge=1, description="stages that the layers are dealt to")
+    virtual_pipeline: int = Field(
+        1, ge=1, description="chunks of layers a stage holds (interleaved pipelining)"
+    )
+    stages: Stages | None = Field(
+        None,
+        description="layers on each stage, by hand: {vision: [9, 8, 7], text: [4, 4, 4]}; null: "
+        "balanced by cost",
+    )
+    sequence: bool = Field(
+        False, description="split activations between the tensor ranks along the sequence as well"
+    )
+    schedule: Literal["auto", "two-pass", "stash"] = Field(
+        "auto", description="how microbatches run: forward twice, or once keeping every graph"
+    )
+    stash: Count | Literal["auto"] = Field(
+        "auto",
+        description="microbatches of a step whose activations are kept from the first pass, so "
+        "that they run forward once; auto: as many as `parallel.memory` allows",
+    )
+    memory: str | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="memory that a rank may fill, such as 70GB, for parallel.stash auto; null: not "
+        "known, so no more activations are kept than the first stage of 1F1B holds",
+    )
+    distributed_optimizer: bool = Field(
+        True, description="split optimizer state between the data-parallel ranks (ZeRO-1)"
+    )
+
+
+class Batch(ConfigSection):
+    global_: int = Field(
+        32768, alias="global", ge=1, description="pairs in one optimizer step, over all ranks"
+    )
+    micro: int = Field(
+        256, ge=1, description="pairs that one data-parallel rank runs through the model at once"
+    )
+
+
+class Train(ConfigSection):
+    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
+    samples: int | None = Field(None, ge=1, description="length of the run in pairs")
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes")
+
+
+class Optimizer(ConfigSection):
+    lr: float = Field(5e-4, ge=0, description="highest learning rate")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.98), strict=False, description="decay of the first and of the second moment"
+    )
+    eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.2, ge=0, description="on weights of two or more dimensions, norms' apart"
+    )
+    clip_grad_norm: float | None = Field(
+        None, gt=0, description="largest L2 norm of the whole gradient; null: unclipped"
+    )
+
+
+class Schedule(ConfigSection):
+    kind: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine",
+        description="learning rate after the warmup; wsd: constant, then linear to `min_lr`",
+    )
+    warmup: int = Field(2000, ge=0, description="steps of linear rise from zero")
+    cooldown: int = Field(0, ge=0, description="steps of the final fall (wsd)")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end (cosine, wsd)")
+
+
+class DataSource(ConfigSection):
+    shards: Shards = Field(description="WebDataset shards: a brace pattern, or several")
+    samples: int | None = Field(None, ge=1, description="use only the first so many; null: all")
+    weight: float = Field(1.0, gt=0, description="how often an epoch shows each sample")
+    caption_key: str | None = Field(None, description="of this source; null: `data.caption_key`")
+
+
+class Data(ConfigSection):
+    train: list[DataSource] = Field([], description="sources of training pairs, at least one")
+    caption_key: str | None = Field(
+        None, description="key of the sample's `.json` that holds the caption; null: its `.txt`"
+    )
+    augment: Literal["train", "none"] = Field(
+        "train", description="random resized crop; none: evaluation transform, first caption"
+    )
+    augment_options: dict[str, Any] = Field(
+        {}, description="OpenCLIP's aug_cfg: scale, ratio, color_jitter, gray_scale..."
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, strict=False, description="mean of each colour; null: of `init.from`, else OpenAI's"
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        None, strict=False, description="deviation of each; null: of `init.from`, else OpenAI's"
+    )
+    interpolation: Literal["bicubic", "bilinear"] | None = Field(
+        None, description="how pictures are resized; null: of `init.from`, else bicubic"
+    )
+    resize_mode: Literal["shortest", "longest", "squash"] | None = Field(
+        None, description="side to fit in evaluation; null: of `init.from`, else shortest"
+    )
+    tokenizer: str | None = Field(
+        None, description="openclip, or a folder; null: of the model or beside `init.from`"
+    )
+    workers: int = Field(4, ge=0, description="processes that read and decode, a rank")
+    prefetch: int = Field(2, ge=1, description="batches that each worker keeps ready")
+    worker_patience: float = Field(
+        25.0, gt=0, description="seconds that a worker may take over one sample before it is stuck"
+    )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the "
+        "crop does not need more; pixels differ a little from OpenCLIP's",
+    )
+    cache: str | Annotated[int, Field(ge=1)] = Field(
+        "32GB", description="most that is kept of shards at addresses, on each machine"
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="end the run when more of the samples cannot be decoded"
+    )
+
+
+class Checkpoint(ConfigSection):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int | None = Field(3, ge=1, description="how many of the newest to keep; null: all")
+
+
+class ZeroShot(ConfigSection):
+    shards: Shards = Field(description="pictures with the number of their class as `.cls`")
+    classes: str = Field(description="file with one class name a line; line 0 is class 0")
+    templates: str | None = Field(
+        None,
+        description="file with one prompt a line and {} in it, or openai; null: a short list",
+    )
+
+
+class Evaluate(ConfigSection):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
+    loss: Shards | None = Field(None, description="held-out shards for the loss")
+    retrieval: Shards | None = Field(None, description="held-out shards for recall")
+    zero_shot: ZeroShot | None = Field(None, description="held-out shards for classification")
+    batch: int = Field(64, ge=1, description="pictures or texts that one rank encodes at once")
+
+
+class Log(ConfigSection):
+    every: int = Field(10, ge=1, description="steps between lines of the log")
+    ledger: bool = Field(False, description="write which samples each step has seen")
+
+
+class Config(ConfigSection):
+    model: Model = Model()
+    init: Init = Init()
+    loss: Loss = Loss()
+    parallel: Parallel = Parallel()
+    batch: Batch = Batch()
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="of weights and activations in the towers; masters are fp32"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward computes again; selective: norms and activation functions; "
+        "full: whole layers",
+    )
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    data: Data = Data()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+    deterministic: bool = Field(
+        False, description="the same bits on every run, on GPU too (slower); CPU runs always are"
+    )
+    seed: int = Field(0, ge=0, description="of weights, data order, augmentation, patch dropout")
+    run_dir: str = Field("runs/demo", description="folder of the run; a run in it is resumed")
+
+    def to_tree(self) -> dict[str, Any]:
+        """All keys by their YAML names, defaults filled in."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """All keys, defaults filled in; `load_config` gives the same `Config` back."""
+        return config_file.write_yaml(self.to_tree())
+
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(size: str | int, key: str = "parallel.memory") -> int:
+    """80GB is 80 × 10⁹ bytes, 80GiB is 80 × 2³⁰, 80 is 80; `key` is where the user wrote it.
+
+    Raises:
+        InputError: `size` is none of these.
+    """
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(size).strip())
+    number, unit = parts.groups() if parts else ("", "")
+    whole = int(float(number or 0) * _UNITS.get(unit, 0))
+    if whole < 1:
+        raise InputError(
+            f"{key} {size} is no size of a memory; write a number and one of "
+            f"{', '.join(filter(None, _UNITS))}, such as 80GB, or bytes"
+        )
+    return whole

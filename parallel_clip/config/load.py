@@ -1,0 +1,144 @@
+"""Read a config file with its overrides and check it; every error names the key and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from parallel_clip.config import file as config_file
+from parallel_clip.config.keys import Config, parse_bytes
+from parallel_clip.config.schema import _field_named, _section_of, describe_type, keys_of, show
+from parallel_clip.errors import InputError
+
+
+def nearest_key(path: str, model: type[BaseModel]) -> str:
+    """The known key or section most like `path`; a known name in the wrong section is found."""
+    leaf = path.rpartition(".")[2]
+    keys = [key.path for key in keys_of(model)]
+    sections = [key.partition(".")[0] for key in keys if "." in key]
+
+    def likeness(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, path, known).ratio()
+        last = difflib.SequenceMatcher(None, leaf, known.rpartition(".")[2]).ratio()
+        return whole + last
+
+    return max(dict.fromkeys(keys + sections), key=likeness)
+
+
+def problems_in(error: ValidationError, model: type[BaseModel], tree: Any) -> list[str]:
+    """Pydantic's errors about `tree`, one plain sentence a key, in the order of the keys."""
+    problems: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        path, field, value = _locate(detail["loc"], model, tree)
+        if field is None:
+            problem = f"unknown key {path}; did you mean {nearest_key(path, model)}?"
+        elif detail["type"] == "missing":
+            problem = f"{path} is missing; expected {describe_type(field)}"
+        else:
+            problem = f"{path} is {show(value)}; expected {describe_type(field)}"
+        problems.setdefault(path, problem)  # each member of a union reports by itself
+    return list(problems.values())
+
+
+def _locate(
+    location: tuple[int | str, ...], model: type[BaseModel], tree: Any
+) -> tuple[str, FieldInfo | None, Any]:
+    """The key that an error is about: its dotted path, its field (None: unknown), its value."""
+    section: type[BaseModel] | None = model
+    field, path, trail = None, "", []
+    value, below = None, tree
+    for step in location:
+        if section is None:  # inside a leaf: a place in a list, or which member of a union failed
+            break
+        trail.append(str(step))
+        if isinstance(step, int) and isinstance(below, list):
+            below = below[step]
+            continue
+        field = _field_named(step, section)
+        path = ".".join(trail)
+        if field is None:
+            return path, None, None
+        value = below = below.get(step)
+        section, _ = _section_of(field.annotation)
+    return path, field, value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, lay the `key=value` overrides over it, and check it.
+
+    Raises:
+        InputError: with every problem that was found.
+    """
+    return config_from_dict(config_file.read_tree(path, overrides))
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Check `tree`, keys by their YAML names, and fill in the defaults.
+
+    Raises:
+        InputError: with every problem that was found.
+    """
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = problems_in(error, Config, tree)
+    else:
+        problems = list(check_consistency(config))
+        if not problems:
+            return config
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    raise InputError("\n- ".join([f"the config has {len(problems)} problems:", *problems]))
+
+
+def check_consistency(config: Config) -> Iterator[str]:
+    """What is wrong between keys that are each right by themselves."""
+    lengths = {k: v for k, v in config.to_tree()["train"].items() if v is not None}
+    if len(lengths) != 1:
+        given = " and ".join(f"train.{key}" for key in lengths) or "none"
+        yield f"give exactly one of train.steps, train.samples and train.epochs; given: {given}"
+    if not config.data.train:
+        yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
+
+    parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline of at "
+            "least 2; it is 1"
+        )
+    if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):
+        yield (
+            f"parallel.memory {parallel.memory} is for parallel.schedule auto with parallel.stash "
+            f"auto, not {parallel.schedule} with {parallel.stash}; leave parallel.memory out"
+        )
+    elif parallel.memory is not None:
+        try:
+            parse_bytes(parallel.memory)
+        except InputError as error:
+            yield str(error)
+    try:
+        parse_bytes(config.data.cache, "data.cache")
+    except InputError as error:
+        yield str(error)
+    if schedule.cooldown and schedule.kind != "wsd":
+        yield f"schedule.cooldown is for schedule.kind wsd, not {schedule.kind}; leave it out"
+    if schedule.min_lr and schedule.kind == "constant":
+        yield "schedule.min_lr is for schedule.kind cosine and wsd, not constant; leave it out"
+    if schedule.min_lr > config.optimizer.lr:
+        yield f"schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
+    steps = config.train.steps
+    if schedule.kind == "wsd" and steps and schedule.warmup + schedule.cooldown > steps:
+        yield (
+            f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
+            f"than train.steps {steps}; shorten one, or train longer"
+        )
+    if evaluate.every and not (evaluate.loss or evaluate.retrieval or evaluate.zero_shot):
+        yield (
+            f"evaluate.every {evaluate.every} has nothing to evaluate; give evaluate.loss, "
+            "evaluate.retrieval or evaluate.zero_shot, or set evaluate.every to 0"
+        )

@@ -1,0 +1,109 @@
+"""The keys of a config model as users write them: their names, types, defaults and errors.
+
+The phrase that says what a key takes is the same in an error message and in the documentation.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+_NOUNS = {bool: "true or false", int: "integer", float: "number", str: "text"}
+_BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key as the documentation shows it; a required key has no default."""
+
+    path: str
+    describe_type: str
+    required: bool
+    default: Any
+    doc: str
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every key of `model` in order.
+
+    A section that is always there gives way to its keys; one that may be null, and a list of
+    sections, come first and are followed by theirs (those of a list under the number 0).
+    """
+    for name, field in model.model_fields.items():
+        path = prefix + (field.alias or name)
+        section, is_list = _section_of(field.annotation)
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        if not isinstance(default, BaseModel):
+            yield Key(
+                path, describe_type(field), field.is_required(), default, field.description or ""
+            )
+        if section is not None:
+            yield from keys_of(section, f"{path}.0." if is_list else f"{path}.")
+
+
+def describe_type(field: FieldInfo) -> str:
+    """What the field accepts, in words: 'integer ≥ 1 or null'."""
+    return _phrase(field.annotation, _bounds(field.metadata))
+
+
+def show(value: Any) -> str:
+    """`value` as it would stand in a config file, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _field_named(name: int | str, model: type[BaseModel]) -> FieldInfo | None:
+    for own_name, field in model.model_fields.items():
+        if name == (field.alias or own_name):
+            return field
+    return None
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The model inside `Model`, `Model | None` or `list[Model]`, and whether it is a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType, list):
+        for member in get_args(annotation):
+            section, is_list = _section_of(member)
+            if section is not None:
+                return section, is_list or origin is list
+    return None, False
+
+
+def _bounds(metadata: list[Any]) -> str:
+    return " and ".join(
+        f"{sign} {getattr(constraint, name):g}"
+        for constraint in metadata
+        for name, sign in _BOUNDS
+        if getattr(constraint, name, None) is not None
+    )
+
+
+def _phrase(annotation: Any, bounds: str = "") -> str:
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _phrase(members[0], _bounds(members[1].metadata))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_phrase(member, bounds) for member in members)
+    if origin is Literal:
+        return "one of " + ", ".join(members) if len(members) > 1 else members[0]
+    if origin is tuple:
+        return f"list of {len(members)}, each {_phrase(members[0])}"
+    if origin is list:
+        return f"list, each {_phrase(members[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        names = (field.alias or name for name, field in annotation.model_fields.items())
+        return f"mapping with {', '.join(names)}"
+    return f"{_NOUNS[annotation]} {bounds}".rstrip()

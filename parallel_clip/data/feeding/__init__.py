@@ -1,0 +1,1 @@
+"""From the order of samples to batches: data sets, loader and workers."""

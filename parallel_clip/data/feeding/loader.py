@@ -1,0 +1,100 @@
+"""From positions of the order to microbatches of tensors, read ahead by worker processes.
+
+Any number of ranks, workers and microbatches gives the same bits: they only cut what
+`training_data.py` has at each position.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from parallel_clip.data.feeding.training_data import Microbatch, TrainingData
+from parallel_clip.data.feeding.workers import read_ahead
+
+if TYPE_CHECKING:
+    pass
+
+
+MAX_PIECE = 256  # samples one worker decodes at a time; larger microbatches are joined of these
+
+
+@dataclass(frozen=True)
+class RankBatchSlice:
+    """Which part of every global batch a data-parallel rank reads, and in what portions."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    ranks: int = 1
+
+    def microbatches(self, step: int) -> list[range]:
+        """The positions of each microbatch of step `step` (from 0)."""
+        per_rank = self.global_batch // self.ranks
+        first = step * self.global_batch + self.rank * per_rank
+        starts = range(first, first + per_rank, self.micro_batch)
+        return [range(start, start + self.micro_batch) for start in starts]
+
+
+class TrainingLoader:
+    """The microbatches of steps [first_step, steps), for one data-parallel rank.
+
+    Iterating starts the workers, which read ahead until the iterator is dropped; it yields a step's
+    list of microbatches at a time. Takes nothing from torch's global generator.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        step_slice: RankBatchSlice,
+        first_step: int,
+        steps: int,
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        patience: float = 25.0,
+    ):
+        self.data = data
+        self.step_slice = step_slice
+        self.first_step = first_step
+        self.steps = steps
+        self._workers = workers
+        self._prefetch = prefetch
+        self._patience = patience
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[Microbatch]]:
+        pin = torch.cuda.is_available()
+        steps = range(self.first_step, self.steps)
+        ranges = (
+            piece
+            for step in steps
+            for positions in self.step_slice.microbatches(step)
+            for piece in _pieces(positions)
+        )
+        pieces = read_ahead(self.data, ranges, self._workers, self._prefetch, pin, self._patience)
+        for step in steps:
+            yield [
+                _join([next(pieces) for _ in _pieces(positions)], pin)
+                for positions in self.step_slice.microbatches(step)
+            ]
+
+
+def _pieces(positions: range) -> list[range]:
+    return [positions[start : start + MAX_PIECE] for start in range(0, len(positions), MAX_PIECE)]
+
+
+def _join(pieces: list[Microbatch], pin: bool) -> Microbatch:
+    if len(pieces) == 1:
+        return pieces[0]
+    joined = Microbatch(
+        torch.cat([piece.images for piece in pieces]),
+        torch.cat([piece.tokens for piece in pieces]),
+        torch.cat([piece.positions for piece in pieces]),
+        [address for piece in pieces for address in piece.addresses],
+        [bad for piece in pieces for bad in piece.bad],
+    )
+    return joined.pin_memory() if pin else joined

@@ -1,0 +1,185 @@
+"""The training pairs at positions of the order: read, decoded, augmented, and replaced where bad.
+
+What stands at a position follows from the seed and the position alone.
+"""
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from parallel_clip.data.feeding.workers import heartbeat, report_progress
+from parallel_clip.data.index.shard_table import ShardTable
+from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
+from parallel_clip.data.order.sample_order import Order, SampleAddress
+from parallel_clip.data.samples.decode import DraftScale, captions_of, decode_picture
+from parallel_clip.data.samples.tokenizer import Tokenizer
+from parallel_clip.data.samples.transforms import Transform, sample_seed, seeded
+from parallel_clip.data.storage.files import OpenFiles
+from parallel_clip.data.storage.remote import RemoteCache
+from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
+from parallel_clip.errors import BadDataError
+
+MAX_SUBSTITUTES = 64  # samples tried in place of a bad one
+RECENT_SHARDS = 1024  # whose samples' places a worker keeps at hand: 80 KB each at 10,000 samples
+
+
+class StoredAddress(NamedTuple):
+    """Where a sample lies: number of its source, path of its shard, key therein."""
+
+    source: int
+    shard: str
+    key: str
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used at a position of the order, and why."""
+
+    position: int
+    source: int
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"sample {self.key} of {self.shard} (position {self.position}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """b pairs on the CPU. `addresses` says what was read at each position: its own sample, or the
+    substitute where `bad` tells of it."""
+
+    images: Tensor  # fp32 [b, 3, H, W]
+    tokens: Tensor  # int64 [b, L]
+    positions: Tensor  # int64 [b]
+    addresses: list[StoredAddress]
+    bad: list[BadSample]
+
+    def pin_memory(self) -> "Microbatch":
+        """The same in page-locked memory, from where copies to a GPU can overlap with its work."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            tokens=self.tokens.pin_memory(),
+            positions=self.positions.pin_memory(),
+        )
+
+
+class TrainingData:
+    """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
+
+    caption_keys: of each source; shrink: how far a picture may be shrunk while it is decoded, None:
+    not at all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ShardTable],
+        order: Order,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        *,
+        any_caption: bool,
+        caption_keys: Sequence[str | None],
+        shrink: DraftScale | None = None,
+        cache: RemoteCache | None = None,
+    ):
+        self.order = order
+        self.sources = sources
+        self._transform = transform
+        self._tokenizer = tokenizer
+        self._any_caption = any_caption
+        self._caption_keys = caption_keys
+        self._shrink = shrink
+        cache = cache or RemoteCache()
+        cache.on_try = heartbeat
+        self._files = ShardFiles(OpenFiles(cache=cache))
+        self._shards = _RecentShards(sources)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.order.samples_per_epoch
+
+    @property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What the order follows from, beside the config: a run goes on where this is alike."""
+        sources = [
+            {
+                "shards": len(shards),
+                "samples": shards.samples,
+                "checksum": zlib.crc32(shards.counts.tobytes()),
+            }
+            for shards in self.sources
+        ]
+        return {"order": ORDER_VERSION, "sources": sources}
+
+    def __getitem__(self, positions: range) -> Microbatch:
+        """Read the pairs at `positions`; BadDataError where no substitute of a bad one is good."""
+        found = self.order.of_positions(np.arange(positions.start, positions.stop))
+        addresses = [SampleAddress(*map(int, address)) for address in zip(*found, strict=True)]
+        pairs = map(self._pair, positions, addresses)
+        images, captions, stored, bad = zip(*pairs, strict=True)
+        return Microbatch(
+            default_collate(images),  # in a worker straight into the memory that it shares
+            self._tokenizer(captions),
+            torch.tensor(positions),
+            list(stored),
+            [sample for sample in bad if sample is not None],
+        )
+
+    def describe_position(self, source: int, shard: int, index: int) -> str:
+        """In words, for people."""
+        return f"sample {index} of {self.sources[source].paths[shard]}"
+
+    def _pair(
+        self, position: int, address: SampleAddress
+    ) -> tuple[Tensor, str, StoredAddress, BadSample | None]:
+        bad = None
+        for attempt in range(MAX_SUBSTITUTES + 1):
+            if attempt:
+                address = self.order.at(self.order.substitute(position, attempt))
+            report_progress(address.source, address.shard, address.index)
+            shard = self._shards.get(address.source, address.shard)
+            try:
+                sample = self._files.read(shard, address.index)
+                captions = captions_of(sample, self._caption_keys[address.source])
+                picture = decode_picture(sample, self._shrink)
+            except BadSampleError as error:
+                bad = bad or BadSample(
+                    position, address.source, shard.path, error.key, error.reason
+                )
+                continue
+            with seeded(sample_seed(self.order.seed, position, "augment")):
+                image = self._transform(picture)
+            choice = sample_seed(self.order.seed, position, "caption") if self._any_caption else 0
+            stored = StoredAddress(address.source, shard.path, sample.key)
+            return image, captions[choice % len(captions)], stored, bad
+        raise BadDataError(
+            f"{bad}; the {MAX_SUBSTITUTES} samples tried in its place are bad too; "
+            "parallel-clip data check names all that are"
+        )
+
+
+class _RecentShards:
+    """Where the samples are of the shards last read from."""
+
+    def __init__(self, sources: Sequence[ShardTable]):
+        self._sources = sources
+        self._found: OrderedDict[tuple[int, int], ShardIndex] = OrderedDict()
+
+    def get(self, source: int, shard: int) -> ShardIndex:
+        key = source, shard
+        if key in self._found:
+            self._found.move_to_end(key)
+        else:
+            self._found[key] = self._sources[source][shard]
+            if len(self._found) > RECENT_SHARDS:
+                self._found.popitem(last=False)
+        return self._found[key]

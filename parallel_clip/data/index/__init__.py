@@ -1,0 +1,1 @@
+"""How many samples each shard has and where they lie."""

@@ -1,0 +1,230 @@
+"""Which sample stands at which position of a run: a pure function of (seed, position).
+
+An epoch is put together in four steps, each of which is computed place by place, so that memory is
+a few numbers a shard and starting takes no time, however many samples there are:
+
+1. All samples of the epoch in a row: each source's, shard after shard, as often as its weight says,
+   then those that its weight's fraction chooses this time.
+2. The row is cut into blocks of consecutive samples, and the blocks are permuted.
+3. What results is cut into streams of equal length. A stretch of `CHUNK` positions of the epoch
+   belongs to the first stream, the next to the second, and so on round and round: neighbours in a
+   batch come from streams far apart, and a rank that works on its part of every batch reads from
+   its part of the streams.
+4. A stream is cut into windows, and the samples of a window are permuted. So a stream reads from
+   `WINDOW / BLOCK` stretches of shards at a time.
+
+Positions run on from epoch to epoch; nothing here knows of ranks, workers or batches, and resuming
+a run is knowing one integer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel_clip.data.order.permutation import key_of, name_to_int, permuted, subkey
+from parallel_clip.errors import InputError
+
+# The order's definition: other values are another order, and a resumed run would not match.
+SHUFFLE_BLOCK = 128  # consecutive samples of a shard that stay near one another
+CHUNK = 128  # consecutive positions of one stream
+MOST_STREAMS = 256
+WINDOW = 4096  # samples of a stream that are shuffled together
+VERSION = 2  # of all that follows; a checkpoint notes it
+
+
+@dataclass(frozen=True)
+class OrderSource:
+    """The samples of each shard, how often each sample comes, and a limit to the first so many."""
+
+    shard_samples: Sequence[int] | np.ndarray
+    weight: float = 1.0
+    samples: int | None = None
+
+
+class SampleAddress(NamedTuple):
+    """A sample's place: source, shard within the source, sample within the shard, from 0 each."""
+
+    source: int
+    shard: int
+    index: int
+    epoch: int
+
+
+class Addresses(NamedTuple):
+    """The same of many samples, int64 [n] each."""
+
+    source: np.ndarray
+    shard: np.ndarray
+    index: np.ndarray
+    epoch: np.ndarray
+
+
+class Order:
+    """The order of all samples of a run. Memory: one integer a shard."""
+
+    def __init__(self, sources: Sequence[OrderSource], seed: int):
+        self.seed = seed
+        self._parts = [SourceEpoch.of(source, number) for number, source in enumerate(sources)]
+        self.source_samples = [part.samples_per_epoch for part in self._parts]
+        self._part_ends = np.cumsum(self.source_samples)
+        self.samples_per_epoch = int(sum(self.source_samples))
+        if self.samples_per_epoch == 0:
+            raise InputError(
+                f"an epoch has no samples: the sources hold {[p.samples for p in self._parts]} at "
+                f"weights {[source.weight for source in sources]}; raise data.train.*.weight or "
+                "data.train.*.samples"
+            )
+        self._streams = ReadStreams.of(self.samples_per_epoch)
+        self._stride = _coprime_near(0.618 * self.samples_per_epoch, self.samples_per_epoch)
+
+    def at(self, position: int) -> SampleAddress:
+        """The sample at `position` (from 0, running on over epochs)."""
+        found = self.of_positions(np.array([position]))
+        return SampleAddress(*(int(part[0]) for part in found))
+
+    def of_positions(self, positions: np.ndarray) -> Addresses:
+        """The samples at many positions, int64 [n]."""
+        positions = np.asarray(positions, np.int64)
+        epochs, places = np.divmod(positions, self.samples_per_epoch)
+        source, shard, index = (np.empty_like(positions) for _ in range(3))
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            row = self._row(int(epoch), places[here])
+            source[here], shard[here], index[here] = self._samples(int(epoch), row)
+        return Addresses(source, shard, index, epochs)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """The position whose sample stands in for a bad one at `position`, at try 1, 2, ...
+
+        In the same epoch, far from `position`, and different at every try below
+        `samples_per_epoch`.
+        """
+        epoch, place = divmod(position, self.samples_per_epoch)
+        place = (place + attempt * self._stride) % self.samples_per_epoch
+        return epoch * self.samples_per_epoch + place
+
+    def _row(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Places in an epoch -> places in the row of all its samples: steps 4, 3 and 2."""
+        stream, within = self._streams.of_places(places)
+        window, start, size = self._streams.windows(stream, within)
+        keys = subkey(subkey(key_of(self.seed, "window", epoch), stream), window)
+        within = start + permuted(within - start, size, keys)
+        blocks = self._streams.starts(stream) + within
+        return _by_blocks(blocks, self.samples_per_epoch, SHUFFLE_BLOCK, self.seed, "blocks", epoch)
+
+    def _samples(self, epoch: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places in the row of all samples -> (source, shard, index): step 1."""
+        source = np.searchsorted(self._part_ends, row, side="right")
+        shard, index = np.empty_like(row), np.empty_like(row)
+        for number in np.unique(source):
+            here, part = source == number, self._parts[number]
+            first = int(self._part_ends[number]) - part.samples_per_epoch
+            shard[here], index[here] = part.find(row[here] - first, self.seed, epoch)
+        return source, shard, index
+
+
+@dataclass(frozen=True)
+class SourceEpoch:
+    """A source's part of an epoch: all its samples so many times, and some once more."""
+
+    number: int
+    starts: np.ndarray  # int64 [shards + 1], of each shard among the samples of the source
+    copies: int
+    extra: int
+
+    @classmethod
+    def of(cls, source: OrderSource, number: int) -> "SourceEpoch":
+        sizes = np.asarray(source.shard_samples, np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        if source.samples is not None:
+            starts = np.minimum(starts, source.samples)
+        samples, copies = int(starts[-1]), math.floor(source.weight)
+        return cls(number, starts, copies, round(source.weight * samples) - copies * samples)
+
+    @property
+    def samples(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.copies * self.samples + self.extra
+
+    def find(self, places: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, index in it) of places among this part's samples of an epoch."""
+        copy, sample = np.divmod(places, self.samples)
+        chosen = copy == self.copies  # by the fraction: the first of a permutation of the epoch's
+        if chosen.any():
+            block = min(SHUFFLE_BLOCK, max(1, self.extra // SHUFFLE_BLOCK))
+            sample[chosen] = _by_blocks(
+                sample[chosen], self.samples, block, seed, "fraction", epoch, self.number
+            )
+        shard = np.searchsorted(self.starts, sample, side="right") - 1
+        return shard, sample - self.starts[shard]
+
+
+@dataclass(frozen=True)
+class ReadStreams:
+    """How an epoch's places are dealt to streams: `rounds` whole rounds of a chunk each, then the
+    places left over, a chunk to each as far as they go."""
+
+    streams: int
+    rounds: int
+    left: int
+
+    @classmethod
+    def of(cls, samples: int) -> "ReadStreams":
+        """So many streams that each has windows to shuffle in: one where samples are few."""
+        most = max(1, samples // (2 * WINDOW))
+        streams = min(MOST_STREAMS, 2 ** (most.bit_length() - 1))
+        rounds, left = divmod(samples, streams * CHUNK)
+        return cls(streams, rounds, left)
+
+    def of_places(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stream of each place, and its place in the stream."""
+        chunk, within = np.divmod(places, CHUNK)
+        turn, stream = np.divmod(chunk, self.streams)
+        return stream, turn * CHUNK + within
+
+    def starts(self, stream: np.ndarray) -> np.ndarray:
+        """The places of all streams before each."""
+        return stream * (self.rounds * CHUNK) + np.minimum(stream * CHUNK, self.left)
+
+    def windows(
+        self, stream: np.ndarray, within: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The window of each place of a stream, and that window's start and size. A stream is cut
+        evenly, so that no window is small."""
+        length = self.starts(stream + 1) - self.starts(stream)
+        count = np.maximum(1, (length + WINDOW // 2) // WINDOW)
+        window = ((within + 1) * count - 1) // length
+        start = window * length // count
+        return window, start, (window + 1) * length // count - start
+
+
+def _by_blocks(places: np.ndarray, size: int, block: int, *name: int | str) -> np.ndarray:
+    """A permutation of range(size) that moves blocks of consecutive numbers as a whole.
+
+    The cut into blocks begins at a random number and goes round, so that each epoch has others. The
+    last block may be short; it stands at a random place among the others.
+    """
+    whole, short = divmod(size, block)
+    key = key_of(*name)
+    turn, at_block = name_to_int(*name, "turn") % size, name_to_int(*name, "short") % (whole + 1)
+    first_of_short = at_block * block
+    in_short = (places >= first_of_short) & (places < first_of_short + short)
+    others = np.where(places < first_of_short, places, places - short)
+    number, within = np.divmod(others, block)
+    number[in_short] = 0  # any that there is
+    cut = permuted(number, max(whole, 1), key) * block + within
+    cut = np.where(in_short, whole * block + places - first_of_short, cut)
+    return (cut + turn) % size
+
+
+def _coprime_near(value: float, number: int) -> int:
+    stride = max(1, int(value))
+    while math.gcd(stride, number) != 1:
+        stride += 1
+    return stride

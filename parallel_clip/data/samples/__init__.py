@@ -1,0 +1,1 @@
+"""From the bytes of a sample to a tensor and tokens."""

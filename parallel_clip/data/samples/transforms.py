@@ -1,0 +1,268 @@
+"""From an RGB picture to the tensor a model sees: OpenCLIP's transforms, to the bit."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torchvision.transforms.functional as F
+from PIL.Image import Image
+from torch import Tensor
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+from parallel_clip.data.order.permutation import name_to_int
+from parallel_clip.data.samples.decode import DraftScale
+from parallel_clip.errors import InputError
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+DEFAULT_SCALE, DEFAULT_RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of the training crop
+
+_CHOICES = {
+    "interpolation": ("bicubic", "bilinear", "random"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
+
+Transform = Callable[[Image], Tensor]  # -> float32 [3, H, W]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pictures become tensors in evaluation. The names are those of OpenCLIP's preprocess_cfg.
+
+    `interpolation` "random" means bicubic here, as it does in OpenCLIP.
+    """
+
+    image_size: tuple[int, int]  # height, width
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = 0  # of what is added around a picture, by "longest" only
+
+    @classmethod
+    def from_openclip(
+        cls, image_size: tuple[int, int], *settings: Mapping[str, Any] | None
+    ) -> "Preprocess":
+        """From preprocess_cfg dicts, later ones first in rank, None and null values left out.
+
+        The size is that of the model, whatever the dicts say, as in OpenCLIP.
+        """
+        merged: dict[str, Any] = {}
+        for setting in settings:
+            merged |= {key: value for key, value in (setting or {}).items() if value is not None}
+        merged.pop("size", None)
+        if merged.pop("mode", "RGB") != "RGB":
+            raise InputError("preprocess_cfg.mode must be RGB: pictures have three colours")
+        for key, value in merged.items():
+            if key in ("mean", "std"):
+                merged[key] = _three_numbers(key, value)
+            elif key in _CHOICES and value not in _CHOICES[key]:
+                raise InputError(f"preprocess_cfg.{key} is {value!r}: expected {_CHOICES[key]}")
+            elif key not in (*_CHOICES, "fill_color"):
+                raise InputError(f"preprocess_cfg.{key} is not supported; remove it")
+        if min(merged.get("std", OPENAI_STD)) <= 0:
+            raise InputError(f"preprocess_cfg.std is {merged['std']}: expected numbers above 0")
+        return cls(image_size, **merged)
+
+    def to_openclip(self) -> dict[str, Any]:
+        """OpenCLIP's preprocess_cfg, ready for JSON."""
+        height, width = self.image_size
+        return {
+            "size": height if height == width else [height, width],
+            "mode": "RGB",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "resize_mode": self.resize_mode,
+            "fill_color": self.fill_color,
+        }
+
+
+def evaluation_transform(preprocess: Preprocess) -> Transform:
+    """Resize and crop to the middle, the same for every call."""
+    bilinear = preprocess.interpolation == "bilinear"
+    interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+    size = list(preprocess.image_size)
+    square = size[0] == size[1]
+    if preprocess.resize_mode == "squash":
+        steps = [T.Resize(size, interpolation)]
+    elif preprocess.resize_mode == "longest":
+        steps = [
+            partial(_resize_to_fit, size, max, interpolation),
+            partial(_pad, size, preprocess.fill_color),
+            T.CenterCrop(size),
+        ]
+    elif square:
+        steps = [T.Resize(size[0], interpolation), T.CenterCrop(size)]
+    else:
+        # OpenCLIP resizes to a size that is not square with bicubic, whatever is asked.
+        steps = [
+            partial(_resize_to_fit, size, min, InterpolationMode.BICUBIC),
+            T.CenterCrop(size),
+        ]
+    return T.Compose([*steps, *_to_tensor(preprocess)])
+
+
+def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Transform:
+    """A random crop, resized, with colour jitter and grey pictures where `options` ask for them.
+
+    `options` are those of OpenCLIP's aug_cfg that it has without timm: scale, ratio, color_jitter
+    (brightness, contrast, saturation, hue) with color_jitter_prob, gray_scale_prob. Its training
+    crop is always bicubic. Draws from torch's and Python's global generators: see `seeded`.
+    """
+    options = _augment_options(options)
+    steps: list[Callable] = [
+        T.RandomResizedCrop(
+            preprocess.image_size,
+            scale=options.get("scale", DEFAULT_SCALE),
+            ratio=options.get("ratio", DEFAULT_RATIO),
+            interpolation=InterpolationMode.BICUBIC,
+        )
+    ]
+    if "color_jitter" in options:
+        try:
+            jitter = T.ColorJitter(*options["color_jitter"])
+        except ValueError as error:
+            raise InputError(f"data.augment_options.color_jitter: {error}") from None
+        steps.append(partial(_sometimes, options["color_jitter_prob"], jitter))
+    if "gray_scale_prob" in options:
+        grey = T.Grayscale(num_output_channels=3)
+        steps.append(partial(_sometimes, options["gray_scale_prob"], grey))
+    return T.Compose([*steps, *_to_tensor(preprocess)])
+
+
+def evaluation_shrink(preprocess: Preprocess) -> DraftScale:
+    """What part of a picture's width and height the evaluation transform makes use of."""
+    height, width = preprocess.image_size
+    fit = max if preprocess.resize_mode != "longest" else min
+    return lambda w, h: fit(width / w, height / h)
+
+
+def training_shrink(preprocess: Preprocess, options: Mapping[str, Any]) -> DraftScale:
+    """What part of a picture's width and height is enough for the smallest crop that
+    `training_transform` may take."""
+    options = _augment_options(options)
+    smallest = options.get("scale", DEFAULT_SCALE)[0]
+    narrowest, widest = options.get("ratio", DEFAULT_RATIO)
+    height, width = preprocess.image_size
+
+    def shrink(w: int, h: int) -> float:
+        area = smallest * w * h
+        crop = min(w, math.sqrt(area * narrowest)), min(h, math.sqrt(area / widest))
+        return max(width / crop[0], height / crop[1])
+
+    return shrink
+
+
+def sample_seed(seed: int, position: int, purpose: str) -> int:
+    """64 random bits for one purpose at one position of the order."""
+    return name_to_int(seed, purpose, position) % 2**64
+
+
+@contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Torch's CPU generator and Python's `random` start from `number`, and are then put back."""
+    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
+    random.seed(number)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.default_generator.set_state(torch_state)
+
+
+def _resize_to_fit(
+    size: list[int], fit: Callable, interpolation: InterpolationMode, picture: Image
+) -> Image:
+    """Resize, keeping the shape, so that the longest (`fit` max) or shortest (min) side fits."""
+    ratio = fit(picture.height / size[0], picture.width / size[1])
+    resized = [max(1, round(side / ratio)) for side in (picture.height, picture.width)]
+    return F.resize(picture, resized, interpolation)
+
+
+def _pad(size: list[int], fill: int, picture: Image) -> Image:
+    """Fill up around the picture to at least `size`."""
+    more_height = max(0, size[0] - picture.height)
+    more_width = max(0, size[1] - picture.width)
+    left_top_right_bottom = [
+        more_width // 2,
+        more_height // 2,
+        (more_width + 1) // 2,
+        (more_height + 1) // 2,
+    ]
+    return F.pad(picture, left_top_right_bottom, fill=fill)
+
+
+def _sometimes(probability: float, transform: Callable[[Image], Image], picture: Image) -> Image:
+    # Python's generator draws whether, torch's draws how much: as in OpenCLIP.
+    return transform(picture) if random.random() < probability else picture
+
+
+def _to_rgb(picture: Image) -> Image:
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _to_tensor(preprocess: Preprocess) -> list[Callable]:
+    # In place: a tensor that was just made has no other reader.
+    return [_to_rgb, T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std, inplace=True)]
+
+
+def _augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are set, checked."""
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in ("use_timm", "re_prob", "re_count"):
+        if given.pop(key, None):
+            raise InputError(f"data.augment_options.{key} is not supported: leave it out")
+    known = {
+        "scale": 2,
+        "ratio": 2,
+        "color_jitter": 4,
+        "color_jitter_prob": 0,
+        "gray_scale_prob": 0,
+    }
+    for key, value in given.items():
+        if key not in known:
+            raise InputError(
+                f"data.augment_options.{key} is not supported; there are {', '.join(known)}"
+            )
+        if known[key]:
+            given[key] = _numbers(f"data.augment_options.{key}", value, known[key])
+        elif not _is_number(value) or not 0 <= value <= 1:
+            raise InputError(f"data.augment_options.{key} is {value!r}: expected 0 to 1")
+    for key in ("scale", "ratio"):
+        low, high = given.get(key, (1, 1))
+        if not 0 < low <= high:
+            raise InputError(f"data.augment_options.{key} is [{low}, {high}]: expected 0 < a <= b")
+    given = {key: value for key, value in given.items() if value != 0}
+    if ("color_jitter" in given) != ("color_jitter_prob" in given):
+        raise InputError(
+            "data.augment_options: color_jitter (four numbers: brightness, contrast, saturation, "
+            "hue) and color_jitter_prob go together; give both or neither"
+        )
+    return given
+
+
+def _three_numbers(key: str, value: Any) -> tuple[float, ...]:
+    return (float(value),) * 3 if _is_number(value) else _numbers(f"preprocess_cfg.{key}", value, 3)
+
+
+def _numbers(key: str, value: Any, count: int) -> tuple[float, ...]:
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != count
+        or not all(map(_is_number, value))
+    ):
+        raise InputError(f"{key} is {value!r}: expected {count} numbers")
+    return tuple(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""The bytes of shards: files and addresses, tar headers, samples."""

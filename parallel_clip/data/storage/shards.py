@@ -1,0 +1,230 @@
+"""WebDataset shards: where the samples of one are, and reading a sample.
+
+A sample is a run of files with one key: the path up to the first dot of the file's name. The rest
+of the name, in lower case, says what the file is: `jpg`, `txt`, `json`, `cls`, ...
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel_clip.data.storage.files import File, OpenFiles, open_file
+from parallel_clip.data.storage.remote import RemoteCache
+from parallel_clip.data.storage.tar import Read, TarError, members
+from parallel_clip.errors import InputError
+
+MAX_SAMPLE_BYTES = 128 * 2**20  # of all files of a sample together
+TAR_BLOCK = 512  # of a tar: samples begin at multiples of it
+REPEATED = 0  # in place of a checksum: an earlier sample of the shard has the same key
+
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+class BadSampleError(Exception):
+    """A sample cannot be used; `key` tells its number where not even that could be read."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of a shard are: sample i is the blocks [bounds[i], bounds[i + 1]) of 512
+    bytes, and `checksums[i]` is that of its headers, or REPEATED."""
+
+    path: str
+    bytes: int
+    bounds: np.ndarray  # uint32 [samples + 1]
+    checksums: np.ndarray  # uint32 [samples]
+
+    @property
+    def samples(self) -> int:
+        return len(self.checksums)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """The bytes of a sample: begin and end."""
+        return int(self.bounds[index]) * TAR_BLOCK, int(self.bounds[index + 1]) * TAR_BLOCK
+
+    @property
+    def table_checksum(self) -> int:
+        """That of all of the above but the path."""
+        return zlib.crc32(self.checksums.tobytes(), zlib.crc32(self.bounds.tobytes(), self.bytes))
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as it lies in its shard: the contents of its files by extension."""
+
+    key: str
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What reading the headers of a shard found: its whole samples, and why it went no further
+    (None: it came to the end), with the key at which that was."""
+
+    index: ShardIndex
+    damage: str | None = None
+    key: str | None = None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's (key, extension); None for a file of no sample (hidden, `__meta__`, no dot)."""
+    match = _NAME.fullmatch(name)
+    if match is None or _META.match(name):
+        return None
+    return match[1], match[2].lower()
+
+
+def scan_shard(path: str, cache: RemoteCache | None = None) -> ShardIndex:
+    """The index of a shard, by reading its headers; InputError if it is cut off or empty."""
+    scan = scan_headers(path, cache)
+    if scan.damage is not None:
+        whole = f" ({scan.index.samples:,} samples before that are whole)" if scan.key else ""
+        raise InputError(
+            f"shard {path} is not whole: {scan.damage}{whole}; fetch or write it again, or leave "
+            "it out"
+        )
+    return scan.index
+
+
+def scan_headers(path: str, cache: RemoteCache | None = None) -> Scan:
+    """The same of a shard that may be damaged. InputError where it cannot be read at all."""
+    try:
+        file = open_file(path, cache)
+    except OSError as error:
+        raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
+    found = _Found()
+    damage = None
+    try:
+        if file.size == 0:
+            raise TarError("it is empty (0 bytes)")
+        if file.read(2, 0) == b"\x1f\x8b":
+            raise TarError("it is compressed; shards are read in place, so gunzip it")
+        for member in members(file.read, file.size):
+            name = split_name(member.name)
+            if name is not None:
+                found.add(name[0], member.header, member.end, member.checksum)
+        if not found.checksums:
+            raise TarError("it holds no samples (no file named KEY.EXTENSION)")
+    except OSError as error:
+        raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
+    except TarError as error:
+        damage = str(error)
+        found.drop_last()
+    finally:
+        file.close()
+    index = ShardIndex(path, file.size, *found.arrays())
+    return Scan(index, damage, None if damage is None else found.key)
+
+
+class _Found:
+    """The samples of a shard, file by file."""
+
+    def __init__(self):
+        self.starts: list[int] = []
+        self.checksums: list[int] = []
+        self.key: str | None = None  # of the sample that is being read
+        self._end = 0
+        self._keys: set[str] = set()
+
+    def add(self, key: str, header: int, end: int, checksum: int) -> None:
+        if key != self.key:
+            self.key = key
+            self.starts.append(header)
+            self.checksums.append(REPEATED if key in self._keys else _SEED)
+            self._keys.add(key)
+        if self.checksums[-1] != REPEATED:
+            self.checksums[-1] = _with_member(self.checksums[-1], checksum)
+        self._end = end
+
+    def drop_last(self) -> None:
+        """The sample that is being read cannot be told to be whole."""
+        if self.starts:
+            self._end = self.starts.pop()
+            self.checksums.pop()
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        bounds = np.array([*self.starts, self._end], np.int64) // TAR_BLOCK
+        return bounds.astype(np.uint32), np.array(self.checksums, np.uint32)
+
+
+_SEED = 1
+
+
+def _with_member(checksum: int, member: int) -> int:
+    """The checksum of a sample's headers with those of one more file; never REPEATED."""
+    return zlib.crc32(member.to_bytes(4, "little"), checksum) or _SEED
+
+
+class ShardFiles:
+    """Reads samples."""
+
+    def __init__(self, files: OpenFiles | None = None):
+        self._files = files or OpenFiles()
+
+    def read(self, shard: ShardIndex, index: int) -> StoredSample:
+        """Sample `index` of a shard, by one read.
+
+        Raises BadSampleError if the sample is not what the index knows or larger than
+        MAX_SAMPLE_BYTES, OSError if the file system fails: a sample is bad only for what it is, or
+        runs would differ by chance.
+        """
+        start, end = shard.span(index)
+        file = self._files.get(shard.path, shard.bytes)
+        if not 0 < end - start <= MAX_SAMPLE_BYTES:
+            reason = f"{end - start:,} bytes, at most {MAX_SAMPLE_BYTES:,} are read"
+            raise BadSampleError(_first_key(file, shard, index), reason)
+        if shard.checksums[index] == REPEATED:
+            reason = "its key stands twice in the shard"
+            raise BadSampleError(_first_key(file, shard, index), reason)
+        data = file.read(end - start, start)
+        key, files, checksum = "", {}, _SEED
+        try:
+            for member in members(_slicer(data), len(data), end_mark=False):
+                name = split_name(member.name)
+                if name is None:
+                    continue
+                if key and name[0] != key:
+                    raise TarError(f"a file of {name[0]} where one of {key} was")
+                key = name[0]
+                if name[1] in files:
+                    raise TarError(f"two files .{name[1]}")
+                files[name[1]] = data[member.offset : member.offset + member.size]
+                checksum = _with_member(checksum, member.checksum)
+            if len(data) < end - start:
+                raise TarError("the shard has become shorter since it was indexed")
+            if checksum != shard.checksums[index]:
+                raise TarError("other files are here than when it was indexed")
+        except TarError as error:
+            reason = f"damaged in the shard: {error}"
+            raise BadSampleError(key or _number(index), reason) from None
+        return StoredSample(key, files)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def _first_key(file: File, shard: ShardIndex, index: int) -> str:
+    start, end = shard.span(index)
+    try:
+        first = next(members(lambda n, at: file.read(n, start + at), end - start, end_mark=False))
+    except (TarError, StopIteration):
+        return _number(index)
+    return (split_name(first.name) or (_number(index),))[0]
+
+
+def _number(index: int) -> str:
+    return f"number {index}"
+
+
+def _slicer(data: bytes) -> Read:
+    return lambda size, offset: data[offset : offset + size]

@@ -1,0 +1,1 @@
+"""`parallel-clip data check` and `pack`."""

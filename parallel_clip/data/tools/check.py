@@ -1,0 +1,116 @@
+"""Finding what is bad in shards before a run meets it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from parallel_clip.data.feeding.open import BadItem
+from parallel_clip.data.index.shard_table import load_saved_indexes
+from parallel_clip.data.samples.decode import captions_of, decode_picture
+from parallel_clip.data.storage.patterns import expand_shards, require_files
+from parallel_clip.data.storage.processes import parallel_map
+from parallel_clip.data.storage.progress import Print, show_progress
+from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex, scan_headers
+from parallel_clip.errors import InputError
+
+
+@dataclass
+class CheckReport:
+    """What `decode_all_shards` found.
+
+    samples: those that were found, broken ones included. sides and caption_bytes: how many pictures
+    have a shorter side, and captions a length, of at least 2^k pixels or bytes and below 2^(k + 1).
+    """
+
+    shards: int = 0
+    samples: int = 0
+    captions: int = 0
+    broken: list[BadItem] = field(default_factory=list)
+    sides: Counter[int] = field(default_factory=Counter)
+    caption_bytes: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: CheckReport) -> None:
+        self.shards += other.shards
+        self.samples += other.samples
+        self.captions += other.captions
+        self.broken += other.broken
+        self.sides += other.sides
+        self.caption_bytes += other.caption_bytes
+
+
+def decode_all_shards(
+    patterns: str | Sequence[str],
+    say: Print = print,
+    *,
+    caption_key: str | None = None,
+    workers: int = 1,
+) -> CheckReport:
+    """Read and decode every picture and caption, by `workers` processes.
+
+    Goes on behind broken samples and broken shards. Where a shard has an index that knows other
+    samples than are there, that is said, and the samples it knows are read. InputError only where
+    shards are missing.
+    """
+    paths = expand_shards(patterns)
+    require_files(paths)
+    known = load_saved_indexes(paths, say)
+    check = partial(_check_known, caption_key=caption_key)
+    jobs = [(path, known.get(path)) for path in paths]
+    total = CheckReport()
+    for report in show_progress(parallel_map(check, jobs, workers), len(paths), "checked", say):
+        total.add(report)
+    return total
+
+
+def check_shard(
+    path: str, known: ShardIndex | None = None, caption_key: str | None = None
+) -> CheckReport:
+    """The same for one shard; known: its saved index."""
+    report = CheckReport(1)
+    try:
+        scan = scan_headers(path)
+    except InputError as error:
+        report.broken.append(BadItem(path, None, str(error)))
+        return report
+    shard = scan.index
+    if known is not None and known.table_checksum != shard.table_checksum:
+        reason = (
+            f"shard {path} is not as it was when it was indexed (if that is meant: parallel-clip "
+            "data index)"
+        )
+        if scan.damage is not None:
+            reason += f": {scan.damage}"
+        report.broken.append(BadItem(path, None, reason))
+        shard = known
+    elif scan.damage is not None:
+        reason = f"shard {path} is not whole: {scan.damage}; nothing behind that can be read"
+        report.broken.append(BadItem(path, None, reason))
+        if scan.key is not None:
+            reason = "the shard breaks off, or is damaged, in this sample or behind it"
+            report.broken.append(BadItem(path, scan.key, reason))
+    report.samples = shard.samples
+    files = ShardFiles()
+    for index in range(shard.samples):
+        try:
+            sample = files.read(shard, index)
+            captions = captions_of(sample, caption_key)
+            picture = decode_picture(sample)
+        except BadSampleError as error:
+            report.broken.append(BadItem(path, error.key, error.reason))
+            continue
+        report.captions += len(captions)
+        report.sides[_power(min(picture.size))] += 1
+        report.caption_bytes.update(_power(len(caption.encode())) for caption in captions)
+    files.close()
+    return report
+
+
+def _check_known(job: tuple[str, ShardIndex | None], caption_key: str | None) -> CheckReport:
+    return check_shard(*job, caption_key)
+
+
+def _power(number: int) -> int:
+    return max(number, 1).bit_length() - 1

@@ -1,0 +1,52 @@
+"""What `data check` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel_clip.data.tools.check import CheckReport
+
+_BAR = 40  # characters of the longest
+
+
+def print_report(report: CheckReport, console: Console | None = None) -> None:
+    """What is broken, a line each, then how large pictures and how long captions are."""
+    for broken in report.broken:
+        print(broken)
+    console = console or Console()
+    for title, counts in (
+        ("shorter side of pictures, pixels", report.sides),
+        (f"length of {report.captions:,} captions, bytes", report.caption_bytes),
+    ):
+        if counts:
+            console.print(_histogram(title, counts))
+    broken = len(report.broken)
+    print(f"{report.shards:,} shards, {report.samples:,} samples, {broken:,} broken")
+
+
+def report_tree(report: CheckReport) -> dict[str, Any]:
+    """The same, ready for JSON; histograms by the least number of each class."""
+    return {
+        "shards": report.shards,
+        "samples": report.samples,
+        "captions": report.captions,
+        "broken": [vars(broken) for broken in report.broken],
+        "shorter_side_pixels": {2**power: n for power, n in sorted(report.sides.items())},
+        "caption_bytes": {2**power: n for power, n in sorted(report.caption_bytes.items())},
+    }
+
+
+def _histogram(title: str, counts: Counter[int]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    most = max(counts.values())
+    for power in range(min(counts), max(counts) + 1):
+        count = counts[power]
+        bar = "█" * -(-_BAR * count // most)
+        table.add_row(f"{2**power:,} to {2 ** (power + 1) - 1:,}", f"{count:,}", bar)
+    return table

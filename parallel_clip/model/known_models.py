@@ -1,0 +1,212 @@
+"""The models that are known by name: the 45 configs of OpenCLIP 3.3.0 that are a plain vision
+transformer with OpenCLIP's own text transformer.
+
+Facts only, in three steps: sizes, variants, models. `model_config` puts them together in OpenCLIP's
+JSON form, key for key what OpenCLIP has in its file of that name.
+"""
+
+import json
+import math
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parallel_clip.errors import InputError
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.openclip_json import architecture_from_json
+
+
+def known_names() -> list[str]:
+    """The models known by name, small to large."""
+    return list(MODELS)
+
+
+def load_architecture(name_or_path: str) -> Architecture:
+    """A model by its OpenCLIP name, or from a JSON file in OpenCLIP's model-config format.
+
+    The file may also be an `open_clip_config.json`, which has the model config under "model_cfg".
+    Raises InputError for an unknown name, a file that cannot be read, or a model not built here.
+    """
+    name = name_or_path.replace("/", "-")
+    if name in MODELS:
+        return architecture_from_json(model_config(name), name)
+    path = Path(name_or_path)
+    if path.suffix == ".json" or path.is_file():
+        return _read_file(path)
+    lower_names = {known.lower(): known for known in MODELS}
+    nearest = [lower_names[n] for n in get_close_matches(name.lower(), lower_names, 3, cutoff=0.0)]
+    raise InputError(
+        f"model.name {name_or_path!r} is neither one of the {len(MODELS)} known models (nearest: "
+        f"{', '.join(nearest)}) nor a JSON file in OpenCLIP's model-config format"
+    )
+
+
+def with_logit_defaults(architecture: Architecture, kind: str) -> Architecture:
+    """The model as a loss needs it: with "sigmoid" it has a bias, and starts at scale ln 10 and
+    bias -10 (Zhai et al., arXiv 2303.15343) where its JSON does not say otherwise."""
+    if kind != "sigmoid":
+        return architecture
+    defaults = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    given = {key: value for key, value in architecture.json.items() if value is not None}
+    return architecture_from_json({**defaults, **given}, architecture.name)
+
+
+def _read_file(path: Path) -> Architecture:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model config {str(path)!r} cannot be read as JSON: {error}") from error
+    if isinstance(config, dict) and "model_cfg" in config:
+        config = config["model_cfg"]
+    # Every OpenCLIP checkpoint's file has the same name; its folder's name says which model it is.
+    name = path.resolve().parent.name if path.stem == "open_clip_config" else path.stem
+    return architecture_from_json(config, name)
+
+
+class Size(NamedTuple):
+    """Widths and depths of both towers. Text heads are always 64 wide, and `embed_dim` is always
+    the width of the text tower."""
+
+    width: int
+    layers: int
+    text_width: int
+    text_layers: int
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+
+
+class Variant(NamedTuple):
+    """What a variant adds to the three objects of the JSON."""
+
+    model: dict[str, Any] = {}
+    vision: dict[str, Any] = {}
+    text: dict[str, Any] = {}
+
+
+SIZES = {
+    "S": Size(384, 12, 384, 12),
+    "S-alt": Size(384, 12, 256, 10),
+    "M": Size(512, 12, 512, 12),
+    "M-alt": Size(512, 12, 384, 12),
+    "B": Size(768, 12, 512, 12),
+    "B-plus": Size(896, 12, 640, 12),
+    "L": Size(1024, 24, 768, 12),
+    "H": Size(1280, 32, 1024, 24, head_width=80),
+    "g": Size(1408, 40, 1024, 24, head_width=88, mlp_ratio=4.3637),
+    "bigG": Size(1664, 48, 1280, 32, head_width=104, mlp_ratio=4.9231),
+    "e": Size(1792, 56, 1280, 36, head_width=112, mlp_ratio=8.5715),
+}
+
+VARIANTS = {
+    "quickgelu": Variant(model={"quick_gelu": True}),
+    "layer-scale": Variant(vision={"ls_init_value": 1e-4}),
+    "CLIPA": Variant(
+        vision={"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        text={
+            "context_length": 32,
+            "vocab_size": 32000,
+            "hf_tokenizer_name": "bert-base-uncased",
+            "tokenizer_kwargs": {"strip_sep_token": True},
+            "pool_type": "last",
+            "no_causal_mask": True,
+        },
+    ),
+    "mt5": Variant(
+        text={
+            "vocab_size": 250100,
+            "hf_tokenizer_name": "google/mt5-base",
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "pool_type": "eos",
+            "eos_id": 1,
+        }
+    ),
+    "xlm-v": Variant(
+        text={
+            "vocab_size": 901629,
+            "hf_tokenizer_name": "facebook/xlm-v-base",
+            "pool_type": "eos",
+            "eos_id": 2,
+        }
+    ),
+}
+
+#   name                              size      patch  image  variants
+MODELS = {
+    "ViT-S-32":                     ("S",         32,   224),
+    "ViT-S-32-alt":                 ("S-alt",     32,   224),
+    "ViT-S-16":                     ("S",         16,   224),
+    "ViT-S-16-alt":                 ("S-alt",     16,   224),
+    "ViT-M-32":                     ("M",         32,   224),
+    "ViT-M-32-alt":                 ("M-alt",     32,   224),
+    "ViT-M-16":                     ("M",         16,   224),
+    "ViT-M-16-alt":                 ("M-alt",     16,   224,  "layer-scale"),
+    "ViT-B-32":                     ("B",         32,   224),
+    "ViT-B-32-256":                 ("B",         32,   256),
+    "ViT-B-32-quickgelu":           ("B",         32,   224,  "quickgelu"),
+    "ViT-B-32-plus-256":            ("B-plus",    32,   256),
+    "ViT-B-16":                     ("B",         16,   224),
+    "ViT-B-16-quickgelu":           ("B",         16,   224,  "quickgelu"),
+    "ViT-B-16-plus":                ("B-plus",    16,   224),
+    "ViT-B-16-plus-240":            ("B-plus",    16,   240),
+    "ViT-L-16":                     ("L",         16,   224),
+    "ViT-L-16-320":                 ("L",         16,   320),
+    "ViT-L-14":                     ("L",         14,   224),
+    "ViT-L-14-280":                 ("L",         14,   280),
+    "ViT-L-14-336":                 ("L",         14,   336),
+    "ViT-L-14-quickgelu":           ("L",         14,   224,  "quickgelu"),
+    "ViT-L-14-336-quickgelu":       ("L",         14,   336,  "quickgelu"),
+    "ViT-L-14-CLIPA":               ("L",         14,   224,  "CLIPA"),
+    "ViT-L-14-CLIPA-336":           ("L",         14,   336,  "CLIPA"),
+    "ViT-L-14-worldwide":           ("L",         14,   224,  "mt5"),
+    "ViT-L-14-worldwide-quickgelu": ("L",         14,   224,  "mt5", "quickgelu"),
+    "ViT-H-16":                     ("H",         16,   224),
+    "ViT-H-14":                     ("H",         14,   224),
+    "ViT-H-14-378":                 ("H",         14,   378),
+    "ViT-H-14-quickgelu":           ("H",         14,   224,  "quickgelu"),
+    "ViT-H-14-378-quickgelu":       ("H",         14,   378,  "quickgelu"),
+    "ViT-H-14-CLIPA":               ("H",         14,   224,  "CLIPA"),
+    "ViT-H-14-CLIPA-336":           ("H",         14,   336,  "CLIPA"),
+    "ViT-H-14-worldwide":           ("H",         14,   224,  "xlm-v"),
+    "ViT-H-14-worldwide-378":       ("H",         14,   378,  "xlm-v"),
+    "ViT-H-14-worldwide-quickgelu": ("H",         14,   224,  "xlm-v", "quickgelu"),
+    "ViT-g-14":                     ("g",         14,   224),
+    "ViT-bigG-14":                  ("bigG",      14,   224),
+    "ViT-bigG-14-quickgelu":        ("bigG",      14,   224,  "quickgelu"),
+    "ViT-bigG-14-CLIPA":            ("bigG",      14,   224,  "CLIPA"),
+    "ViT-bigG-14-CLIPA-336":        ("bigG",      14,   336,  "CLIPA"),
+    "ViT-bigG-14-worldwide":        ("bigG",      14,   224,  "xlm-v"),
+    "ViT-bigG-14-worldwide-378":    ("bigG",      14,   378,  "xlm-v"),
+    "ViT-e-14":                     ("e",         14,   224),
+}  # fmt: skip
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The model called `name`, one of `MODELS`, as OpenCLIP's JSON has it; a new dict each time."""
+    size_name, patch_size, image_size, *variant_names = MODELS[name]
+    size = SIZES[size_name]
+    config: dict[str, Any] = {
+        "embed_dim": size.text_width,
+        "vision_cfg": {
+            "image_size": image_size,
+            "layers": size.layers,
+            "width": size.width,
+            "patch_size": patch_size,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": size.text_width,
+            "heads": size.text_width // 64,
+            "layers": size.text_layers,
+        },
+    }
+    for key in ("head_width", "mlp_ratio"):
+        if getattr(size, key) != Size._field_defaults[key]:
+            config["vision_cfg"][key] = getattr(size, key)
+    for variant_name in variant_names:
+        variant = VARIANTS[variant_name]
+        config.update(variant.model)
+        config["vision_cfg"].update(variant.vision)
+        config["text_cfg"].update(variant.text)
+    return deepcopy(config)

@@ -1,0 +1,1 @@
+"""One file a tower: its shape, parameters, costs, embedding, pooling and head."""

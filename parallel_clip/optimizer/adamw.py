@@ -1,0 +1,164 @@
+"""megatron-core's optimizers through one door: AdamW on fp32 masters, split over the data ranks.
+
+Fused Adam from Transformer Engine or Apex is used by megatron-core where one is installed, torch's
+AdamW otherwise. Masters and moments are read and written by parameter, so that a checkpoint does
+not depend on how they are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from torch import Tensor, nn
+
+from parallel_clip.config import Config
+from parallel_clip.model.clip import global_parameters
+from parallel_clip.model.parameters import is_decayed
+from parallel_clip.optimizer import MOMENTS
+
+
+@dataclass(frozen=True)
+class OwnedState:
+    """What this data rank owns of one of its tensors: elements [start, stop) of it, flattened.
+
+    master: fp32 [stop - start]; moments: likewise, or None before the first step.
+    """
+
+    start: int
+    stop: int
+    master: Tensor
+    moments: dict[str, Tensor] | None
+
+
+class Optimizer:
+    """AdamW over a rank's tensors, decayed as OpenCLIP 3.x does."""
+
+    def __init__(self, wrapped: Sequence[DistributedDataParallel], config: Config):
+        settings = config.optimizer
+        self.wrapped = list(wrapped)
+        first = self.wrapped[0]
+        self.weight_decay = settings.weight_decay
+        undecayed = ParamKey(
+            with_name_predicate=ParamWithNamePredicate("undecayed", _undecayed(self.wrapped))
+        )
+        chain = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.betas[0],
+                adam_beta2=settings.betas[1],
+                adam_eps=settings.eps,
+                bf16=config.precision == "bf16",
+                params_dtype=first.module.config.params_dtype,
+                use_distributed_optimizer=first.ddp_config.use_distributed_optimizer,
+                # The norm is only computed where it may be clipped; infinity clips nothing.
+                clip_grad=settings.clip_grad_norm or float("inf"),
+            ),
+            self.wrapped,
+            config_overrides={undecayed: {"wd_mult": 0.0}},
+            use_gloo_process_groups=False,
+        )
+        (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
+        self._adam: torch.optim.Optimizer = self._megatron.optimizer
+        if isinstance(self._adam, torch.optim.AdamW):
+            for group in self._adam.param_groups:
+                group["fused"] = True  # one pass over memory, not ten
+        # Whether masters and moments are split over the data ranks (ZeRO-1).
+        self.splits_state = isinstance(self._megatron, DistributedOptimizer)
+        if self.splits_state:
+            self._owned_masters = _masters_by_tensor(self._megatron)
+
+    def zero_grad(self) -> None:
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
+        self._megatron.zero_grad()
+
+    def step(self, lr: float) -> float:
+        """Clip and update; the gradient's L2 norm over all ranks, before clipping."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]
+        _, grad_norm, _ = self._megatron.step()
+        return float(grad_norm)
+
+    # ------------------------------------------------------------- masters and moments by tensor
+
+    def owned_state(self, tensor: nn.Parameter) -> OwnedState | None:
+        """None where this data rank owns nothing of `tensor`."""
+        master = self._master(tensor)
+        if master is None:
+            return None
+        start, stop = 0, tensor.numel()
+        if self.splits_state:
+            owned = self._megatron._get_model_param_range_map(tensor)["param"]
+            start, stop = owned.start, owned.end
+        state = self._adam.state.get(master, {})
+        moments = {name: state[name].view(-1) for name in MOMENTS} if state else None
+        return OwnedState(start, stop, master.detach().view(-1), moments)
+
+    @torch.no_grad()
+    def set_weight(self, tensor: nn.Parameter, value: Tensor) -> None:
+        """Set a tensor and its fp32 master; `value` fp32, of the tensor's shape."""
+        tensor.copy_(value)
+        owned = self.owned_state(tensor)
+        if owned is not None:
+            owned.master.copy_(value.reshape(-1)[owned.start : owned.stop])
+
+    @torch.no_grad()
+    def set_moments(self, tensor: nn.Parameter, moments: dict[str, Tensor], step: int) -> None:
+        """Set Adam's moments (fp32, of the tensor's shape) as they were after `step` steps."""
+        owned = self.owned_state(tensor)
+        if owned is None:
+            return
+        master = self._master(tensor)
+        state = self._adam.state[master]
+        for name in MOMENTS:
+            part = moments[name].reshape(-1)[owned.start : owned.stop]
+            state[name] = part.to(master.device, copy=True).view_as(master)
+        if isinstance(self._adam, torch.optim.AdamW):
+            state["step"] = torch.tensor(float(step), device=master.device)
+        else:  # the fused ones count for all parameters together
+            for group in self._adam.param_groups:
+                group["step"] = step
+
+    def _master(self, tensor: nn.Parameter) -> nn.Parameter | None:
+        if self.splits_state:
+            return self._owned_masters.get(tensor)
+        return getattr(tensor, "main_param", tensor)
+
+
+def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Parameter]:
+    """The parts of the masters that this data rank owns.
+
+    Its own `model_param_group_index_map` is not right where a group has fp32 tensors behind bf16
+    ones, as with the logit scale of a second virtual stage: the optimizer puts fp32 ones first.
+    """
+    pairs = [
+        (split.model_float16_groups, split.shard_fp32_from_float16_groups),
+        (split.model_fp32_groups, split.shard_fp32_groups),
+    ]
+    return {
+        tensor: master
+        for model_groups, master_groups in pairs
+        for tensors, masters in zip(model_groups, master_groups, strict=True)
+        for tensor, master in zip(tensors, masters, strict=True)
+    }
+
+
+def _undecayed(wrapped: Sequence[DistributedDataParallel]):
+    parameters = global_parameters([ddp.module for ddp in wrapped])
+    decayed = {id(tensor) for p, tensor in parameters if is_decayed(p.name, p.shape)}
+
+    def predicate(tensor: nn.Parameter, name: str) -> bool:
+        return id(tensor) not in decayed
+
+    return predicate

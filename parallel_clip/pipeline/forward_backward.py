@@ -1,0 +1,241 @@
+"""One optimizer step's forward and backward over its microbatches and pipeline stages.
+
+A contrastive batch cannot be split into microbatches by averaging: the loss needs every embedding.
+So a step makes two passes, both through megatron-core's own schedule:
+
+1. All microbatches forward; the last stage collects their features. The last `stash` of them keep
+   their graphs, the others run without one. Then the loss over the whole global batch, and its
+   gradient with respect to each feature, on the last stage.
+2. All microbatches forward and backward (1F1B), with that gradient. For those that kept their
+   graphs, forward is there already: only their backward runs.
+
+`stash` none is known as gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup", arXiv 2101.06983): one more forward, and the memory of 1F1B. `stash`
+all is a plain step: no extra forward, and the memory of all microbatches. In between, each
+microbatch that keeps its graph saves a forward and costs its activations. The gradient is the same.
+
+m microbatches, b pairs in each, D the embedding width; features are [2, b, D], pictures first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed import ProcessGroup
+
+from parallel_clip.engine.collectives import broadcast_from_last_stage
+from parallel_clip.model.clip import CLIPModel
+from parallel_clip.pipeline.logit_parameters import read_logit_parameters
+from parallel_clip.pipeline.orders import microbatch_group_size
+
+# (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class MicrobatchInputs:
+    """A microbatch on the device: images fp32 [b, 3, height, width] (None but on the first stage),
+    tokens int64 [b, context], kept patches int64 [b, k] (None: all)."""
+
+    images: Tensor | None
+    tokens: Tensor
+    kept: Tensor | None = None
+
+
+class LossReport(NamedTuple):
+    """The loss of the global batch, and how many of this rank's picture and text features, [b, D]
+    each, are not finite; 0-dim on the device."""
+
+    value: Tensor
+    bad_images: Tensor
+    bad_texts: Tensor
+
+
+def forward_backward(
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Sequence[MicrobatchInputs],
+    loss: LossFunction,
+    stash: int,
+    loss_pipeline_group: ProcessGroup | None = None,
+) -> LossReport:
+    """Accumulate the gradient of the global batch's loss in the model.
+
+    chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
+    stash: how many microbatches keep their graphs; helping_stages: the pipeline group, where `loss`
+    expects its other stages to work on it too. Gradients are summed over microbatches in fp32
+    and averaged over data-parallel ranks, as `loss` expects of its caller.
+    What it returns is right on the last stage; elsewhere all is zero.
+    """
+    step = TwoPassStep(chunks, microbatches, loss, stash, loss_pipeline_group)
+    step.first_pass()
+    step.compute_loss()
+    step.second_pass()
+    return step.report
+
+
+class _Graph(NamedTuple):
+    """What backward needs of a forward pass that was run before: where its result begins in the
+    graph, and the message that it began with. The result itself is gone once it has been sent."""
+
+    result: GradientEdge
+    received: Tensor | None
+
+
+class TwoPassStep:
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        microbatches: Sequence[MicrobatchInputs],
+        loss: LossFunction,
+        stash: int,
+        loss_pipeline_group: ProcessGroup | None = None,
+    ):
+        self.chunks = list(chunks)
+        self.microbatches = microbatches
+        self.loss = loss
+        self.loss_pipeline_group = loss_pipeline_group
+        self.first_stashed = len(microbatches) - stash
+        self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
+        self.features: list[Tensor] = []
+        self.report = LossReport(*torch.zeros(3, device=microbatches[0].tokens.device))
+
+    # ------------------------------------------------------------------------------ two passes
+
+    def first_pass(self) -> None:
+        """Fills `features` (on the last stage) and `graphs`."""
+        self.features = self._run(self._forward, forward_only=True)
+
+    def compute_loss(self) -> None:
+        """On the last stage, the loss over all microbatches, and its gradient with respect to
+        each microbatch's features and to the logit parameters. Other stages may do a part of it."""
+        last: CLIPModel = self.chunks[-1].module
+        if not last.stage.is_last and self.loss_pipeline_group is None:
+            return
+        leaves = self._all_features(last).requires_grad_()
+        if self.loss_pipeline_group is not None:
+            logit_scale_and_bias = read_logit_parameters([last], self.loss_pipeline_group)
+        if not last.stage.is_last:  # its part of the gradients goes to the last stage
+            self.loss(leaves[0], leaves[1], *logit_scale_and_bias)
+            return
+        value = self.loss(leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias)
+        self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
+        leaf_grad, *self.logit_grads = torch.autograd.grad(
+            value, [leaves, *self.logit_parameters], materialize_grads=True
+        )
+        self.feature_grads = leaf_grad.split([f.shape[1] for f in self.features], dim=1)
+        bad_images, bad_texts = leaves.detach().isfinite().logical_not().sum(dim=(1, 2)).float()
+        self.report = LossReport(value.detach(), bad_images, bad_texts)
+
+    def _all_features(self, last: CLIPModel) -> Tensor:
+        """[2, m·b, D], on the stages that work on the loss."""
+        tokens = self.microbatches[0].tokens
+        if last.stage.is_last:
+            features = torch.cat(self.features, dim=1)
+        else:
+            pairs = len(tokens) * len(self.microbatches)
+            features = torch.empty(2, pairs, last.architecture.embed_dim, device=tokens.device)
+        if self.loss_pipeline_group is not None:
+            broadcast_from_last_stage(features, self.loss_pipeline_group)
+        return features
+
+    def second_pass(self) -> None:
+        self._run(self._forward_for_backward, forward_only=False)
+
+    def _run(self, forward_step: Callable, forward_only: bool) -> list:
+        count, model = len(self.microbatches), self.chunks[0].module
+        virtual = len(self.chunks) > 1
+        config = model.config
+        if virtual:
+            config.batch_p2p_comm = False  # over gloo, batched messages of several chunks mix up
+            config.virtual_pipeline_model_parallel_size = len(self.chunks)
+            config.microbatch_group_size_per_vp_stage = microbatch_group_size(
+                count, len(model.stages) // len(self.chunks)
+            )
+        length = model.message_length(len(self.microbatches[0].tokens))
+        numbers = [iter(range(count)) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=numbers if virtual else numbers[0],
+            model=self.chunks if virtual else self.chunks[0],
+            num_microbatches=count,
+            # The schedule divides by the tensor size for sequence parallelism. A message has this
+            # rank's tokens already.
+            seq_length=length * (model.tensor_group.size() if config.sequence_parallel else 1),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    # ------------------------------------------------ what the schedule calls for a microbatch
+
+    def _forward(self, numbers: Iterator[int], chunk: DistributedDataParallel):
+        """Pass 1: the result without its graph, which is put aside where it is to be kept."""
+        number = next(numbers)
+        keep = number >= self.first_stashed
+        with torch.set_grad_enabled(keep):  # forward_only alone does not switch autograd off
+            received = chunk.module.received
+            result = self.run_forward(chunk, number)
+        if keep:
+            self.graphs[chunk.module, number] = _Graph(get_gradient_edge(result), received)
+        return result.detach(), lambda features, **_: features
+
+    def _forward_for_backward(self, numbers: Iterator[int], chunk: DistributedDataParallel):
+        """Pass 2: the result with its graph, and how the last stage begins backward."""
+        number = next(numbers)
+        graph = self.graphs.pop((chunk.module, number), None)
+        if graph is None:
+            result = self.run_forward(chunk, number)
+        else:
+            result = self._replay(chunk.module, number, graph)
+        return result, lambda features: (self.surrogate_loss(features, number), {})
+
+    def run_forward(self, chunk: DistributedDataParallel, number: int) -> Tensor:
+        inputs = self.microbatches[number]
+        return chunk(inputs.images, inputs.tokens, inputs.kept)
+
+    def _replay(self, model: CLIPModel, number: int, graph: _Graph) -> Tensor:
+        """A result whose backward is that of pass 1's forward. On the last stage its values are the
+        features; a message's do not matter, as the next stage replays too."""
+        tokens = self.microbatches[number].tokens
+        if model.stage.is_last:
+            values = self.features[number].clone()
+        else:
+            length = model.message_length(len(tokens))
+            values = torch.empty(
+                length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
+            )
+        received = model.pop_input_tensor()
+        if received is None:  # autograd records nothing where no input wants a gradient
+            received = torch.empty(0, requires_grad=True)
+        return _Replay.apply(received, graph, lambda: values)
+
+    def surrogate_loss(self, features: Tensor, number: int) -> Tensor:
+        """A number whose gradient is the loss's. The schedule divides it by m, so the features'
+        part is multiplied by m; the logit parameters' gradient is whole already, and each
+        microbatch adds its share, so that they take part in the data-parallel sum like others."""
+        dot = len(self.microbatches) * (features * self.feature_grads[number]).sum()
+        for parameter, grad in zip(self.logit_parameters, self.logit_grads, strict=True):
+            dot = dot + parameter * grad
+        return dot
+
+
+class _Replay(torch.autograd.Function):
+    """Stands in for a forward pass that was run before and whose graph is still there."""
+
+    @staticmethod
+    def forward(ctx, received: Tensor, graph: _Graph, values: Callable[[], Tensor]) -> Tensor:
+        ctx.graph = graph
+        return values()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        graph, ctx.graph = ctx.graph, None
+        torch.autograd.backward(graph.result, grad)
+        return (None if graph.received is None else graph.received.grad), None, None

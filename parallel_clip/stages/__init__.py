@@ -1,0 +1,1 @@
+"""Which layers of both towers lie on which pipeline stage, and what they cost. No torch."""

@@ -1,0 +1,154 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, and a progress line on rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from parallel_clip.training.run_folder import (
+    BAD_SAMPLES_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step's own values: loss and multiplier as its forward used them, lr as its update did,
+    grad_norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    logit_scale: float
+    logit_bias: float | None
+
+
+class StepTimer:
+    """Means since the last line: seconds a step, seconds of it waiting for data."""
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began = time.perf_counter()
+        self._steps = 0
+        self._data_seconds = 0.0
+
+    def add_step(self, data_seconds: float) -> None:
+        self._steps += 1
+        self._data_seconds += data_seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on steps: a checkpoint, an evaluation."""
+        self._began += seconds
+
+    def read(self, global_batch: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._began
+        means = {
+            "samples_per_second": self._steps * global_batch / elapsed,
+            "step_seconds": elapsed / self._steps,
+            "data_seconds": self._data_seconds / self._steps,
+        }
+        self._restart()
+        return means
+
+
+class MetricsLog:
+    """Rank 0's record of the run. On other ranks there is none."""
+
+    def __init__(self, run_dir: Path, total_steps: int, global_batch: int, resumed_from: int):
+        self._run_dir = run_dir
+        self._total = total_steps
+        self._global_batch = global_batch
+        self._metrics = (run_dir / METRICS_FILE).open("a", buffering=1)
+        self._board = SummaryWriter(
+            str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_from + 1 if resumed_from else None
+        )
+
+    def write_step(
+        self,
+        step: int,
+        record: StepRecord,
+        means: dict[str, float],
+        memory_bytes: int,
+        bad_samples: int,
+        source_samples: list[int],
+    ) -> None:
+        line = {
+            "step": step,
+            "samples_seen": step * self._global_batch,
+            **asdict(record),
+            **means,
+            "memory_bytes": memory_bytes,
+            "bad_samples": bad_samples,
+        }
+        self._metrics.write(json.dumps({**line, "source_samples": source_samples}) + "\n")
+        if len(source_samples) > 1:
+            line |= {f"samples_of_source_{i}": count for i, count in enumerate(source_samples)}
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(f"train/{name}", value, step)
+        print(self._progress_line(step, record, means, bad_samples), flush=True)
+
+    def write_evaluation(self, step: int, results: dict) -> None:
+        with (self._run_dir / EVALUATIONS_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **results}) + "\n")
+        figures = dict(_flat(results))
+        for name, value in figures.items():
+            self._board.add_scalar(f"evaluate/{name}", value, step)
+        # The whole is in the file and on the board; a line shows one figure of each kind.
+        shown = "  ".join(
+            f"{name.partition('/')[2] or name} {value:.4g}"
+            for name, value in figures.items()
+            if name.endswith(("loss", "recall@1", "top1"))
+        )
+        print(f"held out at step {step}: {shown}", flush=True)
+
+    def write_bad_samples(self, step: int, samples: list[dict]) -> None:
+        with (self._run_dir / BAD_SAMPLES_FILE).open("a") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample}) + "\n")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._board.close()
+
+    def _progress_line(
+        self, step: int, record: StepRecord, means: dict[str, float], bad_samples: int
+    ) -> str:
+        left = _duration((self._total - step) * means["step_seconds"])
+        parts = [
+            f"step {step:>{len(str(self._total))}}/{self._total}",
+            f"loss {record.loss:.4f}",
+            f"grad norm {record.grad_norm:.3g}",
+            f"scale {record.logit_scale:.2f}",
+            f"lr {record.lr:.2e}",
+            f"{means['samples_per_second']:.0f} samples/s",
+            f"{left} left",
+        ]
+        if means["data_seconds"] > 0.1 * means["step_seconds"]:
+            parts.append(f"waiting for data {means['data_seconds'] / means['step_seconds']:.0%}")
+        if bad_samples:
+            parts.append(f"{bad_samples} bad samples")
+        return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _flat(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value

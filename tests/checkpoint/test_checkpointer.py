@@ -1,0 +1,132 @@
+"""Checkpoints of real runs: any layout to any other to the last bit."""
+
+import pytest
+import torch
+
+from parallel_clip.checkpoint import commit
+from parallel_clip.checkpoint.pieces import PieceReader
+from parallel_clip.layout import Layout
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import parameter_table
+from tests import reference
+from tests.checkpoint.checkpoint_cases import interrupt, load_and_save, train_and_save
+from tests.ranks import copies, whole_tensors
+from tests.small_models import distance, image_batch, small_model, token_batch
+from tests.training.step_cases import Task
+
+STEPS, BATCH = 3, 8
+MODEL = small_model({"ls_init_value": 0.3})  # its vocabulary of 101 is padded at tensor 2 and 4
+TABLE = parameter_table(architecture_from_json(MODEL, "small"))
+
+LAYOUTS = {
+    # name: layout, precision, ZeRO-1
+    "one": (Layout(1), "fp32", True),
+    "data2-zero": (Layout(2), "fp32", True),
+    "data2-whole": (Layout(2), "fp32", False),
+    "tensor2-sequence": (Layout(2, tensor=2, sequence=True), "fp32", True),
+    "data2-tensor2-zero": (Layout(4, tensor=2), "fp32", True),
+    "tensor4-whole": (Layout(4, tensor=4, sequence=True), "fp32", False),
+    "data2-tensor2-bf16": (Layout(4, tensor=2, sequence=True), "bf16", True),
+    "data2-whole-bf16": (Layout(2), "bf16", False),
+    "pipeline3": (Layout(3, pipeline=3), "fp32", True),
+    "data2-pipeline2-virtual2-bf16": (
+        Layout(4, pipeline=2, virtual_pipeline=2), "bf16", True
+    ),
+}  # fmt: skip
+
+
+def task(name: str) -> Task:
+    _, precision, zero = LAYOUTS[name]
+    settings = {"precision": precision, "parallel": {"distributed_optimizer": zero}}
+    images, tokens = image_batch(MODEL, BATCH), token_batch(MODEL, BATCH)
+    return Task(MODEL, reference.random_weights(MODEL, seed=3), images, tokens, settings)
+
+
+def whole_model(layout: Layout, ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """Full tensors by name from what the ranks hold; the same on every data-parallel rank."""
+    models = [whole_tensors(TABLE, of_copy) for of_copy in copies(layout, ranks)]
+    for other in models[1:]:
+        assert all(torch.equal(other[name], models[0][name]) for name in other)
+    return models[0]
+
+
+def read_all(folder) -> dict[str, torch.Tensor]:
+    reader = PieceReader(folder)
+    return {key: reader.read(key) for key in reader.keys()}
+
+
+@pytest.fixture(scope="module")
+def saved(processes, tmp_path_factory):
+    """A checkpoint after three steps of each layout: folder, and the model's own tensors."""
+    checkpoints = {}
+    for name, (layout, _, _) in LAYOUTS.items():
+        run_dir = tmp_path_factory.mktemp(name)
+        ranks = processes.run(layout, train_and_save, task=task(name), steps=STEPS, run_dir=run_dir)
+        checkpoints[name] = commit.latest(run_dir), whole_model(layout, ranks)
+    return checkpoints
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_holds_the_model(saved, name):
+    folder, model = saved[name]
+    content = read_all(folder)
+    assert content.keys() == {
+        f"{kind}:{p.name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for p in TABLE
+    }
+    for parameter in TABLE:
+        weight = content[f"weight:{parameter.name}"]
+        assert weight.dtype == torch.float32 and weight.shape == parameter.shape
+        assert torch.equal(weight.to(model[parameter.name].dtype), model[parameter.name])
+
+
+@pytest.mark.parametrize("name", [n for n, (_, p, _) in LAYOUTS.items() if p == "fp32"])
+def test_its_moments_are_torchs(saved, name):
+    """Against AdamW around OpenCLIP's model, in one process."""
+    given = task(name)
+    model = reference.build_model(MODEL)
+    model.load_state_dict(given.weights)
+    decayed = {n: p for n, p in model.named_parameters() if reference.decayed(n, p)}
+    others = [p for n, p in model.named_parameters() if n not in decayed]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed.values()}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2,
+    )  # fmt: skip
+    loss = reference.ClipLoss()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss(*model(given.images, given.tokens)).backward()
+        optimizer.step()
+    content = read_all(saved[name][0])
+    for parameter_name, parameter in model.named_parameters():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            theirs = optimizer.state[parameter][kind]
+            assert distance(content[f"{kind}:{parameter_name}"], theirs) < 1e-3, parameter_name
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_every_layout_loads_every_layouts_checkpoint(saved, processes, tmp_path, target):
+    layout = LAYOUTS[target][0]
+    ranks = processes.run(
+        layout,
+        load_and_save,
+        task=task(target),
+        sources={name: folder for name, (folder, _) in saved.items()},
+        target=tmp_path,
+    )
+    for name, (folder, _) in saved.items():
+        before, after = read_all(folder), read_all(commit.latest(tmp_path / name))
+        assert before.keys() == after.keys()
+        for key in before:
+            assert torch.equal(before[key], after[key]), (name, key)
+        for parameter_name, tensor in whole_model(layout, [rank[name] for rank in ranks]).items():
+            expected = before[f"weight:{parameter_name}"].to(tensor.dtype)
+            assert torch.equal(tensor, expected), (name, parameter_name)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_resumed_run_has_the_bits_of_one_without_a_break(processes, tmp_path, name):
+    for records, expected, equal in processes.run(
+        LAYOUTS[name][0], interrupt, task=task(name), run_dir=tmp_path
+    ):
+        assert records == expected
+        assert equal

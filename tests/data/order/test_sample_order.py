@@ -1,0 +1,175 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel_clip.data.order.sample_order import (
+    CHUNK,
+    SHUFFLE_BLOCK,
+    WINDOW,
+    Order,
+    OrderSource,
+    SampleAddress,
+)
+from parallel_clip.errors import InputError
+
+sources = st.lists(
+    st.builds(
+        OrderSource,
+        shard_samples=st.lists(st.integers(0, 3 * SHUFFLE_BLOCK), min_size=1, max_size=5),
+        weight=st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.0]),
+        samples=st.none() | st.integers(1, 4 * SHUFFLE_BLOCK),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def epoch_of(order: Order, epoch: int) -> list[SampleAddress]:
+    n = order.samples_per_epoch
+    return [order.at(position) for position in range(epoch * n, (epoch + 1) * n)]
+
+
+def limited(source: OrderSource) -> int:
+    held = sum(source.shard_samples)
+    return held if source.samples is None else min(held, source.samples)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sources, st.integers(0, 2**63), st.integers(0, 2))
+def test_every_sample_comes_as_often_as_its_weight_says(sources, seed, epoch):
+    expected = [round(source.weight * limited(source)) for source in sources]
+    if sum(expected) == 0:
+        with pytest.raises(InputError, match="no samples"):
+            Order(sources, seed)
+        return
+    order = Order(sources, seed)
+    assert order.samples_per_epoch == sum(expected)
+    addresses = epoch_of(order, epoch)
+    assert {address.epoch for address in addresses} == {epoch}
+    for number, source in enumerate(sources):
+        times = Counter(
+            (address.shard, address.index) for address in addresses if address.source == number
+        )
+        assert sum(times.values()) == expected[number]
+        starts = np.cumsum([0, *source.shard_samples])
+        for (shard, index), count in times.items():
+            assert 0 <= index < source.shard_samples[shard]
+            assert starts[shard] + index < limited(source)
+            assert int(source.weight) <= count <= int(np.ceil(source.weight))
+        if source.weight >= 1:
+            assert len(times) == limited(source)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sources, st.integers(0, 100), st.data())
+def test_a_position_does_not_depend_on_what_was_asked_before(sources, seed, data):
+    if sum(round(source.weight * limited(source)) for source in sources) == 0:
+        return
+    order = Order(sources, seed)
+    positions = data.draw(st.lists(st.integers(0, 4 * order.samples_per_epoch), max_size=20))
+    assert [order.at(p) for p in positions] == [Order(sources, seed).at(p) for p in positions]
+
+
+def test_epochs_and_seeds_have_different_orders():
+    source = [OrderSource([400, 300, 300])]
+    first, second = epoch_of(Order(source, 1), 0), epoch_of(Order(source, 1), 1)
+    other_seed = epoch_of(Order(source, 2), 0)
+    without_epoch = [[a[:3] for a in addresses] for addresses in (first, second, other_seed)]
+    assert sorted(without_epoch[0]) == sorted(without_epoch[1]) == sorted(without_epoch[2])
+    assert without_epoch[0] != without_epoch[1]
+    assert without_epoch[0] != without_epoch[2]
+
+
+def test_the_order_is_the_one_of_every_release():
+    """A resumed run continues the order it began with, whatever was updated in between."""
+    order = Order([OrderSource([300, 200]), OrderSource([150], weight=1.5)], seed=7)
+    assert [order.at(position)[:3] for position in (0, 1, 2, 724, 725, 100_000)] == [
+        (1, 0, 78),
+        (0, 1, 45),
+        (0, 0, 97),
+        (0, 0, 56),
+        (0, 1, 15),
+        (1, 0, 67),
+    ]
+
+
+def test_samples_are_shuffled_well():
+    """No trace of a sample's place in its shard is left in its place in the epoch."""
+    order = Order([OrderSource([1000] * 5)], seed=3)
+    places = np.array([1000 * a.shard + a.index for a in epoch_of(order, 0)])
+    assert abs(np.corrcoef(places, np.arange(5000))[0, 1]) < 0.05
+    assert np.mean(np.abs(np.diff(places)) == 1) < 0.005
+    assert abs(np.mean(np.abs(np.diff(places))) - 5000 / 3) < 60
+
+
+def test_many_at_once_are_those_one_by_one():
+    order = Order([OrderSource([300, 0, 200]), OrderSource([150], weight=1.5)], seed=7)
+    positions = np.array([0, 5, 724, 725, 1449, 1450, 3, 10**12])
+    found = order.of_positions(positions)
+    assert [SampleAddress(*a) for a in zip(*map(np.ndarray.tolist, found), strict=True)] == [
+        order.at(position) for position in positions.tolist()
+    ]
+
+
+def test_reading_touches_a_bounded_number_of_places_at_a_time():
+    """A stream reads from the blocks of one window, which are stretches of shards."""
+    order = Order([OrderSource([SHUFFLE_BLOCK * 10] * 200)], seed=3)
+    streams, n = 16, order.samples_per_epoch
+    chunks = np.arange(n).reshape(-1, CHUNK)
+    window = chunks[3::streams][: WINDOW // CHUNK - 2].reshape(-1)  # of the fourth stream
+    found = order.of_positions(window)
+    places = np.unique(found.shard * SHUFFLE_BLOCK * 10 + found.index)
+    stretches = 1 + np.sum(np.diff(places) > SHUFFLE_BLOCK // 2)
+    assert stretches <= WINDOW // SHUFFLE_BLOCK + 2
+    elsewhere = order.of_positions(chunks[4::streams].reshape(-1))
+    assert not set(zip(found.shard, found.index, strict=True)) & set(
+        zip(elsewhere.shard, elsewhere.index, strict=True)
+    )
+
+
+@pytest.mark.parametrize("shards, streams", [(1, 1), (30, 2), (400, 32), (5000, 256)])
+def test_neighbours_of_a_shard_are_far_apart_in_the_order(shards, streams):
+    """In their stream about a third of a window, as in a perfect shuffle of it; in the epoch as
+    many times that as there are streams."""
+    order = Order([OrderSource([1000] * shards)], seed=1)
+    n = order.samples_per_epoch
+    found = order.of_positions(np.arange(n))
+    place = np.empty(n, np.int64)
+    place[1000 * found.shard + found.index] = np.arange(n)
+    apart = np.abs(np.diff(place))
+    window = min(n, WINDOW)
+    assert np.median(apart) > 0.2 * window * streams
+    assert np.mean(apart < CHUNK) < 2.5 * CHUNK / window
+    assert np.mean(apart == 1) < 6 / window
+
+
+def test_web_scale_is_a_few_numbers_a_shard():
+    """2,000,000,000 samples: any position at once, nothing kept but where shards begin."""
+    order = Order(
+        [OrderSource(np.full(200_000, 10_000)), OrderSource([10_000] * 10, weight=2.5)], seed=0
+    )
+    assert order.samples_per_epoch == 2_000_250_000
+    kept = [part.starts.nbytes for part in order._parts]
+    assert sum(kept) < 2 * 2**20
+    found = order.of_positions(np.array([0, 1, 2_000_249_999, 2_000_250_000, 10**15]))
+    assert found.epoch.tolist() == [0, 0, 0, 1, 10**15 // 2_000_250_000]
+
+
+def test_the_fraction_of_a_weight_is_another_choice_each_epoch():
+    order = Order([OrderSource([1000], weight=0.5)], seed=0)
+    chosen = [{a.index for a in epoch_of(order, epoch)} for epoch in range(40)]
+    assert all(len(indices) == 500 for indices in chosen)
+    assert 200 < len(chosen[0] & chosen[1]) < 300
+    times = Counter(index for indices in chosen for index in indices)
+    assert len(times) == 1000 and max(times.values()) <= 34 and min(times.values()) >= 6
+
+
+def test_substitutes_visit_the_whole_epoch_and_are_no_neighbours():
+    order = Order([OrderSource([100])], seed=0)
+    position = 250
+    tries = [order.substitute(position, attempt) for attempt in range(1, 100)]
+    assert set(tries) | {position} == set(range(200, 300))
+    assert abs(tries[0] - position) > 30

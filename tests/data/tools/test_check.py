@@ -1,0 +1,72 @@
+import pytest
+from rich.console import Console
+
+from parallel_clip.data.index.shard_table import index_shards
+from parallel_clip.data.tools.check import decode_all_shards
+from parallel_clip.data.tools.check_report import print_report, report_tree
+from parallel_clip.errors import InputError
+from tests.data.shard_files import picture, sample, write_shard, write_shards
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_everything_broken_is_found(tmp_path, workers):
+    write_shards(tmp_path, [3, 2, 2])
+    (tmp_path / "000001.tar").write_bytes(b"")
+    bad = {
+        "cut": {"jpg": picture(0, (64, 64))[:-500], "txt": b"a"},
+        "good": sample(1),
+        "empty": {"jpg": picture(1), "txt": b""},
+    }
+    write_shard(tmp_path / "000003.tar", bad)
+    report = decode_all_shards(str(tmp_path), workers=workers)
+    assert (report.shards, report.samples) == (4, 3 + 2 + 3)
+    whole, cut, empty = report.broken
+    assert whole.key is None and "it is empty" in str(whole) and "000001.tar" in str(whole)
+    assert (cut.shard, cut.key) == (str(tmp_path / "000003.tar"), "cut")
+    assert "truncated" in str(cut) and "000003.tar, cut" in str(cut)
+    assert empty.key == "empty" and "caption is empty" in empty.reason
+
+
+def test_nothing_broken(tmp_path):
+    write_shards(tmp_path, [3])
+    assert decode_all_shards(str(tmp_path)).broken == []
+
+
+def test_captions_of_json_are_checked(tmp_path):
+    write_shard(tmp_path / "a.tar", {"a": {"jpg": picture(0), "json": b'{"alt": "x"}'}})
+    assert not decode_all_shards(str(tmp_path), caption_key="alt").broken
+    assert "no .txt" in decode_all_shards(str(tmp_path)).broken[0].reason
+
+
+def test_missing_shards(tmp_path):
+    with pytest.raises(InputError, match="do not exist"):
+        decode_all_shards(str(tmp_path / "a.tar"))
+
+
+def test_sizes_and_captions_are_counted_and_drawn(tmp_path, capsys):
+    samples = {
+        "a": {"jpg": picture(0, (40, 70)), "txt": b"12345\n1234567"},
+        "b": {"jpg": picture(1, (300, 31)), "txt": b"x" * 200},
+        "c": {"jpg": picture(2, (33, 33)), "txt": "\u00e9\u00e9".encode()},
+    }
+    write_shard(tmp_path / "a.tar", samples)
+    report = decode_all_shards(str(tmp_path))
+    tree = report_tree(report)
+    assert tree["shorter_side_pixels"] == {16: 1, 32: 2}
+    assert tree["caption_bytes"] == {4: 3, 128: 1}
+    assert (tree["samples"], tree["captions"], tree["broken"]) == (3, 4, [])
+    print_report(report, Console(width=80))
+    shown = capsys.readouterr().out
+    assert "32 to 63  2" in shown and "length of 4 captions" in shown
+    assert shown.splitlines()[-1] == "1 shards, 3 samples, 0 broken"
+
+
+def test_the_samples_that_an_index_knows_are_looked_for(tmp_path):
+    """A whole shard in the place of another one is no less broken."""
+    write_shards(tmp_path, [3, 4])
+    index_shards(str(tmp_path), lambda line: None)
+    (tmp_path / "000001.tar").replace(tmp_path / "000000.tar")
+    report = decode_all_shards(str(tmp_path / "000000.tar"))
+    assert report.samples == 3 and len(report.broken) == 4
+    assert report.broken[0].key is None and "not as it was" in report.broken[0].reason
+    assert "data index" in report.broken[0].reason

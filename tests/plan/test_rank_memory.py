@@ -1,0 +1,132 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel_clip.config import config_from_dict
+from parallel_clip.engine.groups import close_groups, open_groups
+from parallel_clip.engine.launch import Launch
+from parallel_clip.layout import Layout
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.memory import dry_run, measure_rank_memory
+
+# Nothing divides by anything: 17 and 13 tokens, 101 words; there are 4 heads to split.
+SMALL = architecture_from_json(
+    {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32,
+            "patch_size": 8,
+            "width": 64,
+            "layers": 3,
+            "head_width": 16,
+            "patch_dropout": 0.3,
+        },
+        "text_cfg": {
+            "context_length": 13,
+            "vocab_size": 101,
+            "width": 32,
+            "heads": 4,
+            "layers": 2,
+        },
+    },
+    "small",
+)
+PAIRS = 5
+
+
+def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
+    return config_from_dict(
+        {
+            "train": {"steps": 1},
+            "data": {"train": [{"shards": "none.tar"}]},
+            "batch": {"global": PAIRS * layout.data, "micro": PAIRS},
+            "precision": precision,
+            "recompute": recompute,
+            "parallel": {
+                "tensor": layout.tensor,
+                "sequence": layout.sequence,
+                "distributed_optimizer": zero,
+            },
+        }
+    )
+
+
+def held(layout: Layout, rank: int = 0, **settings):
+    return dry_run(config_for(layout, **settings), SMALL, layout, rank)
+
+
+def test_bytes_of_each_number():
+    found = held(Layout(1))
+    towers = found.parameters - 1
+    assert found.weights == 2 * towers + 4, "bf16, and logit_scale in fp32"
+    assert found.optimizer == 4 * towers + 8 * found.parameters, "masters and two moments"
+    assert found.gradients == pytest.approx(4 * found.parameters, abs=1024), "padded buffers"
+
+    found = held(Layout(1), precision="fp32")
+    assert found.weights == 4 * found.parameters
+    assert found.optimizer == 8 * found.parameters, "the weights are masters themselves"
+
+
+def test_the_world_may_be_large_and_its_ranks_are_equal():
+    layout = Layout(1024, tensor=4, sequence=True)
+    first, last = held(layout), held(layout, rank=1023)
+    assert first == last == held(Layout(4, tensor=4, sequence=True))
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_what_is_not_replicated_is_split(tensor):
+    whole, part = held(Layout(1)), held(Layout(tensor, tensor=tensor))
+    split = (whole.state - whole.replicated) / tensor + whole.replicated
+    added_words = -101 % tensor / tensor * 32 * 18
+    assert part.replicated == whole.replicated
+    assert part.state == pytest.approx(split + added_words, abs=1024), "padded buffers"
+
+
+def test_the_distributed_optimizer_splits_its_state_over_data_ranks():
+    alone, shared = held(Layout(1)), held(Layout(4), zero=True)
+    assert shared.optimizer == pytest.approx(alone.optimizer / 4, rel=0.02)
+    assert shared.weights == pytest.approx(alone.weights, rel=0.02), "padded buffers"
+
+
+def test_recompute_and_sequence_parallelism_save_activations():
+    layout = Layout(2, tensor=2, sequence=True)
+    none, selective, full = (
+        held(layout, recompute=recompute).saved for recompute in ("none", "selective", "full")
+    )
+    assert full < 0.4 * selective < 0.4 * none
+    assert none < held(Layout(2, tensor=2)).saved < held(Layout(1)).saved
+
+
+def test_a_process_that_is_a_rank_already_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="has joined no process group"):
+            held(Layout(1))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_real_processes_hold_the_same(tmp_path, sequence, recompute):
+    layout = Layout(2, tensor=2, sequence=sequence)
+    torch.multiprocessing.start_processes(
+        _count_for_real, (layout, recompute, tmp_path), nprocs=2, start_method="fork"
+    )
+    for rank in range(2):
+        real = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        dry = held(layout, rank, recompute=recompute)
+        assert dataclasses.asdict(real) == dataclasses.asdict(dry)
+
+
+def _count_for_real(rank, layout, recompute, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=layout.world
+    )
+    groups = open_groups(layout, Launch(rank, rank, layout.world))
+    found = measure_rank_memory(config_for(layout, recompute=recompute), SMALL, groups)
+    torch.save(found, folder / f"{rank}.pt")
+    close_groups()

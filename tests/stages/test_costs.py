@@ -1,0 +1,115 @@
+"""FLOPs of the parts of a model against torch's own count over OpenCLIP's model."""
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.stages.costs import block_flops, stage_cost, text_costs, vision_costs
+from parallel_clip.stages.partition import partition, whole_model
+from parallel_clip.stages.stage import LayerRange, Stage
+from tests import reference
+from tests.small_models import KINDS, image_batch, small_model, token_batch
+
+PAIRS = 2
+KINDS_COUNTED = ["plain", "truncated-mlp", "clipa", "oblong", "patch-dropout", "six-heads"]
+
+
+def counted(model_cfg: dict, backward: bool = False) -> FlopCounterMode:
+    """FLOPs of OpenCLIP's model in training. Attention is taken in its plain form, two products a
+    pass: the backward of a fused kernel computes the scores again, and torch counts that too."""
+    model = reference.build_model(model_cfg).train()
+    images, tokens = image_batch(model_cfg, PAIRS), token_batch(model_cfg, PAIRS)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        image_features, text_features, *_ = model(images, tokens)
+        if backward:
+            (image_features.sum() + text_features.sum()).backward()
+    return counter
+
+
+def by_module(counter: FlopCounterMode) -> dict[str, int]:
+    return {
+        name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS_COUNTED)
+def test_the_whole_model_costs_what_torch_counts(kind):
+    architecture = architecture_from_json(KINDS[kind], kind)
+    total = counted(KINDS[kind]).get_total_flops()
+    assert PAIRS * stage_cost(whole_model(architecture), architecture) == total
+
+
+@pytest.mark.parametrize("kind", KINDS_COUNTED)
+def test_each_part_costs_what_torch_counts(kind):
+    architecture = architecture_from_json(KINDS[kind], kind)
+    vision, text = vision_costs(architecture), text_costs(architecture)
+    counts = by_module(counted(KINDS[kind]))
+    assert PAIRS * vision.embedding == counts["CLIP.visual.conv1"]
+    assert PAIRS * vision.block == counts["CLIP.visual.transformer.resblocks.1"]
+    assert PAIRS * text.block == counts["CLIP.transformer.resblocks.1"]
+
+
+def test_the_backward_costs_twice_the_forward():
+    """But for the patch convolution, whose pictures need no gradient: it costs once."""
+    model_cfg = small_model()
+    architecture = architecture_from_json(model_cfg, "small")
+    forward = stage_cost(whole_model(architecture), architecture)
+    spared = vision_costs(architecture).embedding
+    total = counted(model_cfg, backward=True).get_total_flops()
+    assert total == PAIRS * (3 * forward - spared)
+
+
+def test_a_block_whose_mlp_is_four_times_as_wide_as_it_costs_24sh2_and_4s2h():
+    """Narayanan et al., arXiv 2104.04473, appendix: 24Bsh² + 4Bs²h for the forward pass."""
+    assert block_flops(tokens=50, width=768, mlp_width=3072) == 24 * 50 * 768**2 + 4 * 50**2 * 768
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "text"),
+    [
+        ("ViT-B-32", 8.82, 5.96),
+        ("ViT-B-16", 35.13, 5.96),
+        ("ViT-L-14", 162.03, 13.30),
+        ("ViT-H-14", 334.59, 47.09),
+        ("ViT-bigG-14", 967.50, 97.86),
+    ],
+)
+def test_towers_against_open_clips_table(name, picture, text):
+    """10⁹ FLOPs of a picture and of a text in docs/model_profile.csv of mlfoundations/open_clip."""
+    architecture = load_architecture(name)
+    whole = whole_model(architecture)
+    ours = vision_costs(architecture).of(whole.vision), text_costs(architecture).of(whole.text)
+    assert [flops / 1e9 for flops in ours] == pytest.approx([picture, text], abs=0.0051)
+
+
+def test_patch_dropout_spares_the_blocks_and_not_the_patch_embedding():
+    plain, dropping = (
+        vision_costs(architecture_from_json(small_model({"patch_dropout": rate}), "small"))
+        for rate in (0.0, 0.5)
+    )
+    assert dropping.embedding == plain.embedding
+    assert dropping.block == block_flops(tokens=1 + 8, width=48, mlp_width=192)
+
+
+def test_a_stage_costs_its_layers_and_the_ends_that_it_holds():
+    architecture = load_architecture("ViT-B-32")
+    vision, text = vision_costs(architecture), text_costs(architecture)
+
+    def cost(vision_range: tuple[int, int], text_range: tuple[int, int]) -> int:
+        stage = Stage(1, 3, LayerRange(*vision_range, 12), LayerRange(*text_range, 12))
+        return stage_cost(stage, architecture)
+
+    assert cost((3, 5), (4, 4)) == 2 * vision.block
+    assert cost((0, 1), (0, 0)) == vision.embedding + vision.block
+    assert cost((12, 12), (0, 12)) == 12 * text.block + text.head
+    assert cost((9, 12), (11, 12)) == 3 * vision.block + vision.head + text.block + text.head
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 24])
+def test_the_stages_together_cost_what_the_whole_costs(count):
+    architecture = load_architecture("ViT-B-32")
+    costs = [stage_cost(stage, architecture) for stage in partition(architecture, count)]
+    assert sum(costs) == stage_cost(whole_model(architecture), architecture)
