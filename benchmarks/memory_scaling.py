@@ -192,7 +192,7 @@ def tensor_sizes(architecture: Architecture, sizes: list[int]) -> tuple[list[int
     fitting, refusals = [], []
     for size in sizes:
         try:
-            check_model(size, architecture)
+            check_model(size, architecture.costs)
             fitting.append(size)
         except InputError as error:
             refusals.append(str(error))

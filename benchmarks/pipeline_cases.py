@@ -13,7 +13,7 @@ from simulated_stages import Case, Step
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.pipeline.orders import step_orders
 from parallel_clip.pipeline.timeline import Costs, ideal_step_seconds, simulate
-from parallel_clip.stages.costs import TowerCosts, text_costs, vision_costs
+from parallel_clip.stages.costs import TowerCosts
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import LayerRange
 
@@ -163,25 +163,23 @@ def tower_costs(
 
     FLOPs in proportion, scaled so that the dearest fused stage takes FORWARD.
     """
-    architecture = load_architecture(name)
-    vision, text = vision_costs(architecture), text_costs(architecture)
-    stages = partition(architecture, ranks)
+    costs = load_architecture(name).costs
+    vision, text = costs.vision, costs.text
+    stages = partition(costs, ranks)
     fused = [vision.of(stage.vision) + text.of(stage.text) for stage in stages]
     scale = FORWARD / max(fused)
 
-    def alone(costs: TowerCosts, layers: int) -> Costs:
-        deals = [_costs([scale * x for x in deal]) for deal in _even_deals(costs, layers, ranks)]
+    def alone(tower: TowerCosts) -> Costs:
+        deals = [_costs([scale * x for x in deal]) for deal in _even_deals(tower, ranks)]
         orders = step_orders(ranks, microbatches)
         return min(deals, key=lambda deal: simulate(orders, [deal]).total)
 
-    return (_costs([scale * flops for flops in fused]),), (
-        alone(vision, architecture.vision.layers),
-        alone(text, architecture.text.layers),
-    )
+    return (_costs([scale * flops for flops in fused]),), (alone(vision), alone(text))
 
 
-def _even_deals(costs: TowerCosts, layers: int, ranks: int) -> Iterator[list[int]]:
+def _even_deals(costs: TowerCosts, ranks: int) -> Iterator[list[int]]:
     """FLOPs of each stage where stages differ by one layer, for every choice of the larger ones."""
+    layers = costs.layers
     for larger in itertools.combinations(range(ranks), layers % ranks):
         counts = [layers // ranks + (rank in larger) for rank in range(ranks)]
         stops = list(itertools.accumulate(counts))

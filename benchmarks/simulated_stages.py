@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from parallel_clip.config import config_from_dict
 from parallel_clip.engine.groups import Groups, close_groups, open_groups
 from parallel_clip.engine.launch import Launch
-from parallel_clip.layout import Layout
+from parallel_clip.layout import Layout, microbatch_group_size
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
@@ -142,7 +142,8 @@ def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
             MicrobatchInputs(None, torch.zeros(1, 1, dtype=torch.long))
         ] * case.microbatches
         loss = _trivial_loss
-    _step(towers, microbatches[: case.ranks], loss, stash=0)  # opens connections
+    opening = microbatches[: _group_size(case) or case.ranks]
+    _step(towers, opening, loss, stash=0)  # opens connections
     records = []
     for _ in range(steps):
         for chunk in sum(towers, []):
@@ -261,8 +262,16 @@ class _Recorder:
 class SleepingStage(CLIPModel):
     """A stage that sleeps. What the schedules ask of a stage is CLIPModel's."""
 
-    def __init__(self, architecture: Architecture, groups: Groups, stages, number, costs: Costs):
-        super().__init__(architecture, ModelOptions(), groups.tensor, stages, number)
+    def __init__(
+        self,
+        architecture: Architecture,
+        options: ModelOptions,
+        groups: Groups,
+        stages,
+        number,
+        costs: Costs,
+    ):
+        super().__init__(architecture, options, groups.tensor, stages, number)
         self.seconds = costs.forward[number], costs.backward[number]
         self.vision = self.text = None
         self.weight = nn.Parameter(torch.zeros(1))
@@ -274,8 +283,8 @@ class SleepingStage(CLIPModel):
         if self.stage.is_last:
             shape = (2, pairs, self.architecture.embed_dim)
         else:
-            shape = (self.message_length(pairs), 1, 1)
-        return _Sleep.apply(self.received, self.weight, self.seconds, shape)
+            shape = (self.messages.length(pairs, self.training), 1, 1)
+        return _Sleep.apply(self.input_tensor, self.weight, self.seconds, shape)
 
 
 class _Sleep(torch.autograd.Function):
@@ -293,6 +302,10 @@ class _Sleep(torch.autograd.Function):
         return None if shape is None else grad.new_zeros(shape), grad.new_zeros(1), None, None
 
 
+def _group_size(case: Case) -> int | None:
+    return microbatch_group_size(case.microbatches, case.ranks) if case.chunks > 1 else None
+
+
 def _trivial_loss(images: Tensor, texts: Tensor, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     return multiplier * (images.sum() + texts.sum())
 
@@ -307,9 +320,10 @@ def _sleeping_stages(groups: Groups, case: Case, costs: Costs) -> list[Distribut
         },
         "asleep",
     )
-    stages = partition(architecture, case.ranks, case.chunks)
+    stages = partition(architecture.costs, case.ranks, case.chunks)
+    options = ModelOptions(virtual_pipeline=case.chunks, microbatch_group=_group_size(case))
     chunks = [
-        SleepingStage(architecture, groups, stages, stage.number, costs)
+        SleepingStage(architecture, options, groups, stages, stage.number, costs)
         for stage in chunks_of(stages, case.ranks, groups.pipeline_rank)
     ]
     for chunk in chunks:
@@ -345,7 +359,7 @@ def _real_stages(groups: Groups, case: Case) -> list[DistributedDataParallel]:
     )
     built = build_train_state(config, REAL, groups)
     for parameter, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, initial_value(parameter, REAL, seed=0))
+        built.optimizer.set_weight(tensor, initial_value(parameter, seed=0))
     return built.wrapped
 
 

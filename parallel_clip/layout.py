@@ -15,7 +15,7 @@ from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
     from parallel_clip.config import Train
-    from parallel_clip.model.architecture import Architecture
+    from parallel_clip.stages.costs import ModelCosts
 
 
 class Coordinates(NamedTuple):
@@ -131,24 +131,42 @@ def check_microbatches(layout: Layout, plan: BatchPlan) -> None:
     )
 
 
-def check_model(tensor: int, architecture: Architecture) -> None:
-    """See that so many tensor ranks can share this model.
+def microbatch_group_size(microbatches: int, ranks: int) -> int:
+    """How many microbatches go through one virtual stage of a rank before the next one's turn: the
+    fewest, and so the least memory, that megatron-core takes.
+
+    A group is at least as large as the pipeline, since its first microbatch must be back at the
+    first rank when that one has sent the group's last; this holds for the remainder too.
 
     Raises:
-        InputError: the tensor size does not divide the heads or the MLP width of both towers; the
-            message has the sizes that do.
+        InputError: fewer microbatches than ranks.
+    """
+    for group in range(ranks, microbatches + 1):
+        if microbatches % group == 0 or microbatches % group >= ranks:
+            return group
+    raise InputError(
+        f"parallel.virtual_pipeline above 1 needs at least parallel.pipeline {ranks} microbatches, "
+        f"and a step has {microbatches}; set parallel.virtual_pipeline to 1, or lower batch.micro"
+    )
+
+
+def check_model(tensor: int, costs: ModelCosts) -> None:
+    """Check that so many tensor ranks can share a model.
+
+    Raises:
+        InputError: the tensor size does not divide what is split of both towers; the message has
+            the sizes that do.
     """
     common, refusing = 0, []
-    for name, tower in (("vision", architecture.vision), ("text", architecture.text)):
-        sizes = {"heads": tower.heads, "MLP channels": tower.mlp_width}
-        common = gcd(common, *sizes.values())
-        uneven = [f"{size} {what}" for what, size in sizes.items() if size % tensor]
+    for name, tower in (("vision", costs.vision), ("text", costs.text)):
+        common = gcd(common, *(size for _, size in tower.tensor_sizes))
+        uneven = [f"{size} {what}" for what, size in tower.tensor_sizes if size % tensor]
         if uneven:
             refusing.append(f"the {' and '.join(uneven)} of the {name} tower")
     if refusing:
         raise InputError(
             f"parallel.tensor {tensor} does not divide {', nor '.join(refusing)} of "
-            f"{architecture.name}; parallel.tensor may be {_listed(divisors(common))}"
+            f"{costs.name}; parallel.tensor may be {_listed(divisors(common))}"
         )
 
 

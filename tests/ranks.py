@@ -22,8 +22,17 @@ from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.parameters import Parameter, load_slice, local_slice
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.pipeline.forward_backward import MicrobatchInputs
+from parallel_clip.stages.stage import whole_model
 
 Weights = dict[str, Tensor]
+
+
+def unsplit_model(
+    architecture: Architecture, options: ModelOptions, tensor_group: dist.ProcessGroup
+) -> CLIPModel:
+    """A rank's slice of the model where there is no pipeline; weights are not set."""
+    stages = [whole_model(architecture.vision.layers, architecture.text.layers)]
+    return CLIPModel(architecture, options, tensor_group, stages)
 
 
 def loaded_model(
@@ -31,7 +40,7 @@ def loaded_model(
 ) -> CLIPModel:
     """A rank's slice of the model, in training mode; `options` as in ModelOptions."""
     architecture = architecture_from_json(model_cfg, "small")
-    model = CLIPModel(architecture, ModelOptions(**options), groups.tensor)
+    model = unsplit_model(architecture, ModelOptions(**options), groups.tensor)
     for parameter, tensor in model.global_parameters():
         load_slice(tensor, parameter, weights[parameter.name], groups.tensor)
     return model

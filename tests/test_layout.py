@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_divide():
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_a_model_that_fits(tensor):
-    check_model(tensor, load_architecture("ViT-B-32"))
+    check_model(tensor, load_architecture("ViT-B-32").costs)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_model_that_fits(tensor):
 )
 def test_a_tensor_size_that_does_not_divide_the_model(name, tensor, message):
     with pytest.raises(InputError) as caught:
-        check_model(tensor, load_architecture(name))
+        check_model(tensor, load_architecture(name).costs)
     assert str(caught.value) == message
 
 

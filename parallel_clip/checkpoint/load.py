@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import KINDS, PieceReader
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.clip import CLIPModel, global_parameters
-from parallel_clip.model.parameters import Parameter
+from parallel_clip.model.parameters import Parameter, fill_slice
 from parallel_clip.optimizer.adamw import Optimizer
 
 
@@ -44,8 +45,5 @@ def read_local(reader: PieceReader, key: str, parameter: Parameter, groups: Grou
         return reader.read(key)
     rank, size = groups.tensor_rank, groups.layout.tensor
     part = torch.zeros(parameter.local_shape(size))
-    for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
-        part.narrow(axis, segment.local, segment.length).copy_(
-            reader.read_range(key, axis, segment.whole, segment.length)
-        )
-    return part
+    read_range = partial(reader.read_range, key)
+    return fill_slice(part, parameter.placement, parameter.shape[axis], rank, size, read_range)

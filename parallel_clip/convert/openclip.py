@@ -17,9 +17,8 @@ from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import PieceWriter, save_tensors, write_index
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
 from parallel_clip.errors import InputError
-from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

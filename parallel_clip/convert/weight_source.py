@@ -15,9 +15,8 @@ from torch import Tensor
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import PieceReader
 from parallel_clip.errors import InputError
-from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 
 
 @dataclass(frozen=True)

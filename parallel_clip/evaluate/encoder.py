@@ -26,6 +26,7 @@ from parallel_clip.model.handover import Handover, Shape
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.parameters import load_slice
+from parallel_clip.stages.stage import whole_model
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class ModelEncoder:
             for chunk in self.chunks:
                 stage, received = chunk.stage, None
                 if not stage.is_first:
-                    before = chunk.handover(chunk.stages[stage.number - 1], count)
-                    received = self._receive(part(before), chunk)
+                    before = chunk.stages[stage.number - 1]
+                    handover = chunk.messages.of(before, count, chunk.training)
+                    received = self._receive(part(handover), chunk)
                 x = advance(chunk, received)
                 if stage.is_last:
                     return normalised(x)
@@ -140,11 +142,12 @@ def load_encoder(
     tokenize = build_tokenizer(tokenizer or facts.tokenizer, architecture.text, facts.folder)
     if groups is None:
         groups = open_groups(Layout(1), read_launch({}))
-    check_model(groups.layout.tensor, architecture)
+    check_model(groups.layout.tensor, architecture.costs)
 
     with groups.device:
         options = ModelOptions(precision=precision, sequence=groups.layout.sequence)
-        model = CLIPModel(architecture, options, groups.tensor)
+        whole = whole_model(architecture.vision.layers, architecture.text.layers)
+        model = CLIPModel(architecture, options, groups.tensor, [whole])
     for parameter, tensor in global_parameters([model]):
         load_slice(tensor, parameter, weights.read(parameter.name), groups.tensor)
     return ModelEncoder([model.eval()], preprocess, tokenize, groups)

@@ -1,5 +1,5 @@
 """OpenCLIP's model-config JSON: which keys it has, which switches are not built here, and reading
-its values with messages that name the key."""
+an Architecture from it."""
 
 from copy import deepcopy
 from typing import Any

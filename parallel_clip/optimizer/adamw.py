@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from parallel_clip.config import Config
 from parallel_clip.model.clip import global_parameters
-from parallel_clip.model.parameters import is_decayed
 from parallel_clip.optimizer import MOMENTS
 
 
@@ -156,7 +155,7 @@ def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Par
 
 def _undecayed(wrapped: Sequence[DistributedDataParallel]):
     parameters = global_parameters([ddp.module for ddp in wrapped])
-    decayed = {id(tensor) for p, tensor in parameters if is_decayed(p.name, p.shape)}
+    decayed = {id(tensor) for p, tensor in parameters if p.decayed}
 
     def predicate(tensor: nn.Parameter, name: str) -> bool:
         return id(tensor) not in decayed

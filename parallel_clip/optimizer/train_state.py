@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
 from parallel_clip.config import Config
 from parallel_clip.engine.groups import Groups
-from parallel_clip.layout import Layout
+from parallel_clip.layout import Layout, microbatch_group_size
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel, global_parameters
-from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.model.megatron_config import ModelOptions, set_gradient_hooks
 from parallel_clip.model.parameters import Parameter
 from parallel_clip.optimizer.adamw import Optimizer
 from parallel_clip.stages.partition import chunks_of, partition
@@ -35,10 +31,7 @@ def wrap_for_data_parallel(
         use_distributed_optimizer=distributed_optimizer,
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
-    no_sync = [ddp.no_sync for ddp in wrapped]
-    for chunk in chunks:
-        chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+    set_gradient_hooks(wrapped)
     return wrapped
 
 
@@ -59,17 +52,25 @@ class TrainState:
 
 def stages_of(config: Config, architecture: Architecture, layout: Layout) -> tuple[Stage, ...]:
     """The layers of each stage, in the order in which data pass through them."""
-    return partition(architecture, layout.pipeline, layout.virtual_pipeline, config.parallel.stages)
+    return partition(
+        architecture.costs, layout.pipeline, layout.virtual_pipeline, config.parallel.stages
+    )
 
 
 def build_train_state(config: Config, architecture: Architecture, groups: Groups) -> TrainState:
+    layout = groups.layout
+    group = None
+    if layout.virtual_pipeline > 1:
+        microbatches = config.batch.global_ // (config.batch.micro * layout.data)
+        group = microbatch_group_size(microbatches, layout.pipeline)
     options = ModelOptions(
         precision=config.precision,
         recompute=config.recompute,
         sequence=config.parallel.sequence,
         deterministic=config.deterministic,
+        virtual_pipeline=layout.virtual_pipeline,
+        microbatch_group=group,
     )
-    layout = groups.layout
     stages = stages_of(config, architecture, layout)
     with groups.device:
         chunks = [

@@ -33,7 +33,6 @@ from torch.distributed import ProcessGroup
 from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.pipeline.logit_parameters import read_logit_parameters
-from parallel_clip.pipeline.orders import microbatch_group_size
 
 # (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -151,14 +150,7 @@ class TwoPassStep:
     def _run(self, forward_step: Callable, forward_only: bool) -> list:
         count, model = len(self.microbatches), self.chunks[0].module
         virtual = len(self.chunks) > 1
-        config = model.config
-        if virtual:
-            config.batch_p2p_comm = False  # over gloo, batched messages of several chunks mix up
-            config.virtual_pipeline_model_parallel_size = len(self.chunks)
-            config.microbatch_group_size_per_vp_stage = microbatch_group_size(
-                count, len(model.stages) // len(self.chunks)
-            )
-        length = model.message_length(len(self.microbatches[0].tokens))
+        length = model.messages.length(len(self.microbatches[0].tokens), model.training)
         numbers = [iter(range(count)) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -167,7 +159,7 @@ class TwoPassStep:
             num_microbatches=count,
             # The schedule divides by the tensor size for sequence parallelism. A message has this
             # rank's tokens already.
-            seq_length=length * (model.tensor_group.size() if config.sequence_parallel else 1),
+            seq_length=length * model.messages.sequence_ranks,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -180,7 +172,7 @@ class TwoPassStep:
         number = next(numbers)
         keep = number >= self.first_stashed
         with torch.set_grad_enabled(keep):  # forward_only alone does not switch autograd off
-            received = chunk.module.received
+            received = chunk.module.input_tensor
             result = self.run_forward(chunk, number)
         if keep:
             self.graphs[chunk.module, number] = _Graph(get_gradient_edge(result), received)
@@ -207,7 +199,7 @@ class TwoPassStep:
         if model.stage.is_last:
             values = self.features[number].clone()
         else:
-            length = model.message_length(len(tokens))
+            length = model.messages.length(len(tokens), model.training)
             values = torch.empty(
                 length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
             )

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from parallel_clip.data.feeding.training_data import TrainingData
 from parallel_clip.loss.exchange_plan import plan_exchange
-from parallel_clip.model.towers.text import TextConfig
-from parallel_clip.model.towers.vision import VisionConfig
+from parallel_clip.model.towers.transformer import TowerConfig
 from parallel_clip.plan.run_plan import Job
 
 
@@ -56,8 +55,7 @@ def describe_data(job: Job, data: TrainingData) -> str:
     return "\n".join([*lines, f"  an epoch: {data.samples_per_epoch:,} pairs"])
 
 
-def _tower_line(job: Job, name: str, tower: VisionConfig | TextConfig) -> str:
-    tokens = tower.tokens if isinstance(tower, VisionConfig) else tower.context_length
+def _tower_line(job: Job, name: str, tower: TowerConfig) -> str:
     tensor = job.layout.tensor
     if len(job.stages) == 1:
         layers = f"layers 0 to {tower.layers - 1} of width {tower.width} on every rank"
@@ -67,7 +65,7 @@ def _tower_line(job: Job, name: str, tower: VisionConfig | TextConfig) -> str:
     return (
         f"  {name}: {layers}; {tower.heads // tensor} of {tower.heads} heads and "
         f"{tower.mlp_width // tensor} of {tower.mlp_width} MLP channels on each tensor rank; "
-        f"{tokens} tokens"
+        f"{tower.tokens} tokens"
     )
 
 

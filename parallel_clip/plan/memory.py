@@ -102,16 +102,16 @@ def measure_rank_memory(config: Config, architecture: Architecture, groups: Grou
 
 def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
     vision, text = model.architecture.vision, model.architecture.text
-    tokens = torch.zeros(pairs, text.context_length, dtype=torch.int64, device=device)
+    tokens = torch.zeros(pairs, text.tokens, dtype=torch.int64, device=device)
     images = kept = None
     if model.stage.is_first:
         images = torch.zeros(pairs, 3, *vision.image_size, device=device)
-        if vision.patch_dropout:
+        if vision.patches_kept < vision.patches:
             kept = torch.arange(vision.patches_kept, device=device).expand(pairs, -1)
     else:
-        model.received = torch.zeros(
-            model.message_length(pairs), 1, 1, dtype=model.config.pipeline_dtype, device=device
-        ).requires_grad_()
+        length = model.messages.length(pairs, model.training)
+        message = torch.zeros(length, 1, 1, dtype=model.config.pipeline_dtype, device=device)
+        model.set_input_tensor([message.requires_grad_()])
     inputs = [x for x in (images, tokens) if x is not None]
     with SavedActivations(model, excluded=inputs) as saved:
         features = model(images, tokens, kept)

@@ -28,7 +28,7 @@ from parallel_clip.layout import (
     training_steps,
 )
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.known_models import load_architecture, with_logit_defaults
+from parallel_clip.model.known_models import load_architecture
 from parallel_clip.optimizer.train_state import stages_of
 from parallel_clip.plan.layout_plan import choose_stash
 from parallel_clip.plan.resume import ResumePoint, _require_same_data, find_resume_point
@@ -86,8 +86,8 @@ def make_run_plan(config: Config, world_size: int) -> Job:
         InputError: whatever is wrong, with the way out.
     """
     parallel = config.parallel
-    architecture = with_logit_defaults(load_architecture(config.model.name), config.loss.kind)
-    check_model(parallel.tensor, architecture)  # before a world is asked for that cannot help
+    architecture = load_architecture(config.model.name, config.loss.kind)
+    check_model(parallel.tensor, architecture.costs)  # before a world is asked for that cannot help
     layout = Layout(
         world_size,
         parallel.tensor,

@@ -14,11 +14,11 @@ from parallel_clip.stages.stage import Stage
 
 def step_timeline(job: Job) -> Timeline:
     """A step by its arithmetic: work of each stage in FLOPs, messages and the loss for nothing."""
-    layout = job.layout
-    forward = [job.plan.micro_batch * stage_cost(stage, job.architecture) for stage in job.stages]
+    layout, costs = job.layout, job.architecture.costs
+    forward = [job.plan.micro_batch * stage_cost(stage, costs) for stage in job.stages]
     orders = step_orders(layout.pipeline, job.plan.microbatches, job.stash, layout.virtual_pipeline)
     return simulate(orders, [Costs(forward, [2 * cost for cost in forward])])
 
 
 def _flops(chunks: Sequence[Stage], architecture: Architecture) -> int:
-    return sum(stage_cost(stage, architecture) for stage in chunks)
+    return sum(stage_cost(stage, architecture.costs) for stage in chunks)

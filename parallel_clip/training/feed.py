@@ -103,7 +103,7 @@ class DeviceFeed:
 
     def _kept_patches(self, step: int, positions: Tensor) -> Tensor | None:
         vision = self._architecture.vision
-        if not vision.patch_dropout:
+        if vision.patches_kept == vision.patches:
             return None
         kept = kept_patches_of_batch(
             self._seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept

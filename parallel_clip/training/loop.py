@@ -236,7 +236,7 @@ def _set_weights(built: TrainState, job: Job, groups: Groups) -> None:
     for parameter, tensor in built.global_parameters():
         whole = job.initial.read(parameter.name) if job.initial is not None else None
         if whole is None:
-            whole = initial_value(parameter, job.architecture, job.config.seed)
+            whole = initial_value(parameter, job.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)
         built.optimizer.set_weight(tensor, part)
 

@@ -6,8 +6,8 @@ import torch
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.pieces import PieceReader
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 from tests import reference
 from tests.checkpoint.checkpoint_cases import interrupt, load_and_save, train_and_save
 from tests.ranks import copies, whole_tensors

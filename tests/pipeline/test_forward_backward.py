@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from tests import reference
 from tests.pipeline.schedule_cases import Way, steps

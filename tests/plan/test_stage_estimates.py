@@ -6,7 +6,7 @@ from parallel_clip.plan.memory import dry_run, stage_memory
 from parallel_clip.plan.stages import stage_estimates
 from parallel_clip.plan.step_time import step_timeline
 from parallel_clip.stages.costs import stage_cost
-from parallel_clip.stages.partition import whole_model
+from parallel_clip.stages.stage import whole_model
 from tests.plan.plan_jobs import PAIRS, small_job
 
 
@@ -55,6 +55,7 @@ def test_a_step_is_as_long_as_its_forwards_and_its_backwards_of_twice_the_work(
 ):
     job = small_job(tmp_path, 4, stash=stash)
     timeline = step_timeline(job)
-    forward = PAIRS * stage_cost(whole_model(job.architecture), job.architecture)
+    costs = job.architecture.costs
+    forward = PAIRS * stage_cost(whole_model(costs.vision.layers, costs.text.layers), costs)
     assert timeline.total == (forwards + 2 * 4) * forward
     assert timeline.bubble == 0

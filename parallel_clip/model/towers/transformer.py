@@ -1,5 +1,232 @@
-"""What the transformer towers share: their shape, parameters, costs and initial values."""
+"""What the transformer towers share: their shape, block and norm parameters, costs of a block.
 
-from typing import Literal
+A tower is described by a TowerConfig (what it is) and built as a module (a rank's slice of one
+stage of it). A tower of another family is one new file here with both.
+
+Initial values follow OpenCLIP 3.3.0 (its own and torch's defaults); weight decay its trainer's
+rule: weights of two or more dimensions, no norms and no biases.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from parallel_clip.model.parameters import (
+    COLUMNS,
+    QUERY_KEY_VALUE,
+    ROWS,
+    Constant,
+    Normal,
+    Parameter,
+    Uniform,
+)
+from parallel_clip.stages.costs import TowerCosts, block_flops
+from parallel_clip.stages.stage import LayerRange
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+ZERO, ONE = Constant(0.0), Constant(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig(ABC):
+    """A tower of `layers` pre-norm transformer blocks: its shape, and all that others ask of it.
+
+    `layer_scale` is the initial value of the scale on each residual branch (None: there is none).
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    layer_scale: float | None
+    activation: Activation
+    norm_eps: float
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """How many tokens pass through the blocks in evaluation."""
+
+    @property
+    def training_tokens(self) -> int:
+        """How many tokens pass through the blocks in training."""
+        return self.tokens
+
+    @abstractmethod
+    def parameters(self, embed_dim: int) -> Iterator[Parameter]:
+        """The tower's parameters, without the names' prefixes that say which tower it is."""
+
+    @abstractmethod
+    def costs(self, embed_dim: int) -> TowerCosts: ...
+
+    @abstractmethod
+    def build(
+        self,
+        embed_dim: int,
+        config: TransformerConfig,
+        tensor_group: ProcessGroup,
+        layer_range: LayerRange,
+    ) -> nn.Module:
+        """A rank's slice of the layers of `layer_range`, with the embedding and the head where it
+        holds them; weights are not set. The blocks are at `block.layers`, counted from 0.
+
+        forward(x, kept) of an image tower, forward(x, tokens) of a text tower: x is what the tower
+        starts from (images fp32 [b, 3, height, width]; None for texts) or the hidden states
+        [S, b, h] that the stage before hands on. It returns hidden states, or features [b, D].
+        """
+
+    def tower_costs(self, embedding: int, head: int) -> TowerCosts:
+        """Its costs, given the FLOPs of embedding and head."""
+        block = block_flops(self.training_tokens, self.width, self.mlp_width)
+        split = (("heads", self.heads), ("MLP channels", self.mlp_width))
+        return TowerCosts(self.layers, embedding, block, head, split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig(TowerConfig):
+    """An image tower that works on patches: what others ask of it beside TowerConfig.
+
+    Sizes in pixels are (height, width).
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across; pixels that do not fill a patch are left out."""
+        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
+        return height // patch_height, width // patch_width
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patches_kept(self) -> int:
+        """Patches of a picture that pass through the blocks in training; where they are fewer than
+        `patches`, the tower is told which (patch dropout)."""
+        return self.patches
+
+    @property
+    def patch_flops(self) -> int:
+        """FLOPs of the patch convolution."""
+        return 2 * self.patches * 3 * math.prod(self.patch_size) * self.width
+
+
+class BlockInit(NamedTuple):
+    """Initial values of the four weights of each block."""
+
+    query_key_value: Normal | Uniform
+    attention_output: Normal | Uniform
+    mlp_input: Normal | Uniform
+    mlp_output: Normal | Uniform
+
+
+def linear_init(fan_in: int) -> Uniform:
+    """torch's default for the weight and the bias of a linear layer or a convolution: uniform up to
+    1/sqrt(fan_in)."""
+    return Uniform(fan_in**-0.5)
+
+
+def norm_parameters(name: str, module: str, width: int) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", f"{module}.weight", (width,), ONE, decayed=False)
+    yield Parameter(f"{name}.bias", f"{module}.bias", (width,), ZERO, decayed=False)
+
+
+def block_parameters(tower: TowerConfig, init: BlockInit) -> Iterator[Parameter]:
+    """Those of all blocks, in order; biases of the MLP begin as torch's, all others at zero."""
+    for layer in range(tower.layers):
+        yield from _layer_parameters(
+            tower, init, f"transformer.resblocks.{layer}", f"block.layers.{layer}"
+        )
+
+
+def _layer_parameters(
+    tower: TowerConfig, init: BlockInit, name: str, module: str
+) -> Iterator[Parameter]:
+    width, mlp_width = tower.width, tower.mlp_width
+    attention, mlp = f"{module}.self_attention", f"{module}.mlp"
+    yield from norm_parameters(f"{name}.ln_1", f"{attention}.norm", width)
+    yield Parameter(
+        f"{name}.attn.in_proj_weight",
+        f"{attention}.linear_qkv.weight",
+        (3 * width, width),
+        init.query_key_value,
+        decayed=True,
+        placement=QUERY_KEY_VALUE,
+    )
+    yield Parameter(
+        f"{name}.attn.in_proj_bias",
+        f"{attention}.linear_qkv.bias",
+        (3 * width,),
+        ZERO,
+        decayed=False,
+        placement=QUERY_KEY_VALUE,
+    )
+    yield Parameter(
+        f"{name}.attn.out_proj.weight",
+        f"{attention}.linear_proj.weight",
+        (width, width),
+        init.attention_output,
+        decayed=True,
+        placement=COLUMNS,
+    )
+    yield Parameter(
+        f"{name}.attn.out_proj.bias",
+        f"{attention}.linear_proj.bias",
+        (width,),
+        ZERO,
+        decayed=False,
+    )
+    yield from norm_parameters(f"{name}.ln_2", f"{mlp}.norm", width)
+    yield Parameter(
+        f"{name}.mlp.c_fc.weight",
+        f"{mlp}.linear_fc1.weight",
+        (mlp_width, width),
+        init.mlp_input,
+        decayed=True,
+        placement=ROWS,
+    )
+    yield Parameter(
+        f"{name}.mlp.c_fc.bias",
+        f"{mlp}.linear_fc1.bias",
+        (mlp_width,),
+        linear_init(width),
+        decayed=False,
+        placement=ROWS,
+    )
+    yield Parameter(
+        f"{name}.mlp.c_proj.weight",
+        f"{mlp}.linear_fc2.weight",
+        (width, mlp_width),
+        init.mlp_output,
+        decayed=True,
+        placement=COLUMNS,
+    )
+    yield Parameter(
+        f"{name}.mlp.c_proj.bias",
+        f"{mlp}.linear_fc2.bias",
+        (width,),
+        linear_init(mlp_width),
+        decayed=False,
+    )
+    if tower.layer_scale is not None:
+        scale = Constant(tower.layer_scale)
+        for ours, theirs in (("self_attn_bda", "ls_1"), ("mlp_bda", "ls_2")):
+            yield Parameter(
+                f"{name}.{theirs}.gamma", f"{module}.{ours}.gamma", (width,), scale, decayed=False
+            )
