@@ -66,7 +66,8 @@ class CLIPModel(MegatronModule):
         if layer_range.layers == 0:
             return None
         config = tower_config(tower, layer_range.layers, options, self.tensor_group)
-        return tower.build(self.architecture.embed_dim, config, self.tensor_group, layer_range)
+        embed_dim = self.architecture.embed_dim
+        return tower.module_class(tower, embed_dim, config, self.tensor_group, layer_range)
 
     def forward(self, images: Tensor | None, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
         """One microbatch through this stage.

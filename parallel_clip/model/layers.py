@@ -167,9 +167,8 @@ class SelfAttention(MegatronModule):
         self.linear_proj = RowLinear(width, width, config, pg_collection.tp)
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:
-        qkv = recompute_activation(
-            self, self.norm, x_Sbh, self.linear_qkv
-        )  # [s + padding, b, 3·h/t]
+        # [s + padding, b, 3·h/t]
+        qkv = recompute_activation(self, self.norm, x_Sbh, self.linear_qkv)
         tokens, batch = self.tokens.of(self), qkv.shape[1]
         qkv = qkv[:tokens].view(tokens, batch, 3, self.heads, -1)
         q_bnsd, k_bnsd, v_bnsd = qkv.permute(2, 1, 3, 0, 4).unbind(0)

@@ -28,6 +28,7 @@ from parallel_clip.model.towers.transformer import (
     BlockInit,
     TowerConfig,
     block_parameters,
+    linear_parameters,
     norm_parameters,
 )
 from parallel_clip.stages.costs import TowerCosts
@@ -54,21 +55,10 @@ class TextConfig(TowerConfig):
 
     def parameters(self, embed_dim: int) -> Iterator[Parameter]:
         width = self.width
-        yield Parameter(
-            "token_embedding.weight",
-            "token_embedding.weight",
-            (self.vocab_size, width),
-            Normal(0.02),
-            decayed=True,
-            placement=VOCABULARY,
-        )
-        yield Parameter(
-            "positional_embedding",
-            "positional_embedding",
-            (self.context_length, width),
-            Normal(0.01),
-            decayed=True,
-        )
+        name, shape = "token_embedding.weight", (self.vocab_size, width)
+        yield Parameter(name, name, shape, Normal(0.02), decayed=True, placement=VOCABULARY)
+        name, shape = "positional_embedding", (self.context_length, width)
+        yield Parameter(name, name, shape, Normal(0.01), decayed=True)
         output = Normal((2 * self.layers * width) ** -0.5)
         init = BlockInit(
             query_key_value=Normal(width**-0.5),
@@ -80,10 +70,8 @@ class TextConfig(TowerConfig):
         yield from norm_parameters("ln_final", "post_norm", width)
         name, module, normal = "text_projection", "projection", Normal(width**-0.5)
         if self.projection_bias:
-            yield Parameter(
-                f"{name}.weight", f"{module}.weight", (embed_dim, width), normal, decayed=True
-            )
-            yield Parameter(f"{name}.bias", f"{module}.bias", (embed_dim,), ZERO, decayed=False)
+            shape = embed_dim, width
+            yield from linear_parameters(f"{name}.", f"{module}.", shape, normal, ZERO)
         else:
             yield Parameter(name, module, (width, embed_dim), normal, decayed=True)
 
@@ -91,14 +79,9 @@ class TextConfig(TowerConfig):
         """The embedding is a look-up and costs nothing; only the pooled token is projected."""
         return self.tower_costs(embedding=0, head=2 * self.width * embed_dim)
 
-    def build(
-        self,
-        embed_dim: int,
-        config: TransformerConfig,
-        tensor_group: ProcessGroup,
-        layer_range: LayerRange,
-    ) -> TextTower:
-        return TextTower(self, embed_dim, config, tensor_group, layer_range)
+    @property
+    def module_class(self) -> type[nn.Module]:
+        return TextTower
 
 
 class TextTower(nn.Module):

@@ -15,25 +15,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron.core.transformer import TransformerConfig
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from parallel_clip.model.parameters import (
     COLUMNS,
     QUERY_KEY_VALUE,
     ROWS,
+    WHOLE,
     Constant,
     Normal,
     Parameter,
+    Placement,
     Uniform,
 )
 from parallel_clip.stages.costs import TowerCosts, block_flops
-from parallel_clip.stages.stage import LayerRange
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
-ZERO, ONE = Constant(0.0), Constant(1.0)
+ZERO = Constant(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +71,12 @@ class TowerConfig(ABC):
     @abstractmethod
     def costs(self, embed_dim: int) -> TowerCosts: ...
 
+    @property
     @abstractmethod
-    def build(
-        self,
-        embed_dim: int,
-        config: TransformerConfig,
-        tensor_group: ProcessGroup,
-        layer_range: LayerRange,
-    ) -> nn.Module:
-        """A rank's slice of the layers of `layer_range`, with the embedding and the head where it
-        holds them; weights are not set. The blocks are at `block.layers`, counted from 0.
+    def module_class(self) -> type[nn.Module]:
+        """Builds a rank's slice of the layers of a LayerRange, with the embedding and the head
+        where it holds them: (this config, embed_dim, TransformerConfig of these layers, tensor
+        group, layer range). Weights are not set. The blocks are at `block.layers`, counted from 0.
 
         forward(x, kept) of an image tower, forward(x, tokens) of a text tower: x is what the tower
         starts from (images fp32 [b, 3, height, width]; None for texts) or the hidden states
@@ -142,91 +137,46 @@ def linear_init(fan_in: int) -> Uniform:
     return Uniform(fan_in**-0.5)
 
 
+def linear_parameters(
+    name: str,
+    module: str,
+    shape: tuple[int, int],
+    weight: Normal | Uniform,
+    bias: Uniform | Constant,
+    placement: Placement = WHOLE,
+) -> Iterator[Parameter]:
+    """Weight [out, in] and bias [out] of a linear layer, with their initial values. `placement` is
+    the weight's, and the bias follows where the outputs are split. `name` and `module` end before
+    "weight" and "bias"."""
+    yield Parameter(f"{name}weight", f"{module}weight", shape, weight, True, placement)
+    of_bias = placement if placement.axis == 0 else WHOLE
+    yield Parameter(f"{name}bias", f"{module}bias", shape[:1], bias, False, of_bias)
+
+
 def norm_parameters(name: str, module: str, width: int) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", f"{module}.weight", (width,), ONE, decayed=False)
+    yield Parameter(f"{name}.weight", f"{module}.weight", (width,), Constant(1.0), decayed=False)
     yield Parameter(f"{name}.bias", f"{module}.bias", (width,), ZERO, decayed=False)
 
 
 def block_parameters(tower: TowerConfig, init: BlockInit) -> Iterator[Parameter]:
-    """Those of all blocks, in order; biases of the MLP begin as torch's, all others at zero."""
-    for layer in range(tower.layers):
-        yield from _layer_parameters(
-            tower, init, f"transformer.resblocks.{layer}", f"block.layers.{layer}"
-        )
-
-
-def _layer_parameters(
-    tower: TowerConfig, init: BlockInit, name: str, module: str
-) -> Iterator[Parameter]:
+    """Those of all blocks, in order; biases of the MLP begin as torch's, those of attention at
+    zero."""
     width, mlp_width = tower.width, tower.mlp_width
-    attention, mlp = f"{module}.self_attention", f"{module}.mlp"
-    yield from norm_parameters(f"{name}.ln_1", f"{attention}.norm", width)
-    yield Parameter(
-        f"{name}.attn.in_proj_weight",
-        f"{attention}.linear_qkv.weight",
-        (3 * width, width),
-        init.query_key_value,
-        decayed=True,
-        placement=QUERY_KEY_VALUE,
-    )
-    yield Parameter(
-        f"{name}.attn.in_proj_bias",
-        f"{attention}.linear_qkv.bias",
-        (3 * width,),
-        ZERO,
-        decayed=False,
-        placement=QUERY_KEY_VALUE,
-    )
-    yield Parameter(
-        f"{name}.attn.out_proj.weight",
-        f"{attention}.linear_proj.weight",
-        (width, width),
-        init.attention_output,
-        decayed=True,
-        placement=COLUMNS,
-    )
-    yield Parameter(
-        f"{name}.attn.out_proj.bias",
-        f"{attention}.linear_proj.bias",
-        (width,),
-        ZERO,
-        decayed=False,
-    )
-    yield from norm_parameters(f"{name}.ln_2", f"{mlp}.norm", width)
-    yield Parameter(
-        f"{name}.mlp.c_fc.weight",
-        f"{mlp}.linear_fc1.weight",
-        (mlp_width, width),
-        init.mlp_input,
-        decayed=True,
-        placement=ROWS,
-    )
-    yield Parameter(
-        f"{name}.mlp.c_fc.bias",
-        f"{mlp}.linear_fc1.bias",
-        (mlp_width,),
-        linear_init(width),
-        decayed=False,
-        placement=ROWS,
-    )
-    yield Parameter(
-        f"{name}.mlp.c_proj.weight",
-        f"{mlp}.linear_fc2.weight",
-        (width, mlp_width),
-        init.mlp_output,
-        decayed=True,
-        placement=COLUMNS,
-    )
-    yield Parameter(
-        f"{name}.mlp.c_proj.bias",
-        f"{mlp}.linear_fc2.bias",
-        (width,),
-        linear_init(mlp_width),
-        decayed=False,
-    )
-    if tower.layer_scale is not None:
-        scale = Constant(tower.layer_scale)
-        for ours, theirs in (("self_attn_bda", "ls_1"), ("mlp_bda", "ls_2")):
-            yield Parameter(
-                f"{name}.{theirs}.gamma", f"{module}.{ours}.gamma", (width,), scale, decayed=False
-            )
+    qkv = (3 * width, width), init.query_key_value, ZERO, QUERY_KEY_VALUE
+    output = (width, width), init.attention_output, ZERO, COLUMNS
+    mlp_input = (mlp_width, width), init.mlp_input, linear_init(width), ROWS
+    mlp_output = (width, mlp_width), init.mlp_output, linear_init(mlp_width), COLUMNS
+    for layer in range(tower.layers):
+        name, module = f"transformer.resblocks.{layer}", f"block.layers.{layer}"
+        attention, mlp = f"{module}.self_attention", f"{module}.mlp"
+        yield from norm_parameters(f"{name}.ln_1", f"{attention}.norm", width)
+        yield from linear_parameters(f"{name}.attn.in_proj_", f"{attention}.linear_qkv.", *qkv)
+        yield from linear_parameters(f"{name}.attn.out_proj.", f"{attention}.linear_proj.", *output)
+        yield from norm_parameters(f"{name}.ln_2", f"{mlp}.norm", width)
+        yield from linear_parameters(f"{name}.mlp.c_fc.", f"{mlp}.linear_fc1.", *mlp_input)
+        yield from linear_parameters(f"{name}.mlp.c_proj.", f"{mlp}.linear_fc2.", *mlp_output)
+        if tower.layer_scale is not None:
+            scale = Constant(tower.layer_scale)
+            for gamma, ours in (("ls_1.gamma", "self_attn_bda"), ("ls_2.gamma", "mlp_bda")):
+                gamma, ours = f"{name}.{gamma}", f"{module}.{ours}.gamma"
+                yield Parameter(gamma, ours, (width,), scale, decayed=False)

@@ -63,20 +63,10 @@ class VisionConfig(ImageTowerConfig):
         width, patch_size = self.width, self.patch_size
         normal = Normal(width**-0.5)
         yield Parameter("class_embedding", "class_embedding", (width,), normal, decayed=False)
-        yield Parameter(
-            "positional_embedding",
-            "positional_embedding",
-            (self.tokens, width),
-            normal,
-            decayed=True,
-        )
-        yield Parameter(
-            "conv1.weight",
-            "patch_embedding.weight",
-            (width, 3, *patch_size),
-            linear_init(3 * math.prod(patch_size)),
-            decayed=True,
-        )
+        name, shape = "positional_embedding", (self.tokens, width)
+        yield Parameter(name, name, shape, normal, decayed=True)
+        shape, init = (width, 3, *patch_size), linear_init(3 * math.prod(patch_size))
+        yield Parameter("conv1.weight", "patch_embedding.weight", shape, init, decayed=True)
         if self.pre_norm:
             yield from norm_parameters("ln_pre", "pre_norm", width)
         init = BlockInit(
@@ -94,14 +84,9 @@ class VisionConfig(ImageTowerConfig):
         projected."""
         return self.tower_costs(embedding=self.patch_flops, head=2 * self.width * embed_dim)
 
-    def build(
-        self,
-        embed_dim: int,
-        config: TransformerConfig,
-        tensor_group: ProcessGroup,
-        layer_range: LayerRange,
-    ) -> VisionTower:
-        return VisionTower(self, embed_dim, config, tensor_group, layer_range)
+    @property
+    def module_class(self) -> type[nn.Module]:
+        return VisionTower
 
 
 class VisionTower(nn.Module):
