@@ -13,7 +13,7 @@ from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.stages.partition import chunks_of, partition
+from parallel_clip.stages.partition import balanced_split, chunks_of, partition
 from parallel_clip.stages.stage import LayerRange, Stage, whole_model
 from tests.small_models import small_model
 
@@ -199,6 +199,11 @@ def test_the_largest_search_is_quick():
     start = time.process_time()
     partition(architecture.costs, 16, 2)
     assert time.process_time() - start < 5  # a tenth of that on an idle machine
+
+
+def test_a_split_is_searched_for_once():
+    costs, same = (load_architecture("ViT-L-14").costs for _ in range(2))
+    assert balanced_split(costs, 5) is balanced_split(same, 5)
 
 
 @pytest.mark.parametrize(
