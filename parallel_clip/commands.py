@@ -89,13 +89,14 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:
-    from parallel_clip.data.index.shard_table import index_shards
+    from parallel_clip.data.index.shard_table import renew_index
 
-    shards = index_shards(options.shards, renew=True, workers=options.workers)
+    shards = renew_index(options.shards, workers=options.workers)
     print(f"{len(shards):,} shards, {shards.samples:,} samples")
 
 
 def data_check(options: argparse.Namespace, launch: Launch) -> int:
+    from parallel_clip.data.storage.progress import print_nothing
     from parallel_clip.data.tools.check import decode_all_shards
     from parallel_clip.data.tools.check_report import print_report, report_tree
     from parallel_clip.evaluate.results import check_json_target, write_json
@@ -104,7 +105,7 @@ def data_check(options: argparse.Namespace, launch: Launch) -> int:
     alone = options.json == "-"
     report = decode_all_shards(
         options.shards,
-        _say_nothing if alone else print,
+        print_nothing if alone else print,
         caption_key=options.caption_key,
         workers=options.workers,
     )
@@ -151,48 +152,26 @@ def doctor(options: argparse.Namespace, launch: Launch) -> None:
 
 def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
     """The encoder, this data rank's part of the shards, and the group that shares the work."""
-    from parallel_clip.data.feeding.evaluation_data import open_evaluation_data
-    from parallel_clip.data.feeding.open import check_first_samples
-    from parallel_clip.data.index.shard_table import index_shards, save_index
+    from parallel_clip.data.storage.progress import print_nothing
     from parallel_clip.engine.groups import open_groups
-    from parallel_clip.evaluate.encoder import load_encoder
     from parallel_clip.evaluate.results import check_json_target
+    from parallel_clip.evaluate.setup import open_evaluation
     from parallel_clip.layout import Layout
 
     check_json_target(options.json)
     groups = open_groups(Layout(launch.world_size, options.tensor), launch)
-    encoder = groups.run_on_all_ranks(
-        lambda: load_encoder(
-            options.checkpoint,
-            groups,
-            model_name=options.model,
-            tokenizer=options.tokenizer,
-            precision=options.precision,
-        )
-    )
-
-    alone = options.json == "-"
-    say = _say_nothing if alone else print
-
-    def look_into_data() -> None:
-        shards = index_shards(options.data, say, save=False)
-        check_first_samples(shards, need, options.caption_key)
-        save_index(shards, say)
-
-    groups.run_on_rank_zero(look_into_data)
-    data = groups.run_on_all_ranks(
-        lambda: open_evaluation_data(
-            options.data,
-            encoder.preprocess,
-            encoder.tokenizer,
-            rank=groups.data_rank,
-            ranks=groups.layout.data,
-            batch=options.batch,
-            need=need,
-            caption_key=options.caption_key,
-            say=_say_nothing,
-            check=False,
-        )
+    encoder, data = open_evaluation(
+        options.checkpoint,
+        options.data,
+        groups,
+        need=need,
+        batch=options.batch,
+        workers=options.workers,
+        caption_key=options.caption_key,
+        model_name=options.model,
+        tokenizer=options.tokenizer,
+        precision=options.precision,
+        say=print_nothing if options.json == "-" else print,
     )
     return encoder, data, groups.data
 
@@ -208,7 +187,3 @@ def _report(title: str, results: dict, options: argparse.Namespace, launch: Laun
         print_table(title, results)
     if options.json is not None:
         write_json(results, options.json)
-
-
-def _say_nothing(_: str) -> None:
-    pass

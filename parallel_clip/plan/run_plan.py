@@ -5,20 +5,25 @@ The same checks serve `train` and `train --dry-run`, so both find the same error
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from parallel_clip.config import Config
 from parallel_clip.convert.open import open_source
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
-from parallel_clip.data.feeding.open import check_first_samples, open_training_data
-from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.index.shard_table import ShardTable
+from parallel_clip.data.feeding.open import (
+    RunShards,
+    build_order,
+    check_held_out_samples,
+    check_training_samples,
+    data_fingerprint,
+    find_run_shards,
+)
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.data.storage.progress import Print
 from parallel_clip.errors import InputError
-from parallel_clip.evaluate.held_out import check_held_out
+from parallel_clip.evaluate.held_out import read_class_prompts
 from parallel_clip.layout import (
     BatchPlan,
     Layout,
@@ -33,8 +38,6 @@ from parallel_clip.optimizer.train_state import stages_of
 from parallel_clip.plan.layout_plan import choose_stash
 from parallel_clip.plan.resume import ResumePoint, _require_same_data, find_resume_point
 from parallel_clip.stages.stage import Stage
-
-Print = Callable[[str], None]
 
 # Pairs of a global batch from which on a loss shared by two stages is quicker, its features and
 # gradients passed about included: `python benchmarks/loss.py`, on a CPU.
@@ -118,50 +121,39 @@ def make_run_plan(config: Config, world_size: int) -> Job:
     )
 
 
-def open_data(
-    job: Job, say: Print, *, check: bool = True, counts_suffice: bool = False
-) -> tuple[TrainingData, int]:
-    """The training pairs, and the number of steps that the run has over them. The index of shards
-    that have none is made and not kept; the rest is as in `index_shards`.
+def run_steps(config: Config, shards: RunShards) -> int:
+    """The number of steps that a run has over its shards.
 
     Raises:
-        InputError: no or broken shards, or a run shorter than one step or than its schedule.
+        InputError: an epoch without samples, a run shorter than one step or than its schedule.
     """
-    config = job.config
-    data = open_training_data(
-        config,
-        job.preprocess,
-        job.tokenizer,
-        say,
-        check=check,
-        save_index=False,
-        counts_suffice=counts_suffice,
-    )
-    steps = training_steps(config.train, data.samples_per_epoch, config.batch.global_)
+    epoch = build_order(config, shards).samples_per_epoch
+    steps = training_steps(config.train, epoch, config.batch.global_)
     schedule = config.schedule
     if schedule.kind == "wsd" and schedule.warmup + schedule.cooldown > steps:
         raise InputError(
             f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
             f"than the run's {steps} steps; shorten one, or train longer"
         )
-    return data, steps
+    return steps
 
 
-def check_data(
-    job: Job, say: Print, *, counts_suffice: bool = False
-) -> tuple[int, list[ShardTable]]:
-    """Look into the training and the held-out shards. Writes nothing: the index of the shards that
-    are returned is still to be kept. Also returns the number of steps.
+def check_data(job: Job, say: Print, *, counts_suffice: bool = False) -> tuple[int, RunShards]:
+    """Find and check the training and the held-out shards. Writes nothing: the index of the shards
+    that are returned is still to be saved. Also returns the number of steps.
 
     Raises:
-        InputError: as `open_data` and `check_held_out`, or shards that are of another kind.
+        InputError: as `find_run_shards` and `run_steps`, or shards that are of another kind.
     """
-    data, steps = open_data(job, say, counts_suffice=counts_suffice)
+    config = job.config
+    shards = find_run_shards(config, say, counts_suffice=counts_suffice)
+    steps = run_steps(config, shards)
     if job.resume.step < steps:  # else there is nothing to go on with
-        _require_same_data(job.resume, data.data_fingerprint)
-    for source, shards in zip(job.config.data.train, data.sources, strict=True):
-        check_first_samples(shards, "captions", source.caption_key or job.config.data.caption_key)
-    return steps, [*data.sources, *check_held_out(job.config, say)]
+        _require_same_data(job.resume, data_fingerprint(shards))
+    check_training_samples(config, shards)
+    read_class_prompts(config.evaluate.zero_shot)
+    check_held_out_samples(config, shards)
+    return steps, shards
 
 
 def initial_weights_source(

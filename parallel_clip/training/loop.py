@@ -13,19 +13,25 @@ from parallel_clip.checkpoint.checkpointer import save_checkpoint
 from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.index.shard_table import ShardTable, save_index
+from parallel_clip.data.feeding.open import (
+    build_held_out_data,
+    build_training_data,
+    data_fingerprint,
+    reopen_run_shards,
+)
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import BadDataError
 from parallel_clip.evaluate.encoder import ModelEncoder
-from parallel_clip.evaluate.held_out import HeldOutEvaluation
+from parallel_clip.evaluate.held_out import HeldOutEvaluation, read_class_prompts
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.parameters import local_slice
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.plan.describe import describe_data, describe_job
-from parallel_clip.plan.run_plan import Job, check_data, open_data
+from parallel_clip.plan.run_plan import Job, check_data
 from parallel_clip.training import run_folder
 from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
@@ -45,15 +51,11 @@ def train(job: Job, launch: Launch) -> None:
     if config.deterministic:
         device.make_deterministic()
     groups = open_groups(job.layout, launch)
-    say = print if groups.is_rank_zero else _say_nothing
-    shards: list[ShardTable] = []  # on rank 0, whose index is still to be kept
-
-    def look_into_data() -> int:
-        steps, found = check_data(job, say)
-        shards.extend(found)
-        return steps
-
-    steps = groups.run_on_rank_zero(look_into_data)
+    say = print if groups.is_rank_zero else print_nothing
+    checked = groups.run_on_all_ranks(
+        lambda: check_data(job, say) if groups.is_rank_zero else (0, None)
+    )
+    steps = groups.run_on_rank_zero(lambda: checked[0])
     if job.resume.step >= steps:
         say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
         return
@@ -62,14 +64,21 @@ def train(job: Job, launch: Launch) -> None:
 
     def write_first_files() -> None:  # nothing before this writes anything
         run_folder.prepare_run_folder(config, job.layout, device.describe_device(), job.resume)
-        for table in shards:
-            save_index(table, say)
+        checked[1].save_index(say)
 
     groups.run_on_rank_zero(write_first_files)
-    data, _ = groups.run_on_all_ranks(lambda: open_data(job, _say_nothing, check=False))
+    shards = groups.run_on_all_ranks(lambda: checked[1] or reopen_run_shards(config))
+    data = build_training_data(config, shards, job.preprocess, job.tokenizer)
     encoder = ModelEncoder(built.chunks, job.preprocess, job.tokenizer, groups)
-    held_out = groups.run_on_all_ranks(
-        lambda: HeldOutEvaluation(config, encoder, groups, _say_nothing)
+    held_out = HeldOutEvaluation(
+        build_held_out_data(
+            config, shards, job.preprocess, job.tokenizer, groups.data_rank, job.layout.data
+        ),
+        groups.run_on_all_ranks(lambda: read_class_prompts(config.evaluate.zero_shot)),
+        encoder,
+        groups,
+        loss_kind=config.loss.kind,
+        batch=config.evaluate.batch,
     )
     say(describe_job(job, steps))
     say(describe_data(job, data))
@@ -91,7 +100,7 @@ def train(job: Job, launch: Launch) -> None:
     feed = DeviceFeed(
         loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed
     )
-    _Run(job, groups, built, held_out, steps, data.data_fingerprint).run(feed)
+    _Run(job, groups, built, held_out, steps, data_fingerprint(shards)).run(feed)
     say(f"finished: {steps} steps, {job.run_dir}")
 
 
@@ -249,7 +258,3 @@ def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
         if batch is None:
             return
         yield batch, time.perf_counter() - began
-
-
-def _say_nothing(_: str) -> None:
-    pass

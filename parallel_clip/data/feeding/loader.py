@@ -6,16 +6,11 @@ Any number of ranks, workers and microbatches gives the same bits: they only cut
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from parallel_clip.data.feeding.training_data import Microbatch, TrainingData
 from parallel_clip.data.feeding.workers import read_ahead
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_PIECE = 256  # samples one worker decodes at a time; larger microbatches are joined of these
 

@@ -33,20 +33,21 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
 
 
 class FileStat(NamedTuple):
-    """What the file system tells of a file: its bytes, and when it was last changed."""
+    """A file's bytes, and its time of change in ns."""
 
     size: int
     changed_ns: int
 
 
 def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
-    """The stamp of each path on this machine; InputError names the missing."""
+    """The `FileStat` of each path on this machine, addresses left out; InputError names the
+    missing."""
     local = list(dict.fromkeys(path for path in paths if not is_remote(path)))
     parts = [local[start : start + _PART] for start in range(0, len(local), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:  # it waits for the file system
-        stamps = [stamp for part in threads.map(_stamps, parts) for stamp in part]
-    found = dict(zip(local, stamps, strict=True))
-    missing = [path for path, stamp in found.items() if stamp is None]
+        stats = [status for part in threads.map(_file_stats, parts) for status in part]
+    found = dict(zip(local, stats, strict=True))
+    missing = [path for path, status in found.items() if status is None]
     if missing:
         shown = ", ".join(missing[:5])
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
@@ -57,16 +58,17 @@ def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
     return found
 
 
-def _stamps(paths: Sequence[str]) -> list[FileStat | None]:
-    return [_stamp(path) for path in paths]
-
-
-def _stamp(path: str) -> FileStat | None:
+def file_stat(path: str) -> FileStat | None:
+    """None where there is no file of this machine."""
     try:
         status = os.stat(path)
     except OSError:
         return None
     return FileStat(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def _file_stats(paths: Sequence[str]) -> list[FileStat | None]:
+    return [file_stat(path) for path in paths]
 
 
 def _expand(pattern: str) -> list[str]:

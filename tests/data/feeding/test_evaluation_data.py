@@ -1,10 +1,10 @@
 import pytest
 
-from parallel_clip.data.feeding.evaluation_data import open_evaluation_data
+from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
-from tests.data.shard_files import picture, sample, write_shard
+from tests.data.shard_files import index_shards, picture, sample, write_shard
 
 PREPROCESS = Preprocess((16, 16))
 TOKENIZER = ClipTokenizer(12)
@@ -26,7 +26,7 @@ def shards(tmp_path):
 
 
 def open_data(shards, **options):
-    return open_evaluation_data(shards, PREPROCESS, TOKENIZER, say=lambda line: None, **options)
+    return EvaluationData(index_shards(shards), PREPROCESS, TOKENIZER, **options)
 
 
 @pytest.mark.parametrize("ranks, batch, workers", [(1, 4, 0), (1, 64, 1), (2, 3, 0), (3, 2, 2)])
