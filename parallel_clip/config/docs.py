@@ -20,7 +20,7 @@ def key_table() -> str:
     rows = ["| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
     for key in keys_of(Config):
         default = "must be given" if key.required else f"`{show(key.default)}`"
-        rows.append(f"| `{key.path}` | {key.takes} | {default} | {key.doc} |")
+        rows.append(f"| `{key.path}` | {key.describe_type} | {default} | {key.doc} |")
     return "\n".join(rows)
 
 

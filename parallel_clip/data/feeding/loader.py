@@ -1,7 +1,7 @@
-"""From positions of the order to microbatches of tensors, read ahead by worker processes.
+"""The loader of training: microbatches of tensors, read ahead by worker processes.
 
-Any number of ranks, workers and microbatches gives the same bits: they only cut what
-`training_data.py` has at each position.
+Any number of ranks, workers and microbatches gives the same bits: each pair is that which
+`TrainingData` has at its position.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ MAX_PIECE = 256  # samples one worker decodes at a time; larger microbatches are
 
 @dataclass(frozen=True)
 class RankBatchSlice:
-    """Which part of every global batch a data-parallel rank reads, and in what portions."""
+    """The part of every global batch that a data-parallel rank reads, and its microbatches (sizes
+    in pairs)."""
 
     global_batch: int
     micro_batch: int

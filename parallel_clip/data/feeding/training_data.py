@@ -1,6 +1,6 @@
-"""The training pairs at positions of the order: read, decoded, augmented, and replaced where bad.
+"""The training pairs at positions of the order: read, decoded, augmented; bad ones replaced.
 
-What stands at a position follows from the seed and the position alone.
+The pair at a position is a function of the shards, the seed and the position alone.
 """
 
 from collections import OrderedDict
@@ -25,13 +25,13 @@ from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardI
 from parallel_clip.errors import BadDataError
 
 MAX_SUBSTITUTES = 64  # samples tried in place of a bad one
-RECENT_SHARDS = 1024  # whose samples' places a worker keeps at hand: 80 KB each at 10,000 samples
+RECENT_SHARDS = 1024  # whose index a worker keeps in memory: 80 KB each at 10,000 samples
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """b pairs on the CPU. `addresses` says what was read at each position: its own sample, or the
-    substitute where `bad` tells of it."""
+    """b pairs on the CPU. `addresses` has the sample that was read at each position: its own, or
+    the substitute where `bad` lists its own."""
 
     images: Tensor  # fp32 [b, 3, H, W]
     tokens: Tensor  # int64 [b, L]
@@ -52,8 +52,8 @@ class Microbatch:
 class TrainingData:
     """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
 
-    caption_keys: of each source; shrink: how far a picture may be shrunk while it is decoded, None:
-    not at all.
+    caption_keys: of each source; any_caption: draw one of several captions, else take the first;
+    shrink: how far a picture may be shrunk while it is decoded (None: not at all).
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TrainingData:
 
 
 class _RecentShards:
-    """Where the samples are of the shards last read from."""
+    """A least-recently-used cache of the indexes of shards."""
 
     def __init__(self, sources: Sequence[ShardTable]):
         self._sources = sources

@@ -1,4 +1,4 @@
-"""From an RGB picture to the tensor a model sees: OpenCLIP's transforms, to the bit."""
+"""Transforms of RGB pictures to the tensors that a model takes: OpenCLIP's, to the bit."""
 
 import math
 import random
@@ -34,7 +34,7 @@ Transform = Callable[[Image], Tensor]  # -> float32 [3, H, W]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pictures become tensors in evaluation. The names are those of OpenCLIP's preprocess_cfg.
+    """The settings of the evaluation transform, with the names of OpenCLIP's preprocess_cfg.
 
     `interpolation` "random" means bicubic here, as it does in OpenCLIP.
     """
@@ -175,15 +175,15 @@ def check_augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_shrink(preprocess: Preprocess) -> DraftScale:
-    """What part of a picture's width and height the evaluation transform makes use of."""
+    """The fraction of a picture's width and height that the evaluation transform needs."""
     height, width = preprocess.image_size
     fit = max if preprocess.resize_mode != "longest" else min
     return lambda w, h: fit(width / w, height / h)
 
 
 def training_shrink(preprocess: Preprocess, options: Mapping[str, Any]) -> DraftScale:
-    """What part of a picture's width and height is enough for the smallest crop that
-    `training_transform` may take."""
+    """The fraction of a picture's width and height that the smallest crop of
+    `training_transform` needs."""
     options = check_augment_options(options)
     smallest = options.get("scale", DEFAULT_SCALE)[0]
     narrowest, widest = options.get("ratio", DEFAULT_RATIO)
@@ -204,7 +204,7 @@ def sample_seed(seed: int, position: int, purpose: str) -> int:
 
 @contextmanager
 def seeded(number: int) -> Iterator[None]:
-    """Torch's CPU generator and Python's `random` start from `number`, and are then put back."""
+    """Seed torch's CPU generator and Python's `random` with `number`; restore both afterwards."""
     python_state, torch_state = random.getstate(), torch.default_generator.get_state()
     random.seed(number)
     torch.default_generator.manual_seed(number)

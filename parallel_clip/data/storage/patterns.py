@@ -1,4 +1,4 @@
-"""Which shards a pattern names: files, folders, braces, wildcards, here or at an address."""
+"""Expand shard patterns (files, folders, braces, wildcards, addresses) and look at the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THREADS, _PART = 16, 512
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """The shards that patterns name, in order; whether all are there is not looked at.
+    """The paths of the shards that patterns name, in order, whether they exist or not.
 
     A pattern is a file, a folder (all its `.tar`), or has braces (`{000..099}`, `{a,b}`) or
     wildcards, on this machine or at an address such as s3://bucket/{00..99}.tar; several stand in a

@@ -1,4 +1,4 @@
-"""Finding what is bad in shards before a run meets it."""
+"""Read and decode every sample of shards, and report the bad ones: `data check`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BadItem:
 
 @dataclass
 class CheckReport:
-    """What `decode_all_shards` found.
+    """The counts and the bad items that `decode_all_shards` found.
 
     samples: those that were found, broken ones included. sides and caption_bytes: how many pictures
     have a shorter side, and captions a length, of at least 2^k pixels or bytes and below 2^(k + 1).
@@ -61,7 +61,7 @@ def decode_all_shards(
 ) -> CheckReport:
     """Read and decode every picture and caption, by `workers` processes.
 
-    Goes on behind broken samples and broken shards. Where a shard has an index that knows other
+    Continues after broken samples and broken shards. Where a shard has an index that knows other
     samples than are there, that is said, and the samples it knows are read. InputError only where
     shards are missing.
     """
@@ -81,7 +81,7 @@ def decode_all_shards(
 def check_shard(
     path: str, known: ShardIndex | None = None, caption_key: str | None = None
 ) -> CheckReport:
-    """The same for one shard; known: its saved index."""
+    """`decode_all_shards` for one shard; known: its saved index."""
     report = CheckReport(1)
     try:
         scan = scan_headers(path)
