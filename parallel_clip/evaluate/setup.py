@@ -7,11 +7,10 @@ from parallel_clip.data.feeding.open import Need, check_first_samples
 from parallel_clip.data.index.shard_table import (
     ShardTable,
     find_checked_shards,
-    find_shards,
+    open_shards,
     save_index,
-    scan_unindexed,
 )
-from parallel_clip.data.storage.progress import Print, print_nothing
+from parallel_clip.data.storage.progress import Print
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder, load_encoder
 
@@ -51,14 +50,9 @@ def open_evaluation(
         return table
 
     checked = groups.run_on_all_ranks(find_on_rank_zero)
-
-    def find_on_others() -> ShardTable:
-        if checked is not None:
-            return checked
-        return scan_unindexed(find_shards(patterns, print_nothing), print_nothing)
-
+    table = groups.run_on_all_ranks(lambda: open_shards(patterns) if checked is None else checked)
     data = EvaluationData(
-        groups.run_on_all_ranks(find_on_others),
+        table,
         encoder.preprocess,
         encoder.tokenizer,
         need=need,

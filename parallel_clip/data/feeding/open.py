@@ -22,6 +22,7 @@ from parallel_clip.data.index.shard_table import (
     check_shards,
     counts_from_json,
     find_shards,
+    open_shards,
     save_index,
     scan_unindexed,
 )
@@ -37,7 +38,7 @@ from parallel_clip.data.samples.transforms import (
     training_shrink,
     training_transform,
 )
-from parallel_clip.data.storage.progress import Print, print_nothing
+from parallel_clip.data.storage.progress import Print
 from parallel_clip.data.storage.remote import RemoteCache
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
 from parallel_clip.errors import InputError
@@ -100,11 +101,7 @@ def find_run_shards(
 def reopen_run_shards(config: Config) -> RunShards:
     """Find the shards of a run on another rank, after rank 0 has checked them and saved their
     index. Looks at no shard that has one."""
-
-    def find(patterns: str | Sequence[str], folders: dict[str, FolderIndex]) -> ShardTable:
-        return scan_unindexed(find_shards(patterns, print_nothing, folders), print_nothing)
-
-    return _run_shards(config, find)
+    return _run_shards(config, open_shards)
 
 
 def check_training_samples(config: Config, shards: RunShards) -> None:

@@ -13,7 +13,7 @@ from parallel_clip.data.index.index_folder import SIZES_NAME, FolderIndex
 from parallel_clip.data.storage.files import parent_and_name
 from parallel_clip.data.storage.patterns import expand_shards, file_stat, require_files
 from parallel_clip.data.storage.processes import parallel_map
-from parallel_clip.data.storage.progress import Print, show_progress
+from parallel_clip.data.storage.progress import Print, print_nothing, show_progress
 from parallel_clip.data.storage.shards import ShardIndex, scan_shard
 from parallel_clip.errors import InputError
 
@@ -140,6 +140,14 @@ def scan_unindexed(table: ShardTable, say: Print = print, workers: int | None = 
     table = replace(table, counts=np.array(counts, np.int64))
     _check_counts(table)
     return table
+
+
+def open_shards(
+    patterns: str | Sequence[str], folders: dict[str, FolderIndex] | None = None
+) -> ShardTable:
+    """The table that the other processes of a job open, once the first has checked the shards and
+    saved their index. Prints nothing; scans only where no index could be saved."""
+    return scan_unindexed(find_shards(patterns, print_nothing, folders), print_nothing)
 
 
 def find_checked_shards(

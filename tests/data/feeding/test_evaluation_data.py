@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
@@ -53,6 +54,15 @@ def test_every_picture_comes_once_with_all_its_captions(shards, ranks, batch, wo
         for number in positions
         for letter in "abc"[: number % 3 + 1]
     ]
+
+
+@pytest.mark.parametrize("need", ["captions", "labels"])
+def test_workers_give_the_same_bits(shards, need):
+    alone, by_workers = (open_data(shards, batch=4, need=need, workers=n) for n in (0, 2))
+    for one, other in zip(alone, by_workers, strict=True):
+        for name in ("images", "positions", "tokens", "owner", "labels"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert (one.addresses, one.bad) == (other.addresses, other.bad)
 
 
 def test_labels(shards):
