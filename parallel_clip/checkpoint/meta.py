@@ -17,7 +17,7 @@ FORMAT = 1
 class Meta:
     """step: optimizer steps done; position: samples of the global order consumed; bad_samples:
     replaced so far; source_samples: pairs seen of each source; data: what the order was made of,
-    see `TrainingData.data_fingerprint`; model and preprocess: OpenCLIP's model_cfg and
+    see `data_fingerprint`; model and preprocess: OpenCLIP's model_cfg and
     preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute."""
 
     step: int
