@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from parallel_clip.config import Config
 from parallel_clip.data.feeding.evaluation_data import EvaluationData, open_evaluation_data
@@ -19,6 +17,7 @@ from parallel_clip.evaluate.pairs import PairFeatures, encode_pairs
 from parallel_clip.evaluate.prompts import read_classes, read_templates
 from parallel_clip.evaluate.retrieval import retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
+from parallel_clip.loss import ALONE, ClipLoss, SigLipLoss
 from parallel_clip.pipeline.logit_parameters import read_logit_parameters
 
 Print = Callable[[str], None]
@@ -126,25 +125,16 @@ def held_out_loss(
     images, texts = features.images, features.first_captions()
     batch = min(batch, len(images))
     batches = len(images) // batch
-    losses = []
-    for start in range(0, batches * batch, batch):
-        pairs = slice(start, start + batch)
-        logits = logit_scale * images[pairs] @ texts[pairs].T
-        if logit_bias is not None:
-            logits = logits + logit_bias
-        losses.append(_infonce(logits) if kind == "infonce" else _sigmoid(logits))
+    loss = (ClipLoss if kind == "infonce" else SigLipLoss)(group=ALONE)
+    with torch.no_grad():
+        losses = [
+            loss(
+                images[start : start + batch], texts[start : start + batch], logit_scale, logit_bias
+            )
+            for start in range(0, batches * batch, batch)
+        ]
     return {
         "loss": torch.stack(losses).mean().item(),
         "batch": batch,
         "pairs": batches * batch,
     }
-
-
-def _infonce(logits: Tensor) -> Tensor:
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def _sigmoid(logits: Tensor) -> Tensor:
-    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(logits)
