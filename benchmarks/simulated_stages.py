@@ -35,12 +35,8 @@ from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.optimizer.train_state import build_train_state, wrap_for_data_parallel
-from parallel_clip.pipeline.forward_backward import (
-    ContrastiveLoss,
-    MicrobatchInputs,
-    TwoPassStep,
-    forward_backward,
-)
+from parallel_clip.pipeline.forward_backward import LossFunction, TwoPassStep, forward_backward
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
 from parallel_clip.pipeline.orders import OpKind, PipelineOp
 from parallel_clip.pipeline.timeline import Costs, Span
 from parallel_clip.stages.partition import chunks_of, partition
@@ -134,24 +130,21 @@ def _serve(rank: int, cases: Sequence[Case], steps: int, folder: Path) -> None:
 
 def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
     if case.towers is None:
-        towers, microbatches = [_real_stages(groups, case)], _real_inputs(groups, case)
+        towers, inputs = [_real_stages(groups, case)], _real_inputs
         loss = ClipLoss(group=groups.data)
     else:
         towers = [_sleeping_stages(groups, case, costs) for costs in case.towers]
-        microbatches = [
-            MicrobatchInputs(None, torch.zeros(1, 1, dtype=torch.long))
-        ] * case.microbatches
-        loss = _trivial_loss
-    _step(towers, microbatches[: case.ranks], loss, stash=0)  # opens connections
+        inputs, loss = _no_inputs, _trivial_loss
+    _step(towers, inputs(case.ranks), loss, stash=0)  # opens connections
     records = []
     for _ in range(steps):
         for chunk in sum(towers, []):
             chunk.zero_grad_buffer()
-        recorder = _Recorder(towers)
+        recorder = _Recorder(towers, case.microbatches)
         with recorder.installed():
             dist.barrier()
             recorder.step.began = time.perf_counter()
-            _step(towers, microbatches, recorder.timed(loss), case.stash)
+            _step(towers, inputs(case.microbatches), recorder.timed(loss), case.stash)
             recorder.step.ended = time.perf_counter()
         records.append(recorder.step)
     return records
@@ -159,17 +152,17 @@ def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
 
 def _step(
     towers: Sequence[Sequence[DistributedDataParallel]],
-    microbatches: Sequence[MicrobatchInputs],
-    loss: ContrastiveLoss,
+    inputs: StepInputs,
+    loss: LossFunction,
     stash: int,
 ) -> None:
     """One pipeline's step, or those of two that take turns, around one loss."""
     if len(towers) == 1:
-        forward_backward(towers[0], microbatches, loss, stash)
+        forward_backward(towers[0], inputs, loss, stash)
         return
-    first, second = (TwoPassStep(chunks, microbatches, loss, stash) for chunks in towers)
+    first, second = (TwoPassStep(chunks, inputs, loss, stash) for chunks in towers)
     first.loss = _trivial_loss
-    for run in ("first_pass", "take_loss", "second_pass"):
+    for run in ("first_pass", "compute_loss", "second_pass"):
         for tower in (first, second):
             getattr(tower, run)()
 
@@ -178,19 +171,20 @@ class _Recorder:
     """When this rank runs which op of a step.
 
     What a forward step did is seen from whether the model was called in it, and with gradients.
+    Of two towers the second's microbatches count on from the first's, as in tower_comparison.py.
     """
 
-    def __init__(self, towers: Sequence[Sequence[DistributedDataParallel]]):
+    def __init__(self, towers: Sequence[Sequence[DistributedDataParallel]], microbatches: int):
         self.step = _RankStep()
         self._places = {
-            id(ddp): (chunk, tower)
+            id(ddp): (tower * microbatches, chunk)
             for tower, chunks in enumerate(towers)
             for chunk, ddp in enumerate(chunks)
         }
         self._modules = [ddp.module for chunks in towers for ddp in chunks]
         self._called_with_grad: bool | None = None
-        self._passed_once: set[tuple[int, int, int]] = set()
-        self._outputs: dict[int, tuple[int, int, int]] = {}
+        self._passed_once: set[tuple[int, int]] = set()
+        self._outputs: dict[int, tuple[int, int]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -209,7 +203,7 @@ class _Recorder:
         for hook in hooks:
             hook.remove()
 
-    def timed(self, loss: ContrastiveLoss) -> ContrastiveLoss:
+    def timed(self, loss: LossFunction) -> LossFunction:
         def run(*arguments: Any) -> Tensor:
             start = time.perf_counter()
             value = loss(*arguments)
@@ -225,7 +219,8 @@ class _Recorder:
             result = forward_step(
                 function, data, model, *arguments, current_microbatch=current_microbatch, **options
             )
-            place = (current_microbatch, *self._places[id(model)])
+            first, chunk = self._places[id(model)]
+            place = (first + current_microbatch, chunk)
             self._record(PipelineOp(self._forward_kind(place), *place), start)
             self._passed_once.add(place)
             self._outputs[id(result[0])] = place
@@ -233,7 +228,7 @@ class _Recorder:
 
         return run
 
-    def _forward_kind(self, place: tuple[int, int, int]) -> OpKind:
+    def _forward_kind(self, place: tuple[int, int]) -> OpKind:
         if self._called_with_grad is None:
             return OpKind.REPLAY
         if place in self._passed_once:
@@ -297,6 +292,11 @@ def _trivial_loss(images: Tensor, texts: Tensor, multiplier: Tensor, bias: Tenso
     return multiplier * (images.sum() + texts.sum())
 
 
+def _no_inputs(microbatches: int) -> StepInputs:
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    return StepInputs([tokens] * microbatches, lambda _: Pictures(torch.empty(0)))
+
+
 def _sleeping_stages(groups: Groups, case: Case, costs: Costs) -> list[DistributedDataParallel]:
     tower = {"width": 8, "layers": case.ranks * case.chunks}
     architecture = architecture_from_json(
@@ -349,8 +349,7 @@ def _real_stages(groups: Groups, case: Case) -> list[DistributedDataParallel]:
     return built.wrapped
 
 
-def _real_inputs(groups: Groups, case: Case) -> list[MicrobatchInputs]:
+def _real_inputs(microbatches: int) -> StepInputs:
     images = torch.randn(REAL_PAIRS, 3, *REAL.vision.image_size)
     tokens = torch.randint(1, 1000, (REAL_PAIRS, REAL.text.context_length))
-    microbatch = MicrobatchInputs(images if groups.pipeline_rank == 0 else None, tokens)
-    return [microbatch] * case.microbatches
+    return StepInputs([tokens] * microbatches, lambda _: Pictures(images))

@@ -36,8 +36,8 @@ from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.optimizer.train_state import build_train_state
-from parallel_clip.pipeline.forward_backward import MicrobatchInputs
-from parallel_clip.training.step import training_step
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
+from parallel_clip.training.step import TrainStep
 
 LR, BETAS, EPS, WEIGHT_DECAY = 5e-4, (0.9, 0.98), 1e-6, 0.2
 WARMUP_ROUNDS = 2
@@ -199,14 +199,9 @@ def parallel_clip_step(
     built = build_train_state(config, architecture, groups)
     for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, weights[parameter.name])
-    loss_function = ClipLoss(group=groups.data)
-    microbatches = [MicrobatchInputs(images, texts)]
-
-    def step() -> float:
-        record = training_step(built, loss_function, microbatches, 1, LR, groups.pipeline)
-        return record.loss
-
-    return step
+    step = TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)
+    inputs = StepInputs([texts], lambda _: Pictures(images))
+    return lambda: step(inputs, LR).loss
 
 
 def config_for(architecture: Architecture, precision: str, batch: int) -> Config:

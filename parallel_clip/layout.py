@@ -42,11 +42,7 @@ class Layout:
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise InputError(
-                f"parallel.virtual_pipeline {self.virtual_pipeline} needs parallel.pipeline of at "
-                "least 2; set one or the other"
-            )
+        check_virtual_pipeline(self.pipeline, self.virtual_pipeline)
         copy = self.tensor * self.pipeline
         if self.world % copy == 0:
             return
@@ -108,6 +104,19 @@ def plan_batch(layout: Layout, global_batch: int, micro_batch: int) -> BatchPlan
         f"batch.global {global_batch} is not divisible by batch.micro {micro_batch} × "
         f"data-parallel {layout.data} = {unit}; {remedy}"
     )
+
+
+def check_virtual_pipeline(pipeline: int, virtual_pipeline: int) -> None:
+    """See that there is a pipeline where there are virtual stages.
+
+    Raises:
+        InputError: there is none.
+    """
+    if virtual_pipeline > 1 and pipeline == 1:
+        raise InputError(
+            f"parallel.virtual_pipeline {virtual_pipeline} needs parallel.pipeline of at least 2; "
+            "set one or the other"
+        )
 
 
 def check_microbatches(layout: Layout, plan: BatchPlan) -> None:

@@ -21,7 +21,7 @@ from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.parameters import Parameter, load_slice, local_slice
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
-from parallel_clip.pipeline.forward_backward import MicrobatchInputs
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
 
 Weights = dict[str, Tensor]
 
@@ -66,17 +66,20 @@ def loaded_training(
 
 def own_microbatches(
     groups: Groups, images: Tensor, tokens: Tensor, count: int, kept: Tensor | None = None
-) -> list[MicrobatchInputs]:
+) -> StepInputs:
     """This data rank's share of a global batch, in `count` microbatches; pictures on the first
     stage only."""
     ranks, rank = groups.layout.data, groups.data_rank
-    if groups.pipeline_rank > 0:
-        images = kept = None
-    parts = [
+    images, tokens, kept = (
         [None] * count if x is None else x.chunk(ranks)[rank].chunk(count)
         for x in (images, tokens, kept)
-    ]
-    return [MicrobatchInputs(*microbatch) for microbatch in zip(*parts, strict=True)]
+    )
+
+    def fetch(number: int) -> Pictures:
+        assert groups.pipeline_rank == 0, "pictures are for the first stage"
+        return Pictures(images[number], kept[number])
+
+    return StepInputs(tokens, fetch)
 
 
 def sum_over_tokens(tensor: Tensor, values: Tensor, groups: Groups) -> Tensor:

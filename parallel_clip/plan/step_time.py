@@ -17,7 +17,7 @@ def step_timeline(job: Job) -> Timeline:
     layout = job.layout
     forward = [job.plan.micro_batch * stage_cost(stage, job.architecture) for stage in job.stages]
     orders = step_orders(layout.pipeline, job.plan.microbatches, job.stash, layout.virtual_pipeline)
-    return simulate(orders, [Costs(forward, [2 * cost for cost in forward])])
+    return simulate(orders, Costs(forward, [2 * cost for cost in forward]))
 
 
 def _flops(chunks: Sequence[Stage], architecture: Architecture) -> int:

@@ -31,7 +31,7 @@ from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.run_log import MetricsLog, StepRecord, StepTimer
 from parallel_clip.training.sample_log import _Ledger
-from parallel_clip.training.step import build_loss, training_step
+from parallel_clip.training.step import TrainStep, build_loss
 
 
 def train(job: Job, launch: Launch) -> None:
@@ -125,7 +125,9 @@ class _Run:
 
     def run(self, feed: DeviceFeed) -> None:
         config, settings = self.config, self.config.optimizer
-        loss = build_loss(config, self.groups, self.job.loss_on_all_stages)
+        all_stages, wanted = self.job.loss_on_all_stages, config.loss
+        loss = build_loss(wanted.kind, wanted.exchange, wanted.tile, self.groups, all_stages)
+        train_step = TrainStep(self.built, loss, self.job.stash, self.groups.pipeline, all_stages)
         first = self.job.resume.step
         for step, (batch, data_seconds) in enumerate(
             _timed(feed.batches(first, self.steps)), start=first + 1
@@ -133,15 +135,7 @@ class _Run:
             self._account_for_samples(step, batch)
             lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
             try:
-                record = training_step(
-                    self.built,
-                    loss,
-                    batch.inputs,
-                    self.job.stash,
-                    lr,
-                    self.groups.pipeline,
-                    self.job.loss_on_all_stages,
-                )
+                record = train_step(batch.inputs, lr)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
             self.stopwatch.add_step(data_seconds)

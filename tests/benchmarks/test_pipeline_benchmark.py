@@ -36,12 +36,9 @@ def test_the_quick_run_prints_tables():
     assert "interleaved" in done.stdout and "ideal" in done.stdout
 
 
-def test_ranks_run_the_ops_of_the_schedule_in_its_order(measured):
+def test_ranks_run_the_ops_of_the_schedule_in_its_order(pipeline, measured):
     for case, step in measured:
-        expected = step_orders(
-            case.ranks, case.microbatches, case.stash, case.chunks, len(case.towers or [None])
-        )
-        for rank, order in enumerate(expected):
+        for rank, order in enumerate(pipeline.orders_of(case)):
             spans = [span for span in step.spans if span.rank == rank]
             assert [span.op for span in spans] == order, (case, rank)
             for span, following in zip(spans, spans[1:], strict=False):
@@ -79,7 +76,7 @@ def test_ideals_of_equal_and_uneven_stages(pipeline):
         costs = Costs(list(forward), [2 * seconds for seconds in forward])
         case = pipeline.Case(2, 2, towers=(costs,))
         spans = [
-            Span(rank, op, 0, 0 if op.kind is OpKind.LOSS else costs.seconds(op.kind, rank))
+            Span(rank, op, 0, 0 if op.kind is OpKind.LOSS else costs.seconds(op, rank))
             for rank, order in enumerate(step_orders(2, 2))
             for op in order
         ]

@@ -16,7 +16,7 @@ from parallel_clip.loss import ClipLoss
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
-from parallel_clip.training.step import training_step
+from parallel_clip.training.step import TrainStep
 from tests.ranks import config_of, loaded_training, own_microbatches
 from tests.training.step_cases import Task
 
@@ -84,8 +84,8 @@ def _empty(groups: Groups, task: Task) -> TrainState:
 def _train(groups: Groups, task: Task, built: TrainState, steps: int) -> list[dict]:
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
-    loss = ClipLoss(group=groups.data)
-    return [asdict(training_step(built, loss, batch, 0, LR, groups.pipeline)) for _ in range(steps)]
+    step = TrainStep(built, ClipLoss(group=groups.data), 0, groups.pipeline)
+    return [asdict(step(batch, LR)) for _ in range(steps)]
 
 
 def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> Path:

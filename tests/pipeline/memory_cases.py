@@ -50,10 +50,10 @@ class LivingTensors:
     def counting(self):
         through = TwoPassStep.run_forward
 
-        def noted(step, chunk, number):
+        def noted(step, chunk, number, stop):
             self._running = chunk.module, number
             try:
-                return through(step, chunk, number)
+                return through(step, chunk, number, stop)
             finally:
                 self._running = None
 
@@ -126,9 +126,8 @@ def peaks(
         counted[way] = measure_rank_memory(config, architecture, groups).saved_by_chunk
         built = loaded_training(groups, config, architecture, weights)
         microbatches = own_microbatches(groups, images, tokens, way.microbatches)
-        inputs = [x for microbatch in microbatches for x in (microbatch.images, microbatch.tokens)]
         parameters = [p for chunk in built.chunks for p in chunk.parameters()]
-        living = [x for x in (*parameters, *inputs) if x is not None]
+        living = [*parameters, images, tokens]
         measured[way] = [_step(groups, built, microbatches, way, living) for _ in range(2)]
     return measured, counted
 
