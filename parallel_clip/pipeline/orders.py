@@ -1,4 +1,4 @@
-"""What each pipeline rank executes in one step, in program order, as megatron-core's schedules do.
+"""The ops of each pipeline rank in one step, in the order of megatron-core's schedules. No torch.
 
 P pipeline ranks of V chunks each are P × V virtual stages; chunk c of rank r is stage c × P + r.
 A contrastive step over m microbatches is two passes without a barrier between them:
@@ -27,7 +27,7 @@ from parallel_clip.layout import check_virtual_pipeline
 
 
 class OpKind(Enum):
-    """What an op does. The first two belong to pass 1, the forwards after the loss to pass 2."""
+    """Kinds of ops. The first two belong to pass 1, those after the loss to pass 2."""
 
     FORWARD_WITHOUT_GRAPH = "forward without graph"
     FORWARD_KEEPING_GRAPH = "forward keeping graph"
@@ -97,8 +97,8 @@ def microbatch_group_size(microbatches: int, ranks: int) -> int:
 def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None) -> int:
     """The most graphs alive at once on a rank, each of one microbatch in one chunk.
 
-    With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, the most
-    that all alive come to, such as bytes of saved activations.
+    With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, such as
+    bytes of saved activations, the largest sum of the sizes of graphs alive at once.
     """
     alive = peak = 0
     for op in order:

@@ -68,7 +68,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulated step took. `spans` are by rank, then by time; `busy` is [P], in seconds."""
+    """Result of a simulated step. `spans` are by rank, then by time; `busy` is [P], in seconds."""
 
     spans: list[Span]
     total: float
@@ -177,7 +177,7 @@ _CONTENTS = {
 
 
 def _messages(op: PipelineOp, stage: int, last: int) -> tuple[_Message | None, _Message | None]:
-    """What an op on virtual stage `stage` waits for, and what it sends on."""
+    """The message that an op on virtual stage `stage` receives, and the one that it sends."""
     if op.kind is OpKind.LOSS:
         return None, None
     before, after = (stage + 1, stage - 1) if op.kind is OpKind.BACKWARD else (stage - 1, stage + 1)

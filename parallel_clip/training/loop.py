@@ -17,7 +17,6 @@ from parallel_clip.data.index.shard_table import ShardTable, save_index
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, open_groups
 from parallel_clip.engine.launch import Launch
-from parallel_clip.errors import BadDataError
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
 from parallel_clip.model.initialize import initial_value
@@ -30,7 +29,7 @@ from parallel_clip.training import run_folder
 from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.run_log import MetricsLog, StepRecord, StepTimer
-from parallel_clip.training.sample_log import _Ledger
+from parallel_clip.training.sample_log import SampleLog
 from parallel_clip.training.step import TrainStep, build_loss
 
 
@@ -114,14 +113,18 @@ class _Run:
         self.held_out = held_out
         self.steps = steps
         self.data_fingerprint = data_fingerprint
-        self.bad_samples = job.resume.bad_samples
-        seen = job.resume.source_samples or [0] * len(job.config.data.train)
-        self.source_samples = torch.tensor(seen)
+        self.samples = SampleLog(
+            job.run_dir,
+            groups,
+            job.plan.global_batch,
+            job.config.data.max_bad_fraction,
+            job.resume.bad_samples,
+            job.resume.source_samples or [0] * len(job.config.data.train),
+        )
         self.stopwatch = StepTimer()
         self.log: MetricsLog | None = None
         if groups.is_rank_zero:
             self.log = MetricsLog(job.run_dir, steps, job.plan.global_batch, job.resume.step)
-        self.ledger = _Ledger(job, groups) if self.config.log.ledger else None
 
     def run(self, feed: DeviceFeed) -> None:
         config, settings = self.config, self.config.optimizer
@@ -132,15 +135,15 @@ class _Run:
         for step, (batch, data_seconds) in enumerate(
             _timed(feed.batches(first, self.steps)), start=first + 1
         ):
-            self._account_for_samples(step, batch)
+            self.samples.count(step, batch)
             lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
             try:
                 record = train_step(batch.inputs, lr)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
             self.stopwatch.add_step(data_seconds)
-            if self.ledger is not None:
-                self.ledger.write(step, batch)
+            if config.log.ledger:
+                self.samples.write_ledger(step, batch)
             if step == 1 or step % config.log.every == 0:
                 self._write_metrics(step, record)
             self.save_and_evaluate(step)
@@ -152,8 +155,9 @@ class _Run:
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         means = self.stopwatch.read(self.job.plan.global_batch)
         if self.log is not None:
+            samples = self.samples
             self.log.write_step(
-                step, record, means, int(memory), self.bad_samples, self.source_samples.tolist()
+                step, record, means, int(memory), samples.bad_samples, samples.source_samples
             )
 
     def save_and_evaluate(self, step: int) -> None:
@@ -174,8 +178,8 @@ class _Run:
         meta = Meta(
             step=step,
             position=step * job.plan.global_batch,
-            bad_samples=self.bad_samples,
-            source_samples=tuple(self.source_samples.tolist()),
+            bad_samples=self.samples.bad_samples,
+            source_samples=tuple(self.samples.source_samples),
             data=self.data_fingerprint,
             model_name=job.architecture.name,
             model=job.architecture.json,
@@ -190,35 +194,6 @@ class _Run:
             self.groups,
             self.config.checkpoint.keep,
         )
-
-    def _account_for_samples(self, step: int, batch: StepBatch) -> None:
-        """Count over all ranks those of each source, and the bad ones, which are listed in the run
-        folder and end the run when they are too many."""
-        sources = len(self.source_samples)
-        found = torch.tensor([len(batch.bad), *batch.of_sources(sources)])
-        found = found.to(self.groups.device)
-        dist.all_reduce(found)
-        bad_ones, *of_sources = found.tolist()
-        self.source_samples += torch.tensor(of_sources)
-        if not bad_ones:
-            return
-        bad: list = [None] * self.job.layout.world
-        dist.all_gather_object(bad, [sample._asdict() for sample in batch.bad])
-        samples = [sample for of_rank in bad for sample in of_rank]
-        self.bad_samples += len(samples)
-        if self.log is not None:
-            self.log.write_bad_samples(step, samples)
-        seen = step * self.job.plan.global_batch
-        limit = self.config.data.max_bad_fraction
-        if self.bad_samples > limit * seen:
-            worst = samples[0]
-            raise BadDataError(
-                f"{self.bad_samples} of the {seen} samples seen by step {step} are bad, more than "
-                f"data.max_bad_fraction {limit:g} allows; the first of this step: "
-                f"{worst['key']} of {worst['shard']}: {worst['reason']}. All are listed in "
-                f"{self.job.run_dir / run_folder.BAD_SAMPLES_FILE}; `parallel-clip data check` "
-                "finds the rest"
-            )
 
 
 def _set_weights(built: TrainState, job: Job, groups: Groups) -> None:

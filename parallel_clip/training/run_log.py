@@ -11,7 +11,6 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from parallel_clip.training.run_folder import (
-    BAD_SAMPLES_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
@@ -110,11 +109,6 @@ class MetricsLog:
             if name.endswith(("loss", "recall@1", "top1"))
         )
         print(f"held out at step {step}: {shown}", flush=True)
-
-    def write_bad_samples(self, step: int, samples: list[dict]) -> None:
-        with (self._run_dir / BAD_SAMPLES_FILE).open("a") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **sample}) + "\n")
 
     def close(self) -> None:
         self._metrics.close()

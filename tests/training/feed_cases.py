@@ -14,7 +14,9 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import plan_batch
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from parallel_clip.pipeline.forward_backward import forward_backward
+from parallel_clip.pipeline.inputs import StepInputs
 from parallel_clip.training.feed import DeviceFeed
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
@@ -46,14 +48,17 @@ def feed_a_step(
     built = loaded_training(groups, config, architecture, weights)
     loss = ClipLoss(group=groups.data)
 
-    def gradients(inputs) -> list[Tensor]:
+    def gradients(inputs: StepInputs) -> list[Tensor]:
         built.optimizer.zero_grad()
         report = forward_backward(built.wrapped, inputs, loss, stash)
         return [report.value, *(t.main_grad.clone() for _, t in built.global_parameters())]
 
     plan = plan_batch(groups.layout, len(tokens), micro)
     count = plan.microbatches
-    expected = gradients(own_microbatches(groups, images.bfloat16(), tokens, count))
+    vision = architecture.vision
+    kept = kept_patches_of_batch(0, 1, range(len(tokens)), vision.patches, vision.patches_kept)
+    inputs = own_microbatches(groups, images.bfloat16(), tokens, count, torch.from_numpy(kept))
+    expected = gradients(inputs)
 
     read = [
         Microbatch(*parts, addresses=[], bad=[])
