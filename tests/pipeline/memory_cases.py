@@ -18,7 +18,7 @@ from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.pipeline.forward_backward import TwoPassStep, forward_backward
 from parallel_clip.plan.memory import measure_rank_memory
 from parallel_clip.plan.saved_activations import storage_id
-from tests.pipeline.schedule_cases import Way
+from tests.pipeline.forward_backward_cases import Way
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
 
