@@ -47,8 +47,8 @@ class TrainStep:
         """Run forward, backward and the optimizer; the same record on every rank.
 
         Raises:
-            FloatingPointError: the loss or the gradient norm is not finite; the weights are those
-                from before the step.
+            FloatingPointError: the loss is not finite, before the weights change; or the gradient
+                norm is not, and the weights are only whole in the last checkpoint.
         """
         state, group = self._state, self._pipeline_group
         logit_scale, logit_bias = read_logit_parameters(state.chunks, group)
