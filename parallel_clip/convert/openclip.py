@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import PieceWriter, save_tensors, write_index
+from parallel_clip.checkpoint.pieces import Piece, PieceWriter, save_tensors, write_index
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
@@ -67,20 +68,12 @@ def write_run(
     folder = commit.begin(target, 0)
     writer = PieceWriter(folder, rank=0)
     for name, tensor in tensors:
-        writer.add(f"weight:{name}", tensor.float(), tuple(tensor.shape), axis=0, start=0)
+        writer.add(Piece.copy_of(tensor.float(), f"weight:{name}", tuple(tensor.shape)))
     writer.flush()
     write_index(folder, writer.entries)
-    Meta(
-        step=0,
-        position=0,
-        bad_samples=0,
-        model_name=architecture.name,
-        model=architecture.json,
-        preprocess=preprocess,
-        tokenizer=tokenizer,
-        has_moments=False,
-    ).write(folder)
-    commit.commit(target, 0, keep=None)
+    meta = Meta.of_model(architecture, preprocess, tokenizer)
+    replace(meta, has_moments=False).write(folder)
+    commit.commit(target, 0)
 
 
 def make_empty_folder(target: Path) -> None:

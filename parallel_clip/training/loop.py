@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from parallel_clip.checkpoint.checkpointer import save_checkpoint
-from parallel_clip.checkpoint.load import load_checkpoint
+from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.index.shard_table import ShardTable, save_index
@@ -58,7 +57,8 @@ def train(job: Job, launch: Launch) -> None:
         say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
         return
     built = build_train_state(config, job.architecture, groups)
-    groups.run_on_all_ranks(lambda: _set_weights(built, job, groups))
+    checkpointer = Checkpointer(job.run_dir, groups, config.checkpoint.keep)
+    groups.run_on_all_ranks(lambda: _set_weights(built, job, groups, checkpointer))
 
     def write_first_files() -> None:  # nothing before this writes anything
         run_folder.prepare_run_folder(config, job.layout, device.describe_device(), job.resume)
@@ -91,7 +91,9 @@ def train(job: Job, launch: Launch) -> None:
     feed = DeviceFeed(
         loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed
     )
-    _Run(job, groups, built, held_out, steps, data.data_fingerprint).run(feed)
+    meta = Meta.of_model(job.architecture, job.preprocess.to_openclip(), job.tokenizer_choice)
+    meta = replace(meta, data=data.data_fingerprint)
+    _Run(job, groups, built, held_out, steps, checkpointer, meta).run(feed)
     say(f"finished: {steps} steps, {job.run_dir}")
 
 
@@ -105,7 +107,8 @@ class _Run:
         built: TrainState,
         held_out: HeldOutEvaluation,
         steps: int,
-        data_fingerprint: dict[str, Any],
+        checkpointer: Checkpointer,
+        meta: Meta,
     ):
         self.job = job
         self.config = job.config
@@ -113,7 +116,8 @@ class _Run:
         self.built = built
         self.held_out = held_out
         self.steps = steps
-        self.data_fingerprint = data_fingerprint
+        self.checkpointer = checkpointer
+        self.meta = meta  # of the checkpoints to come, but for how far the run has come
         self.bad_samples = job.resume.bad_samples
         seen = job.resume.source_samples or [0] * len(job.config.data.train)
         self.source_samples = torch.tensor(seen)
@@ -176,26 +180,14 @@ class _Run:
         self.stopwatch.leave_out(time.perf_counter() - began)
 
     def _save(self, step: int) -> None:
-        job = self.job
-        meta = Meta(
+        meta = replace(
+            self.meta,
             step=step,
-            position=step * job.plan.global_batch,
+            position=step * self.job.plan.global_batch,
             bad_samples=self.bad_samples,
             source_samples=tuple(self.source_samples.tolist()),
-            data=self.data_fingerprint,
-            model_name=job.architecture.name,
-            model=job.architecture.json,
-            preprocess=job.preprocess.to_openclip(),
-            tokenizer=job.tokenizer_choice,
         )
-        save_checkpoint(
-            job.run_dir,
-            meta,
-            self.built.chunks,
-            self.built.optimizer,
-            self.groups,
-            self.config.checkpoint.keep,
-        )
+        self.checkpointer.save(meta, self.built)
 
     def _account_for_samples(self, step: int, batch: StepBatch) -> None:
         """Count over all ranks those of each source, and the bad ones, which are listed in the run
@@ -227,10 +219,10 @@ class _Run:
             )
 
 
-def _set_weights(built: TrainState, job: Job, groups: Groups) -> None:
+def _set_weights(built: TrainState, job: Job, groups: Groups, checkpointer: Checkpointer) -> None:
     """From the checkpoint to go on from, else from `init.from`, else random."""
     if job.resume.checkpoint is not None:
-        load_checkpoint(job.resume.checkpoint, built.chunks, built.optimizer, groups)
+        checkpointer.load(job.resume.checkpoint, built)
         return
     rank, size = groups.tensor_rank, groups.layout.tensor
     for parameter, tensor in built.global_parameters():
