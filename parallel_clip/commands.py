@@ -61,31 +61,18 @@ def retrieval(options: argparse.Namespace, launch: Launch) -> None:
 def convert(options: argparse.Namespace, launch: Launch) -> None:
     if launch.world_size > 1:
         raise InputError("convert runs in one process; start it without torchrun")
-    if options.to == "huggingface":
-        raise InputError("--to huggingface is not built yet; --to openclip and --to run are")
-    if options.to == "run" and (options.bin or options.precision != "fp32"):
-        raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
-    from parallel_clip.convert import openclip
-    from parallel_clip.convert.open import open_source
-    from parallel_clip.convert.weight_source import ModelWeights
-    from parallel_clip.data.samples.transforms import Preprocess
-    from parallel_clip.model.known_models import load_architecture
+    from parallel_clip.convert.open import convert_checkpoint
 
-    source, target = open_source(options.source), Path(options.target)
-    facts = source.facts
-    architecture = load_architecture(options.model) if options.model else facts.architecture
-    if architecture is None:
-        raise InputError(f"{options.source} does not say which model it is; add --model NAME")
-    weights = ModelWeights(source, architecture)
-    size = architecture.vision.image_size
-    preprocess = Preprocess.from_openclip(size, facts.preprocess).to_openclip()
-    if options.to == "run":
-        openclip.write_run(target, weights, architecture, preprocess, facts.tokenizer)
-    else:
-        openclip.write_openclip(
-            target, weights, architecture, preprocess, options.precision, options.bin
-        )
-    print(f"{architecture.name} from {facts.folder} is now in {target}")
+    written = convert_checkpoint(
+        options.source,
+        options.target,
+        options.to,
+        options.precision,
+        options.bin,
+        options.model,
+    )
+    name, target = written.architecture.name, Path(options.target)
+    print(f"{name} from {written.folder} is now in {target}")
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:

@@ -128,16 +128,16 @@ def load_encoder(
         InputError: no checkpoint, one of another architecture, or no tokenizer at hand.
     """
     source = open_source(checkpoint)
-    facts = source.facts
-    architecture = load_architecture(model_name) if model_name else facts.architecture
+    metadata = source.metadata
+    architecture = load_architecture(model_name) if model_name else metadata.architecture
     if architecture is None:
         raise InputError(
             f"{checkpoint} does not say which model it is (no open_clip_config.json beside it); "
             "add --model NAME"
         )
     weights = ModelWeights(source, architecture)
-    preprocess = Preprocess.from_openclip(architecture.vision.image_size, facts.preprocess)
-    tokenize = build_tokenizer(tokenizer or facts.tokenizer, architecture.text, facts.folder)
+    preprocess = Preprocess.from_openclip(architecture.vision.image_size, metadata.preprocess)
+    tokenize = build_tokenizer(tokenizer or metadata.tokenizer, architecture.text, metadata.folder)
     if groups is None:
         groups = open_groups(Layout(1), read_launch({}))
     check_model(groups.layout.tensor, architecture)

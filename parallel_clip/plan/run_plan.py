@@ -170,9 +170,9 @@ def initial_weights_source(
     """Where preprocessing, tokenizer and weights come from: the checkpoint that the run goes on
     from, else `init.from`, else nowhere (random weights)."""
     if resume.checkpoint is not None:
-        return open_source(resume.checkpoint).facts, None
+        return open_source(resume.checkpoint).metadata, None
     if config.init.from_ is None:
         return None, None
     source = open_source(config.init.from_)
     # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
-    return source.facts, ModelWeights(source, architecture, optional=("logit_bias",))
+    return source.metadata, ModelWeights(source, architecture, optional=("logit_bias",))
