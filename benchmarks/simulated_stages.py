@@ -24,7 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor, nn
 
-from parallel_clip.config import config_from_dict
+from parallel_clip.config import Optimizer
 from parallel_clip.engine.groups import Groups, close_groups, open_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
@@ -334,16 +334,8 @@ REAL = architecture_from_json(
 
 
 def _real_stages(groups: Groups, case: Case) -> list[DistributedDataParallel]:
-    config = config_from_dict(
-        {
-            "batch": {"global": REAL_PAIRS * case.microbatches, "micro": REAL_PAIRS},
-            "precision": "fp32",
-            "parallel": {"pipeline": case.ranks, "virtual_pipeline": case.chunks},
-            "train": {"steps": 1},
-            "data": {"train": [{"shards": "none.tar"}]},
-        }
-    )
-    built = build_train_state(config, REAL, groups)
+    stages = partition(REAL, case.ranks, case.chunks)
+    built = build_train_state(REAL, ModelOptions(), stages, groups, Optimizer())
     for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, initial_value(parameter, REAL, seed=0))
     return built.wrapped

@@ -22,6 +22,8 @@ from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.parameters import Parameter, load_slice, local_slice
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.pipeline.forward_backward import MicrobatchInputs
+from parallel_clip.plan.layout_plan import stages_of
+from parallel_clip.plan.run_plan import model_options
 
 Weights = dict[str, Tensor]
 
@@ -55,13 +57,25 @@ def loaded_training(
     groups: Groups, config: Config, architecture: Architecture, weights: Weights
 ) -> TrainState:
     """Model, data-parallel wrapping and optimizer of a rank, with these weights."""
-    built = build_train_state(config, architecture, groups)
+    built = empty_training(groups, config, architecture)
     for parameter, tensor in built.global_parameters():
         part = local_slice(
             weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
         )
         built.optimizer.set_weight(tensor, part)
     return built
+
+
+def empty_training(groups: Groups, config: Config, architecture: Architecture) -> TrainState:
+    """Likewise, without weights."""
+    return build_train_state(
+        architecture,
+        model_options(config),
+        stages_of(config, architecture, groups.layout),
+        groups,
+        config.optimizer,
+        config.parallel.distributed_optimizer,
+    )
 
 
 def own_microbatches(

@@ -12,7 +12,7 @@ from parallel_clip.checkpoint.pieces import KINDS, Piece
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.parameters import Parameter
 from parallel_clip.optimizer import MOMENTS
-from parallel_clip.optimizer.adamw import Optimizer
+from parallel_clip.optimizer.adamw import MegatronAdamW
 from parallel_clip.optimizer.train_state import TrainState
 
 
@@ -32,7 +32,7 @@ def collect_pieces(state: TrainState, groups: Groups) -> Iterator[Piece]:
 
 
 def _gather_state(
-    tensor: nn.Parameter, optimizer: Optimizer, groups: Groups, to: int
+    tensor: nn.Parameter, optimizer: MegatronAdamW, groups: Groups, to: int
 ) -> Tensor | None:
     """Master and moments of a rank's tensor, fp32 [3, *shape], on data rank `to`; elsewhere None.
 

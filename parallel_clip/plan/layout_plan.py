@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from parallel_clip.errors import InputError
+from parallel_clip.stages.partition import partition
+from parallel_clip.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from parallel_clip.config import Parallel
+    from parallel_clip.config import Config, Parallel
+    from parallel_clip.layout import Layout
+    from parallel_clip.model.architecture import Architecture
+
+
+def stages_of(config: Config, architecture: Architecture, layout: Layout) -> tuple[Stage, ...]:
+    """The layers of each stage, in the order in which data pass through them."""
+    return partition(architecture, layout.pipeline, layout.virtual_pipeline, config.parallel.stages)
 
 
 def choose_stash(parallel: Parallel, microbatches: int) -> int:

@@ -17,10 +17,11 @@ from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
-from parallel_clip.optimizer.adamw import Optimizer
+from parallel_clip.optimizer.adamw import MegatronAdamW
 from parallel_clip.optimizer.train_state import build_train_state
 from parallel_clip.pipeline.orders import microbatch_group_size, peak_graphs, step_orders
-from parallel_clip.plan.run_plan import Job
+from parallel_clip.plan.layout_plan import stages_of
+from parallel_clip.plan.run_plan import Job, model_options
 from parallel_clip.plan.saved_activations import SavedActivations, storage_id
 
 
@@ -82,7 +83,14 @@ def dry_run(
 def measure_rank_memory(config: Config, architecture: Architecture, groups: Groups) -> RankMemory:
     """Build what the trainer builds, run one microbatch forward through each stage that the rank
     holds, and count: with fake tensors in a fake world, with real ones in a real world."""
-    built = build_train_state(config, architecture, groups)
+    built = build_train_state(
+        architecture,
+        model_options(config),
+        stages_of(config, architecture, groups.layout),
+        groups,
+        config.optimizer,
+        config.parallel.distributed_optimizer,
+    )
     held, optimizer = built.global_parameters(), built.optimizer
     weights = [tensor for _, tensor in held]
     gradients = [weight.main_grad for weight in weights]
@@ -119,7 +127,7 @@ def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dic
     return saved.by_module
 
 
-def _optimizer_state(optimizer: Optimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Masters and moments; the moments are made, as the first step would make them."""
     for weight in weights:
         optimizer.set_moments(weight, {name: torch.zeros_like(weight, dtype=torch.float32)

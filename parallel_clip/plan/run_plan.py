@@ -29,8 +29,8 @@ from parallel_clip.layout import (
 )
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture, with_logit_defaults
-from parallel_clip.optimizer.train_state import stages_of
-from parallel_clip.plan.layout_plan import choose_stash
+from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.plan.layout_plan import choose_stash, stages_of
 from parallel_clip.plan.resume import ResumePoint, _require_same_data, find_resume_point
 from parallel_clip.stages.stage import Stage
 
@@ -115,6 +115,16 @@ def make_run_plan(config: Config, world_size: int) -> Job:
     )
     return Job(
         config, architecture, layout, plan, resume, preprocess, tokenizer, initial, stages, stash
+    )
+
+
+def model_options(config: Config) -> ModelOptions:
+    """How the model of this config is built; see `build_train_state`."""
+    return ModelOptions(
+        precision=config.precision,
+        recompute=config.recompute,
+        sequence=config.parallel.sequence,
+        deterministic=config.deterministic,
     )
 
 

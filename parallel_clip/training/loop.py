@@ -24,7 +24,7 @@ from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.parameters import local_slice
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.plan.describe import describe_data, describe_job
-from parallel_clip.plan.run_plan import Job, check_data, open_data
+from parallel_clip.plan.run_plan import Job, check_data, model_options, open_data
 from parallel_clip.training import run_folder
 from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
@@ -56,7 +56,14 @@ def train(job: Job, launch: Launch) -> None:
     if job.resume.step >= steps:
         say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
         return
-    built = build_train_state(config, job.architecture, groups)
+    built = build_train_state(
+        job.architecture,
+        model_options(config),
+        job.stages,
+        groups,
+        config.optimizer,
+        config.parallel.distributed_optimizer,
+    )
     checkpointer = Checkpointer(job.run_dir, groups, config.checkpoint.keep)
     groups.run_on_all_ranks(lambda: _set_weights(built, job, groups, checkpointer))
 

@@ -15,9 +15,9 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.optimizer.train_state import TrainState, build_train_state
+from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.training.step import training_step
-from tests.ranks import config_of, loaded_training, own_microbatches
+from tests.ranks import config_of, empty_training, loaded_training, own_microbatches
 from tests.training.step_cases import Task
 
 LR = 1e-3
@@ -84,7 +84,7 @@ def _loaded(groups: Groups, task: Task) -> TrainState:
 def _empty(groups: Groups, task: Task) -> TrainState:
     """Model and optimizer full of other numbers, which loading must leave nothing of."""
     config = config_of(groups.layout, **task.settings)
-    built = build_train_state(config, architecture_from_json(task.model_cfg, "small"), groups)
+    built = empty_training(groups, config, architecture_from_json(task.model_cfg, "small"))
     for _, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, torch.full(tensor.shape, 7.0))
     return built
