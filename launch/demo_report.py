@@ -26,7 +26,9 @@ from rich.table import Table
 from torch import Tensor
 
 from parallel_clip.data.samples.transforms import evaluation_transform
+from parallel_clip.engine.launch import Launch
 from parallel_clip.engine.quiet import silence_dependency_warnings
+from parallel_clip.layout import Layout
 
 matplotlib.use("Agg")
 
@@ -87,9 +89,10 @@ def our_features(
 ) -> tuple[Tensor, Tensor]:
     """The same by parallel_clip from its own checkpoint, gathered into one process."""
     silence_dependency_warnings()
-    from parallel_clip.evaluate.encoder import load_encoder  # it imports megatron-core
+    from parallel_clip.engine.groups import open_groups  # they import megatron-core
+    from parallel_clip.evaluate.encoder import load_encoder
 
-    encoder = load_encoder(str(run))
+    encoder = load_encoder(str(run), open_groups(Layout(1), Launch(0, 0, 1)))
     transform = evaluation_transform(encoder.preprocess)
     images = torch.stack([transform(picture.image) for picture in pictures])
     return (

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from parallel_clip.engine import device as device_seam
+from parallel_clip.engine.collectives import raise_on_all_ranks
 from parallel_clip.engine.launch import Launch, set_rendezvous_address
 from parallel_clip.engine.quiet import silence_dependency_warnings
 from parallel_clip.errors import InputError
@@ -74,23 +75,9 @@ class Groups:
         return outcome[0]
 
     def run_on_all_ranks(self, function: Callable[[], T]) -> T:
-        """Run `function` on every rank; an InputError on any of them is raised on all.
-
-        Without this a rank that alone finds the input wrong would leave the others waiting.
-        """
-        result, complaint = None, None
-        try:
-            result = function()
-        except InputError as error:
-            complaint = str(error)
-        complaints: list[str | None] = [complaint]
-        if self.layout.world > 1:
-            complaints = [None] * self.layout.world
-            dist.all_gather_object(complaints, complaint, group=self.world)
-        for found in complaints:
-            if found is not None:
-                raise InputError(found)
-        return result
+        """Run `function` on every rank; an InputError on any of them is raised on all."""
+        with raise_on_all_ranks(self.world if self.layout.world > 1 else None):
+            return function()
 
 
 def open_groups(layout: Layout, launch: Launch) -> Groups:
