@@ -70,7 +70,7 @@ def empty_training(groups: Groups, config: Config, architecture: Architecture) -
     """Likewise, without weights."""
     return build_train_state(
         architecture,
-        model_options(config),
+        model_options(config, groups.layout),
         stages_of(config, architecture, groups.layout),
         groups,
         config.optimizer,

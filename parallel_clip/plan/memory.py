@@ -85,7 +85,7 @@ def measure_rank_memory(config: Config, architecture: Architecture, groups: Grou
     holds, and count: with fake tensors in a fake world, with real ones in a real world."""
     built = build_train_state(
         architecture,
-        model_options(config),
+        model_options(config, groups.layout),
         stages_of(config, architecture, groups.layout),
         groups,
         config.optimizer,

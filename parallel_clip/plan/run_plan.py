@@ -118,12 +118,12 @@ def make_run_plan(config: Config, world_size: int) -> Job:
     )
 
 
-def model_options(config: Config) -> ModelOptions:
-    """How the model of this config is built; see `build_train_state`."""
+def model_options(config: Config, layout: Layout) -> ModelOptions:
+    """How a config builds its model in `layout`; see `build_train_state`."""
     return ModelOptions(
         precision=config.precision,
         recompute=config.recompute,
-        sequence=config.parallel.sequence,
+        sequence=layout.sequence,
         deterministic=config.deterministic,
     )
 

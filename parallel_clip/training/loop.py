@@ -58,7 +58,7 @@ def train(job: Job, launch: Launch) -> None:
         return
     built = build_train_state(
         job.architecture,
-        model_options(config),
+        model_options(config, job.layout),
         job.stages,
         groups,
         config.optimizer,
