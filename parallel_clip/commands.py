@@ -63,16 +63,10 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
         raise InputError("convert runs in one process; start it without torchrun")
     from parallel_clip.convert.open import convert_checkpoint
 
-    written = convert_checkpoint(
-        options.source,
-        options.target,
-        options.to,
-        options.precision,
-        options.bin,
-        options.model,
+    source = convert_checkpoint(
+        options.source, options.target, options.to, options.precision, options.bin, options.model
     )
-    name, target = written.architecture.name, Path(options.target)
-    print(f"{name} from {written.folder} is now in {target}")
+    print(f"{source.architecture.name} from {source.folder} is now in {Path(options.target)}")
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel_clip.checkpoint.pieces import KINDS, Piece
+from parallel_clip.checkpoint.pieces import KINDS, Piece, host_copy
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.parameters import Parameter
 from parallel_clip.optimizer import MOMENTS
@@ -57,11 +57,11 @@ def _cut(parameter: Parameter, state: Tensor, groups: Groups) -> Iterator[Piece]
     for kind, values in zip(KINDS, state, strict=True):
         key = f"{kind}:{parameter.name}"
         if axis is None:
-            yield Piece.copy_of(values, key, parameter.shape)
+            yield Piece(key, host_copy(values), parameter.shape)
             continue
         for segment in parameter.placement.segments(
             parameter.shape[axis], groups.tensor_rank, groups.layout.tensor
         ):
             if segment.length:
                 part = values.narrow(axis, segment.local, segment.length)
-                yield Piece.copy_of(part, key, parameter.shape, axis, segment.whole)
+                yield Piece(key, host_copy(part), parameter.shape, axis, segment.whole)

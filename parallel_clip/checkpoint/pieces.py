@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,24 +26,22 @@ INDEX_FILE = "index.json"
 FILE_BYTES = 2 << 30  # a writer holds so much before it begins another file
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A range of the tensor `key`, of full `shape`: `values`, on the CPU and contiguous, begin at
-    `start` on `axis`."""
+class Piece(NamedTuple):
+    """A part of the tensor `key`, of full `shape`: `values` begin at `start` on `axis`.
 
-    values: Tensor
+    values: on the CPU and contiguous; not to be changed before they are written (`host_copy`).
+    """
+
     key: str
+    values: Tensor
     shape: tuple[int, ...]
     axis: int = 0
     start: int = 0
 
-    @classmethod
-    def copy_of(
-        cls, values: Tensor, key: str, shape: tuple[int, ...], axis: int = 0, start: int = 0
-    ) -> Piece:
-        """Copied: `values` are often a view of something that training will change or free."""
-        values = values.detach().to("cpu", copy=True).contiguous()
-        return cls(values, key, shape, axis, start)
+
+def host_copy(values: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, also of a view or tensor that lies there already."""
+    return values.detach().to("cpu", copy=True).contiguous()
 
 
 @dataclass

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import Piece, PieceReader, PieceWriter, write_index
+from parallel_clip.checkpoint.pieces import (
+    Piece,
+    PieceReader,
+    PieceWriter,
+    host_copy,
+    write_index,
+)
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
 from parallel_clip.model.openclip_json import architecture_from_json
 
@@ -49,7 +55,7 @@ def write_run(target: Path, weights: ModelWeights, preprocess: dict, tokenizer: 
     folder = commit.begin(target, 0)
     writer = PieceWriter(folder, rank=0)
     for name, tensor in tensors.items():
-        writer.add(Piece.copy_of(tensor.float(), f"weight:{name}", tuple(tensor.shape)))
+        writer.add(Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape)))
     writer.flush()
     write_index(folder, writer.entries)
     meta = Meta.of_model(weights.architecture, preprocess, tokenizer)

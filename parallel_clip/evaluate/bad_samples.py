@@ -17,10 +17,7 @@ TOLERATED = 0.01
 
 
 class BadSamples:
-    """Bad samples of this rank while it reads; over all ranks after `check_limit`.
-
-    total: bad samples over all ranks.
-    """
+    """Counts the samples of this rank; `total` is of all ranks, once `check_limit` was called."""
 
     def __init__(self):
         self._reports: list[str] = []
