@@ -37,12 +37,21 @@ setup(
         "braceexpand",
         "pillow",
         "psutil",  # megatron-core imports it without declaring it
-        "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "open_clip_torch", "ruff", "aiohttp"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "open_clip_torch",
+            "ruff",
+            "aiohttp",
+            "matplotlib",  # the tests of benchmarks/
+        ],  # fmt: skip
         "remote": ["fsspec", "aiohttp"],  # https://; s3:// needs s3fs as well, gs:// gcsfs
-        "demo": ["open_clip_torch"],
+        "demo": ["open_clip_torch", "matplotlib"],
+        "plot": ["matplotlib"],
+        "benchmark": ["open_clip_torch", "matplotlib", "pandas"],  # pandas: OpenCLIP's loader
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

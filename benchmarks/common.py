@@ -6,11 +6,16 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
+
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    sys.exit("the pictures of benchmarks need matplotlib: pip install 'parallel_clip[benchmark]'")
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "megatron-core", "open_clip_torch", "transformer-engine")
@@ -49,12 +54,16 @@ def describe(environment: dict[str, Any]) -> str:
     return f"{environment['date']}, {machine}; Python {environment['python']}, {versions}"
 
 
-def write_results(name: str, results: dict[str, Any], figure: Figure) -> tuple[Path, Path]:
-    """Writes `results/<date>-<name>.json` and the picture beside it; returns both paths."""
+def write_results(
+    name: str, results: dict[str, Any], figure: Figure | None = None
+) -> tuple[Path, ...]:
+    """Writes `results/<date>-<name>.json` and the picture, if any, beside it; returns the paths."""
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{results['environment']['date']}-{name}"
     json_path, picture_path = stem.with_suffix(".json"), stem.with_suffix(".png")
     json_path.write_text(json.dumps(results, indent=1) + "\n")
+    if figure is None:
+        return (json_path,)
     figure.savefig(picture_path, dpi=150, bbox_inches="tight")
     return json_path, picture_path
 

@@ -46,7 +46,7 @@ from rich.table import Table
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import open_training_data
+from parallel_clip.data.feeding.open import build_training_data, find_run_shards
 from parallel_clip.data.feeding.training_data import TrainingData
 from parallel_clip.data.samples.decode import captions_of, decode_picture
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
@@ -56,6 +56,7 @@ from parallel_clip.data.samples.transforms import (
     seeded,
     training_transform,
 )
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.data.storage.shards import ShardFiles
 
 BATCH = 64
@@ -129,7 +130,9 @@ def open_data(shards: str, decode: str = "exact") -> TrainingData:
     config = config_from_dict(
         {"train": {"steps": 1}, "data": {"train": [{"shards": shards}], "decode": decode}}
     )
-    return open_training_data(config, PREPROCESS, ClipTokenizer(77), say=lambda line: None)
+    found = find_run_shards(config, print_nothing)
+    found.save_index(print_nothing)
+    return build_training_data(config, found, PREPROCESS, ClipTokenizer(77))
 
 
 def our_batches(shards: str, workers: int, decode: str) -> Iterator[int]:

@@ -17,8 +17,9 @@ import psutil
 from parallel_clip.data.feeding.loader import RankBatchSlice
 from parallel_clip.data.index.index_file import FORMAT
 from parallel_clip.data.index.index_folder import INDEX_NAME
-from parallel_clip.data.index.shard_table import index_shards
+from parallel_clip.data.index.shard_table import find_checked_shards, find_shards
 from parallel_clip.data.order.sample_order import Order, OrderSource
+from parallel_clip.data.storage.progress import print_nothing
 
 SAMPLES = 10_000  # of a shard
 SHARD_BYTES = 512 * 30 * SAMPLES
@@ -47,7 +48,7 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
 def _open(pattern: str, check: bool) -> dict[str, float]:
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
-    table = index_shards(pattern, _say_nothing, check=check)
+    table = (find_checked_shards if check else find_shards)(pattern, print_nothing)
     order = Order([OrderSource(table.counts)], seed=0)
     for step in (0, 1000):
         (positions,) = RankBatchSlice(
@@ -88,7 +89,3 @@ def write_sparse_index(path: Path, shards: int) -> None:
         for *_, data, _ in parts:
             file.write(data)
         file.truncate(8 + len(text) + place)
-
-
-def _say_nothing(_: str) -> None:
-    pass

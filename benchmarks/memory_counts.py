@@ -14,8 +14,9 @@ from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
-from parallel_clip.model.handover import handover, message_length
+from parallel_clip.model.handover import MessageLayout
 from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.plan.layout_plan import make_layout_plan
 from parallel_clip.plan.memory import RankMemory, dry_run, saved_activations
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import LayerRange, Stage
@@ -30,7 +31,7 @@ class Counts:
         self._activations: dict[Any, tuple[dict[str, int], ...]] = {}
 
     def stages(self, layout: Layout) -> tuple[Stage, ...]:
-        return partition(self.architecture, layout.pipeline)
+        return partition(self.architecture.costs, layout.pipeline)
 
     def held(self, layout: Layout, recompute: str, number: int = 0) -> RankMemory:
         """What the first tensor rank of a stage holds; one data rank, no virtual stages."""
@@ -45,7 +46,8 @@ class Counts:
             self._message(stages, number, layout),
         )
         if state_key not in self._states:
-            found = dry_run(config, self.architecture, layout, rank)
+            plan = make_layout_plan(self.architecture.costs, layout.world, config)
+            found = dry_run(config, self.architecture, plan, rank)
             self._states[state_key] = found
             self._activations[activations_key] = found.activations
         if activations_key not in self._activations:
@@ -66,19 +68,17 @@ class Counts:
 
     def _message(self, stages: tuple[Stage, ...], number: int, layout: Layout) -> Any:
         """What a stage receives, and how long every message is: a graph keeps all of it."""
-        tokens = 1 + self.architecture.vision.patches_kept
-        handovers = [
-            handover(s, self.architecture, self.pairs, tokens, layout.tensor, layout.sequence)
-            for s in stages[:-1]
-        ]
-        return number and handovers[number - 1], message_length(handovers)
+        sequence_ranks = layout.tensor if layout.sequence else 1
+        messages = MessageLayout(self.architecture, stages, sequence_ranks)
+        received = number and messages.of(stages[number - 1], self.pairs, training=True)
+        return received, messages.length(self.pairs, training=True)
 
 
 def _alike(stage: Stage) -> Any:
     """Equal for stages that hold the same, wherever in the middle they are."""
 
-    def part(held: LayerRange) -> tuple:
-        return held.layers, held.embeds, held.heads, held.begun, held.finished
+    def part(r: LayerRange) -> tuple:
+        return r.layers, r.has_embedding, r.has_head, r.has_started, r.is_finished
 
     return stage.is_first, stage.is_last, part(stage.vision), part(stage.text)
 

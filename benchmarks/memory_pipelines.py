@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.layout import Layout
-from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.parameters import parameter_table
+from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.pipeline.orders import peak_graphs, step_orders
+from parallel_clip.plan.layout_plan import make_layout_plan
 from parallel_clip.plan.memory import RankMemory, dry_run
 from parallel_clip.stages.stage import Stage
 
@@ -141,8 +141,8 @@ def outside_layers(stage: Stage, architecture: Architecture, tensor: int) -> int
         part = rest.split(".")[0]
         if tower not in ("vision", "text") or part == "block":
             continue
-        held = getattr(stage, tower)
-        if held.embeds if part in _EMBEDDING else held.heads:
+        layers = getattr(stage, tower)
+        if layers.has_embedding if part in _EMBEDDING else layers.has_head:
             split = 1 if parameter.placement.axis is None else tensor
             parameters += -(-prod(parameter.shape) // split)
     return _BYTES_A_PARAMETER * parameters
@@ -156,7 +156,9 @@ def measure_large_world(
     rank = row.fullest * layout.data * layout.tensor
     found = {}
     for zero in (False, True):
-        held = dry_run(config_for(layout, row.recompute, pairs, zero), architecture, layout, rank)
+        config = config_for(layout, row.recompute, pairs, zero)
+        plan = make_layout_plan(architecture.costs, layout.world, config)
+        held = dry_run(config, architecture, plan, rank)
         found["zero" if zero else "no zero"] = {
             "data": layout.data,
             "weights": held.weights,

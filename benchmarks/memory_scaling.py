@@ -42,13 +42,15 @@ from rich.progress import track
 from rich.table import Table
 
 from parallel_clip import __version__
-from parallel_clip.engine.groups import close_groups, open_groups
+from parallel_clip.config import Config
+from parallel_clip.engine.groups import close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout, check_model
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import RankMemory, dry_run, measure_rank_memory
 
 MODELS = ["ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
@@ -192,7 +194,7 @@ def tensor_sizes(architecture: Architecture, sizes: list[int]) -> tuple[list[int
     fitting, refusals = [], []
     for size in sizes:
         try:
-            check_model(size, architecture)
+            check_model(size, architecture.costs)
             fitting.append(size)
         except InputError as error:
             refusals.append(str(error))
@@ -223,11 +225,16 @@ def check_against_processes() -> None:
             torch.multiprocessing.spawn(_count_for_real, (layout, folder), nprocs=layout.world)
             for rank in range(layout.world):
                 real = torch.load(f"{folder}/{rank}.pt", weights_only=False)
-                dry = dry_run(config_for(layout, "none", pairs=5), SMALL, layout, rank)
+                dry = dry_run(*_small_case(layout), rank)
                 if real != dry:
                     raise RuntimeError(
                         f"rank {rank} of {layout} really holds {real}, the dry run counts {dry}"
                     )
+
+
+def _small_case(layout: Layout) -> tuple[Config, Architecture, LayoutPlan]:
+    config = config_for(layout, "none", pairs=5)
+    return config, SMALL, make_layout_plan(SMALL.costs, layout.world, config)
 
 
 def _count_for_real(rank: int, layout: Layout, folder: str) -> None:
@@ -235,11 +242,9 @@ def _count_for_real(rank: int, layout: Layout, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=layout.world
     )
-    groups = open_groups(layout, Launch(rank, rank, layout.world))
-    torch.save(
-        measure_rank_memory(config_for(layout, "none", pairs=5), SMALL, groups),
-        f"{folder}/{rank}.pt",
-    )
+    join_world(Launch(rank, rank, layout.world))
+    found = measure_rank_memory(*_small_case(layout), make_groups(layout))
+    torch.save(found, f"{folder}/{rank}.pt")
     close_groups()
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulated_stages import Case, Step
+from tower_comparison import CostsInTurns, orders_in_turns
 
 from parallel_clip.model.known_models import load_architecture
-from parallel_clip.pipeline.orders import step_orders
-from parallel_clip.pipeline.timeline import Costs, ideal_step_seconds, simulate
-from parallel_clip.stages.costs import TowerCosts, text_costs, vision_costs
+from parallel_clip.pipeline.orders import PipelineOp, step_orders
+from parallel_clip.pipeline.timeline import Costs, Timeline, ideal_step_seconds, simulate
+from parallel_clip.stages.costs import TowerCosts
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import LayerRange
 
@@ -163,25 +164,23 @@ def tower_costs(
 
     FLOPs in proportion, scaled so that the dearest fused stage takes FORWARD.
     """
-    architecture = load_architecture(name)
-    vision, text = vision_costs(architecture), text_costs(architecture)
-    stages = partition(architecture, ranks)
+    costs = load_architecture(name).costs
+    vision, text = costs.vision, costs.text
+    stages = partition(costs, ranks)
     fused = [vision.of(stage.vision) + text.of(stage.text) for stage in stages]
     scale = FORWARD / max(fused)
 
-    def alone(costs: TowerCosts, layers: int) -> Costs:
-        deals = [_costs([scale * x for x in deal]) for deal in _even_deals(costs, layers, ranks)]
+    def alone(tower: TowerCosts) -> Costs:
+        deals = [_costs([scale * x for x in deal]) for deal in _even_deals(tower, ranks)]
         orders = step_orders(ranks, microbatches)
-        return min(deals, key=lambda deal: simulate(orders, [deal]).total)
+        return min(deals, key=lambda deal: simulate(orders, deal).total)
 
-    return (_costs([scale * flops for flops in fused]),), (
-        alone(vision, architecture.vision.layers),
-        alone(text, architecture.text.layers),
-    )
+    return (_costs([scale * flops for flops in fused]),), (alone(vision), alone(text))
 
 
-def _even_deals(costs: TowerCosts, layers: int, ranks: int) -> Iterator[list[int]]:
+def _even_deals(costs: TowerCosts, ranks: int) -> Iterator[list[int]]:
     """FLOPs of each stage where stages differ by one layer, for every choice of the larger ones."""
+    layers = costs.layers
     for larger in itertools.combinations(range(ranks), layers % ranks):
         counts = [layers // ranks + (rank in larger) for rank in range(ranks)]
         stops = list(itertools.accumulate(counts))
@@ -201,11 +200,9 @@ def row_of(plan: Plan, steps: Sequence[Step]) -> Row:
 def ideal_seconds(case: Case, step: Step) -> float:
     """The least that a step can take whose ops took as long as they did: no message takes time, and
     none waits for its receiver."""
-    orders = step_orders(case.ranks, case.microbatches, case.stash, case.chunks, _towers(case))
     taken = {(span.rank, span.op): span.end - span.start for span in step.spans}
     stages = [0.0] * (case.ranks * case.chunks)
-    nothing = [Costs(stages, stages)] * _towers(case)
-    return simulate(orders, nothing, taken=taken).total
+    return simulate(orders_of(case), Costs(stages, stages), taken=taken).total
 
 
 def formula_seconds(case: Case) -> float | None:
@@ -215,7 +212,7 @@ def formula_seconds(case: Case) -> float | None:
         return None
     forward, backward = case.towers[0].forward, case.towers[0].backward
     whole = case.chunks == 1 or case.stash in (0, case.microbatches)
-    if _towers(case) == 1 and len(set(forward)) == 1 and whole:
+    if len(case.towers) == 1 and len(set(forward)) == 1 and whole:
         return ideal_step_seconds(
             case.ranks,
             case.microbatches,
@@ -224,12 +221,21 @@ def formula_seconds(case: Case) -> float | None:
             case.stash,
             case.chunks,
         )
-    orders = step_orders(case.ranks, case.microbatches, case.stash, case.chunks, _towers(case))
-    return simulate(orders, list(case.towers)).total
+    return _asked(case).total
 
 
-def _towers(case: Case) -> int:
-    return len(case.towers or [None])
+def orders_of(case: Case) -> list[list[PipelineOp]]:
+    """The ops that each rank is to run."""
+    orders = orders_in_turns if len(case.towers or []) == 2 else step_orders
+    return orders(case.ranks, case.microbatches, case.stash, case.chunks)
+
+
+def _asked(case: Case) -> Timeline:
+    """The case by arithmetic, for the seconds that its stages are told to sleep."""
+    costs = case.towers[0]
+    if len(case.towers) == 2:
+        costs = CostsInTurns(*case.towers, case.microbatches)
+    return simulate(orders_of(case), costs)
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -238,10 +244,7 @@ def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for fused, separate in zip(of_towers[::2], of_towers[1::2], strict=True):
         case = fused.plan.case
-        two = simulate(
-            step_orders(case.ranks, case.microbatches, towers=2), list(separate.plan.case.towers)
-        )
-        one = simulate(step_orders(case.ranks, case.microbatches), list(case.towers))
+        one, two = _asked(case), _asked(separate.plan.case)
         found.append(
             {
                 "model": fused.plan.name.partition(",")[0],

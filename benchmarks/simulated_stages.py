@@ -24,10 +24,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor, nn
 
-from parallel_clip.config import config_from_dict
-from parallel_clip.engine.groups import Groups, close_groups, open_groups
+from parallel_clip.config import Optimizer
+from parallel_clip.engine.groups import Groups, close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
-from parallel_clip.layout import Layout
+from parallel_clip.layout import Layout, microbatch_group_size
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
@@ -35,12 +35,8 @@ from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.optimizer.train_state import build_train_state, wrap_for_data_parallel
-from parallel_clip.pipeline.forward_backward import (
-    ContrastiveLoss,
-    MicrobatchInputs,
-    TwoPassStep,
-    forward_backward,
-)
+from parallel_clip.pipeline.forward_backward import LossFunction, TwoPassStep, forward_backward
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
 from parallel_clip.pipeline.orders import OpKind, PipelineOp
 from parallel_clip.pipeline.timeline import Costs, Span
 from parallel_clip.stages.partition import chunks_of, partition
@@ -126,7 +122,8 @@ def _serve(rank: int, cases: Sequence[Case], steps: int, folder: Path) -> None:
         store = dist.FileStore(str(folder / f"meet-{number}"), case.ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks)
         layout = Layout(case.ranks, pipeline=case.ranks, virtual_pipeline=case.chunks)
-        groups = open_groups(layout, Launch(rank, rank, case.ranks))
+        join_world(Launch(rank, rank, case.ranks))
+        groups = make_groups(layout)
         records.append(_steps(groups, case, steps))
         close_groups()
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(records))
@@ -134,24 +131,22 @@ def _serve(rank: int, cases: Sequence[Case], steps: int, folder: Path) -> None:
 
 def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
     if case.towers is None:
-        towers, microbatches = [_real_stages(groups, case)], _real_inputs(groups, case)
+        towers, inputs = [_real_stages(groups, case)], _real_inputs
         loss = ClipLoss(group=groups.data)
     else:
         towers = [_sleeping_stages(groups, case, costs) for costs in case.towers]
-        microbatches = [
-            MicrobatchInputs(None, torch.zeros(1, 1, dtype=torch.long))
-        ] * case.microbatches
-        loss = _trivial_loss
-    _step(towers, microbatches[: case.ranks], loss, stash=0)  # opens connections
+        inputs, loss = _no_inputs, _trivial_loss
+    opening = inputs(_group_size(case) or case.ranks)
+    _step(towers, opening, loss, stash=0)  # opens connections
     records = []
     for _ in range(steps):
         for chunk in sum(towers, []):
             chunk.zero_grad_buffer()
-        recorder = _Recorder(towers)
+        recorder = _Recorder(towers, case.microbatches)
         with recorder.installed():
             dist.barrier()
             recorder.step.began = time.perf_counter()
-            _step(towers, microbatches, recorder.timed(loss), case.stash)
+            _step(towers, inputs(case.microbatches), recorder.timed(loss), case.stash)
             recorder.step.ended = time.perf_counter()
         records.append(recorder.step)
     return records
@@ -159,17 +154,17 @@ def _steps(groups: Groups, case: Case, steps: int) -> list[_RankStep]:
 
 def _step(
     towers: Sequence[Sequence[DistributedDataParallel]],
-    microbatches: Sequence[MicrobatchInputs],
-    loss: ContrastiveLoss,
+    inputs: StepInputs,
+    loss: LossFunction,
     stash: int,
 ) -> None:
     """One pipeline's step, or those of two that take turns, around one loss."""
     if len(towers) == 1:
-        forward_backward(towers[0], microbatches, loss, stash)
+        forward_backward(towers[0], inputs, loss, stash)
         return
-    first, second = (TwoPassStep(chunks, microbatches, loss, stash) for chunks in towers)
+    first, second = (TwoPassStep(chunks, inputs, loss, stash) for chunks in towers)
     first.loss = _trivial_loss
-    for run in ("first_pass", "take_loss", "second_pass"):
+    for run in ("first_pass", "compute_loss", "second_pass"):
         for tower in (first, second):
             getattr(tower, run)()
 
@@ -178,19 +173,20 @@ class _Recorder:
     """When this rank runs which op of a step.
 
     What a forward step did is seen from whether the model was called in it, and with gradients.
+    Of two towers the second's microbatches count on from the first's, as in tower_comparison.py.
     """
 
-    def __init__(self, towers: Sequence[Sequence[DistributedDataParallel]]):
+    def __init__(self, towers: Sequence[Sequence[DistributedDataParallel]], microbatches: int):
         self.step = _RankStep()
         self._places = {
-            id(ddp): (chunk, tower)
+            id(ddp): (tower * microbatches, chunk)
             for tower, chunks in enumerate(towers)
             for chunk, ddp in enumerate(chunks)
         }
         self._modules = [ddp.module for chunks in towers for ddp in chunks]
         self._called_with_grad: bool | None = None
-        self._passed_once: set[tuple[int, int, int]] = set()
-        self._outputs: dict[int, tuple[int, int, int]] = {}
+        self._passed_once: set[tuple[int, int]] = set()
+        self._outputs: dict[int, tuple[int, int]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -209,7 +205,7 @@ class _Recorder:
         for hook in hooks:
             hook.remove()
 
-    def timed(self, loss: ContrastiveLoss) -> ContrastiveLoss:
+    def timed(self, loss: LossFunction) -> LossFunction:
         def run(*arguments: Any) -> Tensor:
             start = time.perf_counter()
             value = loss(*arguments)
@@ -225,7 +221,8 @@ class _Recorder:
             result = forward_step(
                 function, data, model, *arguments, current_microbatch=current_microbatch, **options
             )
-            place = (current_microbatch, *self._places[id(model)])
+            first, chunk = self._places[id(model)]
+            place = (first + current_microbatch, chunk)
             self._record(PipelineOp(self._forward_kind(place), *place), start)
             self._passed_once.add(place)
             self._outputs[id(result[0])] = place
@@ -233,7 +230,7 @@ class _Recorder:
 
         return run
 
-    def _forward_kind(self, place: tuple[int, int, int]) -> OpKind:
+    def _forward_kind(self, place: tuple[int, int]) -> OpKind:
         if self._called_with_grad is None:
             return OpKind.REPLAY
         if place in self._passed_once:
@@ -261,8 +258,16 @@ class _Recorder:
 class SleepingStage(CLIPModel):
     """A stage that sleeps. What the schedules ask of a stage is CLIPModel's."""
 
-    def __init__(self, architecture: Architecture, groups: Groups, stages, number, costs: Costs):
-        super().__init__(architecture, ModelOptions(), groups.tensor, stages, number)
+    def __init__(
+        self,
+        architecture: Architecture,
+        options: ModelOptions,
+        groups: Groups,
+        stages,
+        number,
+        costs: Costs,
+    ):
+        super().__init__(architecture, options, groups.tensor, stages, number)
         self.seconds = costs.forward[number], costs.backward[number]
         self.vision = self.text = None
         self.weight = nn.Parameter(torch.zeros(1))
@@ -274,8 +279,8 @@ class SleepingStage(CLIPModel):
         if self.stage.is_last:
             shape = (2, pairs, self.architecture.embed_dim)
         else:
-            shape = (self.message_length(pairs), 1, 1)
-        return _Sleep.apply(self.received, self.weight, self.seconds, shape)
+            shape = (self.messages.length(pairs, self.training), 1, 1)
+        return _Sleep.apply(self.input_tensor, self.weight, self.seconds, shape)
 
 
 class _Sleep(torch.autograd.Function):
@@ -293,8 +298,17 @@ class _Sleep(torch.autograd.Function):
         return None if shape is None else grad.new_zeros(shape), grad.new_zeros(1), None, None
 
 
+def _group_size(case: Case) -> int | None:
+    return microbatch_group_size(case.microbatches, case.ranks) if case.chunks > 1 else None
+
+
 def _trivial_loss(images: Tensor, texts: Tensor, multiplier: Tensor, bias: Tensor | None) -> Tensor:
     return multiplier * (images.sum() + texts.sum())
+
+
+def _no_inputs(microbatches: int) -> StepInputs:
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    return StepInputs([tokens] * microbatches, lambda _: Pictures(torch.empty(0)))
 
 
 def _sleeping_stages(groups: Groups, case: Case, costs: Costs) -> list[DistributedDataParallel]:
@@ -307,9 +321,10 @@ def _sleeping_stages(groups: Groups, case: Case, costs: Costs) -> list[Distribut
         },
         "asleep",
     )
-    stages = partition(architecture, case.ranks, case.chunks)
+    stages = partition(architecture.costs, case.ranks, case.chunks)
+    options = ModelOptions(virtual_pipeline=case.chunks, microbatch_group=_group_size(case))
     chunks = [
-        SleepingStage(architecture, groups, stages, stage.number, costs)
+        SleepingStage(architecture, options, groups, stages, stage.number, costs)
         for stage in chunks_of(stages, case.ranks, groups.pipeline_rank)
     ]
     for chunk in chunks:
@@ -334,23 +349,14 @@ REAL = architecture_from_json(
 
 
 def _real_stages(groups: Groups, case: Case) -> list[DistributedDataParallel]:
-    config = config_from_dict(
-        {
-            "batch": {"global": REAL_PAIRS * case.microbatches, "micro": REAL_PAIRS},
-            "precision": "fp32",
-            "parallel": {"pipeline": case.ranks, "virtual_pipeline": case.chunks},
-            "train": {"steps": 1},
-            "data": {"train": [{"shards": "none.tar"}]},
-        }
-    )
-    built = build_train_state(config, REAL, groups)
+    stages = partition(REAL.costs, case.ranks, case.chunks)
+    built = build_train_state(REAL, ModelOptions(), stages, groups, Optimizer())
     for parameter, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, initial_value(parameter, REAL, seed=0))
+        built.optimizer.set_weight(tensor, initial_value(parameter, seed=0))
     return built.wrapped
 
 
-def _real_inputs(groups: Groups, case: Case) -> list[MicrobatchInputs]:
+def _real_inputs(microbatches: int) -> StepInputs:
     images = torch.randn(REAL_PAIRS, 3, *REAL.vision.image_size)
     tokens = torch.randint(1, 1000, (REAL_PAIRS, REAL.text.context_length))
-    microbatch = MicrobatchInputs(images if groups.pipeline_rank == 0 else None, tokens)
-    return [microbatch] * case.microbatches
+    return StepInputs([tokens] * microbatches, lambda _: Pictures(images))

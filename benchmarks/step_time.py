@@ -27,17 +27,19 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from parallel_clip.config import Config, config_from_dict
+from parallel_clip.config import Optimizer
 from parallel_clip.engine.device import synchronize
-from parallel_clip.engine.groups import Groups, close_groups, open_groups
+from parallel_clip.engine.groups import Groups, close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.optimizer.train_state import build_train_state
-from parallel_clip.pipeline.forward_backward import MicrobatchInputs
-from parallel_clip.training.step import training_step
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
+from parallel_clip.stages.partition import partition
+from parallel_clip.training.step import TrainStep
 
 LR, BETAS, EPS, WEIGHT_DECAY = 5e-4, (0.9, 0.98), 1e-6, 0.2
 WARMUP_ROUNDS = 2
@@ -84,7 +86,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    groups = open_groups(Layout(world=1), Launch(rank=0, local_rank=0, world_size=1))
+    join_world(Launch(rank=0, local_rank=0, world_size=1))
+    groups = make_groups(Layout(world=1))
     timings: list[Timing] = []
     for name in arguments.models:
         for precision in arguments.precisions:
@@ -195,32 +198,14 @@ def parallel_clip_step(
     groups: Groups,
 ) -> Step:
     """Our own training step with one microbatch, from the same weights."""
-    config = config_for(architecture, precision, batch=len(images))
-    built = build_train_state(config, architecture, groups)
+    settings = Optimizer(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    stages = partition(architecture.costs, 1)
+    built = build_train_state(architecture, ModelOptions(precision), stages, groups, settings)
     for parameter, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, weights[parameter.name])
-    loss_function = ClipLoss(group=groups.data)
-    microbatches = [MicrobatchInputs(images, texts)]
-
-    def step() -> float:
-        record = training_step(built, loss_function, microbatches, 1, LR, groups.pipeline)
-        return record.loss
-
-    return step
-
-
-def config_for(architecture: Architecture, precision: str, batch: int) -> Config:
-    return config_from_dict(
-        {
-            "model": {"name": architecture.name},
-            "batch": {"global": batch, "micro": batch},
-            "precision": precision,
-            "train": {"steps": 1000},
-            "optimizer": {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY},
-            "schedule": {"kind": "constant", "warmup": 0},
-            "data": {"train": [{"shards": "none.tar"}]},
-        }
-    )
+    step = TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)
+    inputs = StepInputs([texts], lambda _: Pictures(images))
+    return lambda: step(inputs, LR).loss
 
 
 def print_table(timings: list[Timing], results: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
     python launch/demo_report.py RUN --openclip FOLDER --data SHARDS
 
 RUN is the run folder of configs/demo.yaml with `retrieval.json` and `zero_shot.json` of
-`parallel-clip evaluate` in it; FOLDER is the run converted to OpenCLIP. Writes `curves.png` and
-`contact_sheet.png` into RUN. Ends with exit code 1 when OpenCLIP's features are not ours.
+`parallel-clip evaluate` in it; FOLDER is the run converted to OpenCLIP. Writes `curves.png`,
+`contact_sheet.png` and the figures as `report.json` into RUN. Ends with exit code 1 when OpenCLIP's
+features are not ours.
 """
 
 import argparse
@@ -14,19 +15,26 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-import open_clip
 import torch
 import webdataset
-from matplotlib import pyplot
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+try:
+    import matplotlib
+    import open_clip
+    from matplotlib import pyplot
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed: pip install 'parallel_clip[demo]'")
+
 from parallel_clip.data.samples.transforms import evaluation_transform
+from parallel_clip.engine.launch import Launch
 from parallel_clip.engine.quiet import silence_dependency_warnings
+from parallel_clip.layout import Layout
 
 matplotlib.use("Agg")
 
@@ -87,9 +95,11 @@ def our_features(
 ) -> tuple[Tensor, Tensor]:
     """The same by parallel_clip from its own checkpoint, gathered into one process."""
     silence_dependency_warnings()
-    from parallel_clip.evaluate.encoder import load_encoder  # it imports megatron-core
+    from parallel_clip.engine.groups import join_world, make_groups  # they import megatron-core
+    from parallel_clip.evaluate.encoder import load_encoder
 
-    encoder = load_encoder(str(run))
+    join_world(Launch(0, 0, 1))
+    encoder = load_encoder(str(run), make_groups(Layout(1)))
     transform = evaluation_transform(encoder.preprocess)
     images = torch.stack([transform(picture.image) for picture in pictures])
     return (
@@ -156,8 +166,8 @@ def draw_contact_sheet(
     pyplot.close(figure)
 
 
-def summarize(run: Path, openclip: Path, difference: float, chance: float) -> Table:
-    """The figures and where things are, as a table of two columns."""
+def read_figures(run: Path, difference: float, chance: float) -> dict[str, Any]:
+    """What the demo shows, as JSON has it: lengths, speed, fractions from 0 to 1."""
     metrics = read_lines(run / "metrics.jsonl")
     last, before = metrics[-1], [0, *(line["step"] for line in metrics)]
     seconds = sum(
@@ -167,11 +177,29 @@ def summarize(run: Path, openclip: Path, difference: float, chance: float) -> Ta
     retrieval, zero_shot = (
         json.loads((run / f"{name}.json").read_text()) for name in ("retrieval", "zero_shot")
     )
+    return {
+        "steps": last["step"],
+        "pairs": last["samples_seen"],
+        "training_seconds": seconds,
+        "pairs_per_second": last["samples_seen"] / seconds,
+        "loss": last["loss"],
+        "retrieval": retrieval,
+        "retrieval_chance": chance,
+        "zero_shot": zero_shot,
+        "zero_shot_chance": 1 / zero_shot["classes"],
+        "largest_feature_difference": difference,
+    }
+
+
+def summarize(figures: dict[str, Any], run: Path, openclip: Path) -> Table:
+    """The figures and where things are, as a table of two columns."""
+    retrieval, zero_shot = figures["retrieval"], figures["zero_shot"]
+    chance, top1_chance = figures["retrieval_chance"], figures["zero_shot_chance"]
     table = Table(title="parallel_clip demo", show_header=False)
     table.add_row(
         "trained",
-        f"{last['step']} steps, {last['samples_seen']:,} pairs in {seconds / 60:.1f} minutes, "
-        f"loss {last['loss']:.3f}",
+        f"{figures['steps']} steps, {figures['pairs']:,} pairs in "
+        f"{figures['training_seconds'] / 60:.1f} minutes, loss {figures['loss']:.3f}",
     )
     for direction in ("image_to_text", "text_to_image"):
         at1, at5 = (retrieval[f"{direction}_recall@{k}"] for k in (1, 5))
@@ -179,12 +207,12 @@ def summarize(run: Path, openclip: Path, difference: float, chance: float) -> Ta
             f"{direction.replace('_', ' ')}, concepts never seen",
             f"recall@1 {at1:.1%} ({at1 / chance:.0f} × chance), recall@5 {at5:.1%}",
         )
-    top1_chance = 1 / zero_shot["classes"]
     table.add_row(
         f"zero-shot, {zero_shot['classes']} classes",
         f"top-1 {zero_shot['top1']:.1%} ({zero_shot['top1'] / top1_chance:.0f} × chance), "
         f"top-5 {zero_shot['top5']:.1%}",
     )
+    difference = figures["largest_feature_difference"]
     table.add_row("features, OpenCLIP against ours", f"differ by at most {difference:.1e}")
     table.add_row("checkpoint", str(run / "checkpoints"))
     table.add_row("OpenCLIP checkpoint", str(openclip))
@@ -214,7 +242,9 @@ def main() -> int:
         run / "curves.png",
     )  # fmt: skip
     draw_contact_sheet(pictures, *theirs, run / "contact_sheet.png")
-    Console().print(summarize(run, options.openclip, difference, chance))
+    figures = read_figures(run, difference, chance)
+    (run / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    Console().print(summarize(figures, run, options.openclip))
     if difference > FEATURE_TOLERANCE:
         print(f"the features differ by more than {FEATURE_TOLERANCE:g}", file=sys.stderr)
         return 1

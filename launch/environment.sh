@@ -1,7 +1,7 @@
 # Finds or makes the Python environment that everything here runs in. To be sourced:
 #
 #   source launch/environment.sh
-#   setup_environment [demo] [test]     # the extras of setup.py that are needed
+#   setup_environment [demo] [test] ...     # the extras of setup.py that are needed
 #
 # Afterwards $PYTHON is the interpreter and its programs are first on PATH.
 #
@@ -29,12 +29,19 @@ setup_environment() {
 # What interpreter $1 lacks for the extras in the other arguments. Modules are looked up, not
 # imported, so this is quick.
 _missing_modules() {
-    local python="$1" modules
+    local python="$1" modules extra
     shift
     modules="torch torchvision megatron.core numpy pydantic yaml rich safetensors tensorboard"
-    modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil matplotlib"
-    case " $* " in *" test "*) modules+=" pytest pytest_timeout hypothesis open_clip ruff aiohttp" ;; esac
-    case " $* " in *" demo "*) modules+=" open_clip" ;; esac
+    modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil"
+    for extra in "$@"; do
+        case "$extra" in
+            test) modules+=" pytest pytest_timeout hypothesis open_clip ruff aiohttp matplotlib" ;;
+            remote) modules+=" fsspec aiohttp" ;;
+            demo) modules+=" open_clip matplotlib" ;;
+            plot) modules+=" matplotlib" ;;
+            benchmark) modules+=" open_clip matplotlib pandas" ;;
+        esac
+    done
     "$python" - $modules 2>/dev/null <<'PY'
 import re
 import sys

@@ -145,6 +145,7 @@ def _add_evaluate(parent) -> None:
         kind.add_argument("--tokenizer", metavar="T", help="as data.tokenizer of a config")
         kind.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
         kind.add_argument("--batch", type=_positive, default=64, help="encoded at once (64)")
+        kind.add_argument("--workers", type=_positive, default=0, help="processes that decode (0)")
         kind.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
         kind.add_argument(
             "--tensor", type=_positive, default=1, metavar="T", help="ranks that share the model"

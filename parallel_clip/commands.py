@@ -6,8 +6,6 @@ Torch and megatron-core are imported by the command that needs them: `--help` is
 from __future__ import annotations
 
 import argparse
-import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from parallel_clip.config import load_config
@@ -16,18 +14,25 @@ from parallel_clip.errors import InputError
 
 
 def train(options: argparse.Namespace, launch: Launch) -> None:
-    config = load_config(options.config, options.overrides)
-    if not options.dry_run:
-        if options.world_size is not None:
-            raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
-        from parallel_clip.engine.groups import close_groups
-        from parallel_clip.plan.memory import fit_stash_to_memory
-        from parallel_clip.plan.run_plan import make_run_plan
-        from parallel_clip.training.loop import train as run
+    if options.dry_run:
+        return _dry_run(options, launch)
+    if options.world_size is not None:
+        raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
+    from parallel_clip.engine.groups import close_groups
+    from parallel_clip.engine.rendezvous import broadcast_from_rank_zero
+    from parallel_clip.plan.run_plan import make_run_plan
+    from parallel_clip.training.loop import train as run
 
-        run(fit_stash_to_memory(make_run_plan(config, launch.world_size)), launch)
-        close_groups()
-        return
+    def plan_run():
+        config = load_config(options.config, options.overrides)
+        return make_run_plan(config, launch.world_size)
+
+    plan, shards = broadcast_from_rank_zero(plan_run, launch)
+    run(plan, launch, shards)
+    close_groups()
+
+
+def _dry_run(options: argparse.Namespace, launch: Launch) -> None:
     if launch.world_size > 1:
         raise InputError(
             "--dry-run runs in one process; start it without torchrun and add --world-size "
@@ -35,6 +40,7 @@ def train(options: argparse.Namespace, launch: Launch) -> None:
         )
     from parallel_clip.plan.report import dry_run_report
 
+    config = load_config(options.config, options.overrides)
     print(dry_run_report(config, options.world_size or 1))
 
 
@@ -61,41 +67,23 @@ def retrieval(options: argparse.Namespace, launch: Launch) -> None:
 def convert(options: argparse.Namespace, launch: Launch) -> None:
     if launch.world_size > 1:
         raise InputError("convert runs in one process; start it without torchrun")
-    if options.to == "huggingface":
-        raise InputError("--to huggingface is not built yet; --to openclip and --to run are")
-    if options.to == "run" and (options.bin or options.precision != "fp32"):
-        raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
-    from parallel_clip.convert import openclip
-    from parallel_clip.convert.open import open_source
-    from parallel_clip.convert.weight_source import ModelWeights
-    from parallel_clip.data.samples.transforms import Preprocess
-    from parallel_clip.model.known_models import load_architecture
+    from parallel_clip.convert.open import convert_checkpoint
 
-    source, target = open_source(options.source), Path(options.target)
-    facts = source.facts
-    architecture = load_architecture(options.model) if options.model else facts.architecture
-    if architecture is None:
-        raise InputError(f"{options.source} does not say which model it is; add --model NAME")
-    weights = ModelWeights(source, architecture)
-    size = architecture.vision.image_size
-    preprocess = Preprocess.from_openclip(size, facts.preprocess).to_openclip()
-    if options.to == "run":
-        openclip.write_run(target, weights, architecture, preprocess, facts.tokenizer)
-    else:
-        openclip.write_openclip(
-            target, weights, architecture, preprocess, options.precision, options.bin
-        )
-    print(f"{architecture.name} from {facts.folder} is now in {target}")
+    source = convert_checkpoint(
+        options.source, options.target, options.to, options.precision, options.bin, options.model
+    )
+    print(f"{source.architecture.name} from {source.folder} is now in {Path(options.target)}")
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:
-    from parallel_clip.data.index.shard_table import index_shards
+    from parallel_clip.data.index.shard_table import renew_index
 
-    shards = index_shards(options.shards, renew=True, workers=options.workers)
+    shards = renew_index(options.shards, workers=options.workers)
     print(f"{len(shards):,} shards, {shards.samples:,} samples")
 
 
 def data_check(options: argparse.Namespace, launch: Launch) -> int:
+    from parallel_clip.data.storage.progress import print_nothing
     from parallel_clip.data.tools.check import decode_all_shards
     from parallel_clip.data.tools.check_report import print_report, report_tree
     from parallel_clip.evaluate.results import check_json_target, write_json
@@ -104,7 +92,7 @@ def data_check(options: argparse.Namespace, launch: Launch) -> int:
     alone = options.json == "-"
     report = decode_all_shards(
         options.shards,
-        _say_nothing if alone else print,
+        print_nothing if alone else print,
         caption_key=options.caption_key,
         workers=options.workers,
     )
@@ -132,67 +120,34 @@ def plan(options: argparse.Namespace, launch: Launch) -> None:
 
 
 def doctor(options: argparse.Namespace, launch: Launch) -> None:
-    import torch
+    from parallel_clip.engine.doctor import doctor_report
 
-    for package in ("torch", "torchvision", "megatron-core", "webdataset", "open_clip_torch",
-                    "transformer-engine", "apex"):  # fmt: skip
-        try:
-            print(f"{package:20} {version(package)}")
-        except PackageNotFoundError:
-            print(f"{package:20} not installed")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"{'devices':20} {', '.join(devices) or 'none: training runs on the CPU over gloo'}")
-    shared_memory = Path("/dev/shm")
-    if shared_memory.is_dir():
-        free = shutil.disk_usage(shared_memory).free / 2**30
-        enough = "" if free >= 1 else "; data workers need more: docker run --ipc=host"
-        print(f"{'shared memory':20} {free:.1f} GiB free{enough}")
+    print(doctor_report())
 
 
 def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
     """The encoder, this data rank's part of the shards, and the group that shares the work."""
-    from parallel_clip.data.feeding.evaluation_data import open_evaluation_data
-    from parallel_clip.data.feeding.open import check_first_samples
-    from parallel_clip.data.index.shard_table import index_shards, save_index
-    from parallel_clip.engine.groups import open_groups
-    from parallel_clip.evaluate.encoder import load_encoder
+    from parallel_clip.data.storage.progress import print_nothing
+    from parallel_clip.engine.groups import join_world, make_groups
     from parallel_clip.evaluate.results import check_json_target
+    from parallel_clip.evaluate.setup import open_evaluation
     from parallel_clip.layout import Layout
 
     check_json_target(options.json)
-    groups = open_groups(Layout(launch.world_size, options.tensor), launch)
-    encoder = groups.run_on_all_ranks(
-        lambda: load_encoder(
-            options.checkpoint,
-            groups,
-            model_name=options.model,
-            tokenizer=options.tokenizer,
-            precision=options.precision,
-        )
-    )
-
-    alone = options.json == "-"
-    say = _say_nothing if alone else print
-
-    def look_into_data() -> None:
-        shards = index_shards(options.data, say, save=False)
-        check_first_samples(shards, need, options.caption_key)
-        save_index(shards, say)
-
-    groups.run_on_rank_zero(look_into_data)
-    data = groups.run_on_all_ranks(
-        lambda: open_evaluation_data(
-            options.data,
-            encoder.preprocess,
-            encoder.tokenizer,
-            rank=groups.data_rank,
-            ranks=groups.layout.data,
-            batch=options.batch,
-            need=need,
-            caption_key=options.caption_key,
-            say=_say_nothing,
-            check=False,
-        )
+    join_world(launch)
+    groups = make_groups(Layout(launch.world_size, options.tensor))
+    encoder, data = open_evaluation(
+        options.checkpoint,
+        options.data,
+        groups,
+        need=need,
+        batch=options.batch,
+        workers=options.workers,
+        caption_key=options.caption_key,
+        model_name=options.model,
+        tokenizer=options.tokenizer,
+        precision=options.precision,
+        say=print_nothing if options.json == "-" else print,
     )
     return encoder, data, groups.data
 
@@ -208,7 +163,3 @@ def _report(title: str, results: dict, options: argparse.Namespace, launch: Laun
         print_table(title, results)
     if options.json is not None:
         write_json(results, options.json)
-
-
-def _say_nothing(_: str) -> None:
-    pass

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends because of what it was given."""
+"""The exceptions that end a command with a message and without a traceback."""
 
 
 class InputError(Exception):
@@ -15,3 +15,7 @@ class BadDataError(RuntimeError):
 
 class WorkerError(Exception):
     """A process that reads data has ended or is stuck."""
+
+
+class PeerLostError(RuntimeError):
+    """Another rank of the job has failed or cannot be reached; it says itself why."""

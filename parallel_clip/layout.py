@@ -1,6 +1,6 @@
-"""Who does what: the arithmetic that deals ranks, batches and steps out, before any process talks.
+"""Rank arithmetic: which rank does what, how a batch is split, how many steps a run has.
 
-Every size that does not fit ends here, with the nearest sizes that do.
+A size that does not fit is an InputError with the nearest sizes that do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
     from parallel_clip.config import Train
-    from parallel_clip.model.architecture import Architecture
+    from parallel_clip.stages.costs import ModelCosts
 
 
 class Coordinates(NamedTuple):
@@ -42,11 +42,7 @@ class Layout:
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise InputError(
-                f"parallel.virtual_pipeline {self.virtual_pipeline} needs parallel.pipeline of at "
-                "least 2; set one or the other"
-            )
+        check_virtual_pipeline(self.pipeline, self.virtual_pipeline)
         copy = self.tensor * self.pipeline
         if self.world % copy == 0:
             return
@@ -110,6 +106,19 @@ def plan_batch(layout: Layout, global_batch: int, micro_batch: int) -> BatchPlan
     )
 
 
+def check_virtual_pipeline(pipeline: int, virtual_pipeline: int) -> None:
+    """See that there is a pipeline where there are virtual stages.
+
+    Raises:
+        InputError: there is none.
+    """
+    if virtual_pipeline > 1 and pipeline == 1:
+        raise InputError(
+            f"parallel.virtual_pipeline {virtual_pipeline} needs parallel.pipeline of at least 2; "
+            "set one or the other"
+        )
+
+
 def check_microbatches(layout: Layout, plan: BatchPlan) -> None:
     """See that there are enough microbatches for virtual stages: one for each rank of a pipeline,
     or a rank would have to work on two of its chunks at once.
@@ -131,24 +140,42 @@ def check_microbatches(layout: Layout, plan: BatchPlan) -> None:
     )
 
 
-def check_model(tensor: int, architecture: Architecture) -> None:
-    """See that so many tensor ranks can share this model.
+def microbatch_group_size(microbatches: int, ranks: int) -> int:
+    """How many microbatches go through one virtual stage of a rank before the next one's turn: the
+    fewest, and so the least memory, that megatron-core takes.
+
+    A group is at least as large as the pipeline, since its first microbatch must be back at the
+    first rank when that one has sent the group's last; this holds for the remainder too.
 
     Raises:
-        InputError: the tensor size does not divide the heads or the MLP width of both towers; the
-            message has the sizes that do.
+        InputError: fewer microbatches than ranks.
+    """
+    for group in range(ranks, microbatches + 1):
+        if microbatches % group == 0 or microbatches % group >= ranks:
+            return group
+    raise InputError(
+        f"parallel.virtual_pipeline above 1 needs at least parallel.pipeline {ranks} microbatches, "
+        f"and a step has {microbatches}; set parallel.virtual_pipeline to 1, or lower batch.micro"
+    )
+
+
+def check_model(tensor: int, costs: ModelCosts) -> None:
+    """Check that so many tensor ranks can share a model.
+
+    Raises:
+        InputError: the tensor size does not divide what is split of both towers; the message has
+            the sizes that do.
     """
     common, refusing = 0, []
-    for name, tower in (("vision", architecture.vision), ("text", architecture.text)):
-        sizes = {"heads": tower.heads, "MLP channels": tower.mlp_width}
-        common = gcd(common, *sizes.values())
-        uneven = [f"{size} {what}" for what, size in sizes.items() if size % tensor]
+    for name, tower in (("vision", costs.vision), ("text", costs.text)):
+        common = gcd(common, *(size for _, size in tower.tensor_sizes))
+        uneven = [f"{size} {what}" for what, size in tower.tensor_sizes if size % tensor]
         if uneven:
             refusing.append(f"the {' and '.join(uneven)} of the {name} tower")
     if refusing:
         raise InputError(
             f"parallel.tensor {tensor} does not divide {', nor '.join(refusing)} of "
-            f"{architecture.name}; parallel.tensor may be {_listed(divisors(common))}"
+            f"{costs.name}; parallel.tensor may be {_listed(divisors(common))}"
         )
 
 

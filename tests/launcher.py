@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from parallel_clip.engine.launch import Launch
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
@@ -137,3 +139,23 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def run_in_world(case: Callable[[Path, Launch], None], world: int, folder: Path) -> None:
+    """Run `case(folder, launch)` in so many processes that can meet and have not yet."""
+    port = _free_port()
+    ranks = [
+        _SERVER.Process(target=_in_world, args=(case, rank, world, port, folder))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+
+
+def _in_world(case: Callable, rank: int, world: int, port: int, folder: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    case(folder, Launch(rank, rank, world))

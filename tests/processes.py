@@ -126,14 +126,15 @@ def _run(layout: Layout, rank: int, meeting_file: Path, case: Callable, argument
     import torch
     import torch.distributed as dist
 
-    from parallel_clip.engine.groups import close_groups, open_groups
+    from parallel_clip.engine.groups import close_groups, join_world, make_groups
     from parallel_clip.engine.launch import Launch
 
     torch.manual_seed(0)
-    # `open_groups` takes the world that it finds; a file to meet in needs no port.
+    # `join_world` takes the world that it finds; a file to meet in needs no port.
     store = dist.FileStore(str(meeting_file), layout.world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world)
     try:
-        return case(open_groups(layout, Launch(rank, rank, layout.world)), **arguments)
+        join_world(Launch(rank, rank, layout.world))
+        return case(make_groups(layout), **arguments)
     finally:
         close_groups()

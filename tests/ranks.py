@@ -20,10 +20,21 @@ from parallel_clip.model.clip import CLIPModel
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.parameters import Parameter, load_slice, local_slice
-from parallel_clip.optimizer.train_state import TrainState, build_train_state
-from parallel_clip.pipeline.forward_backward import MicrobatchInputs
+from parallel_clip.optimizer.train_state import TrainState
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
+from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.layout_plan import make_layout_plan
+from parallel_clip.stages.stage import whole_model
 
 Weights = dict[str, Tensor]
+
+
+def unsplit_model(
+    architecture: Architecture, options: ModelOptions, tensor_group: dist.ProcessGroup
+) -> CLIPModel:
+    """A rank's slice of the model where there is no pipeline; weights are not set."""
+    stages = [whole_model(architecture.vision.layers, architecture.text.layers)]
+    return CLIPModel(architecture, options, tensor_group, stages)
 
 
 def loaded_model(
@@ -31,7 +42,7 @@ def loaded_model(
 ) -> CLIPModel:
     """A rank's slice of the model, in training mode; `options` as in ModelOptions."""
     architecture = architecture_from_json(model_cfg, "small")
-    model = CLIPModel(architecture, ModelOptions(**options), groups.tensor)
+    model = unsplit_model(architecture, ModelOptions(**options), groups.tensor)
     for parameter, tensor in model.global_parameters():
         load_slice(tensor, parameter, weights[parameter.name], groups.tensor)
     return model
@@ -40,6 +51,7 @@ def loaded_model(
 def config_of(layout: Layout, **settings: Any) -> Config:
     """An fp32 config for this layout unless `settings` say otherwise; sections may be partial."""
     settings.setdefault("precision", "fp32")
+    settings.setdefault("batch", {"global": 12 * layout.data, "micro": 1})  # fits any pipeline
     parallel = {
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
@@ -55,7 +67,7 @@ def loaded_training(
     groups: Groups, config: Config, architecture: Architecture, weights: Weights
 ) -> TrainState:
     """Model, data-parallel wrapping and optimizer of a rank, with these weights."""
-    built = build_train_state(config, architecture, groups)
+    built = empty_training(groups, config, architecture)
     for parameter, tensor in built.global_parameters():
         part = local_slice(
             weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
@@ -64,19 +76,28 @@ def loaded_training(
     return built
 
 
+def empty_training(groups: Groups, config: Config, architecture: Architecture) -> TrainState:
+    """Likewise, without weights."""
+    plan = make_layout_plan(architecture.costs, groups.layout.world, config)
+    return build_planned_state(config, architecture, plan, groups)
+
+
 def own_microbatches(
     groups: Groups, images: Tensor, tokens: Tensor, count: int, kept: Tensor | None = None
-) -> list[MicrobatchInputs]:
+) -> StepInputs:
     """This data rank's share of a global batch, in `count` microbatches; pictures on the first
     stage only."""
     ranks, rank = groups.layout.data, groups.data_rank
-    if groups.pipeline_rank > 0:
-        images = kept = None
-    parts = [
+    images, tokens, kept = (
         [None] * count if x is None else x.chunk(ranks)[rank].chunk(count)
         for x in (images, tokens, kept)
-    ]
-    return [MicrobatchInputs(*microbatch) for microbatch in zip(*parts, strict=True)]
+    )
+
+    def fetch(number: int) -> Pictures:
+        assert groups.pipeline_rank == 0, "pictures are for the first stage"
+        return Pictures(images[number], kept[number])
+
+    return StepInputs(tokens, fetch)
 
 
 def sum_over_tokens(tensor: Tensor, values: Tensor, groups: Groups) -> Tensor:

@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh
 #   bash tests/run.sh tests/test_layout.py
+#   bash tests/run.sh -m long                # golden runs: 20 steps in every layout and precision
 #   bash tests/run.sh -m parity              # the full grid against open_clip, hours on a CPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,20 +1,38 @@
-"""Collect a rank's pieces of weights, masters and moments from the devices."""
+"""Collect a rank's pieces of fp32 masters and Adam's moments into host memory."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel_clip.checkpoint.pieces import KINDS, PieceWriter
+from parallel_clip.checkpoint.pieces import KINDS, Piece, host_copy
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.parameters import Parameter
 from parallel_clip.optimizer import MOMENTS
-from parallel_clip.optimizer.adamw import Optimizer
+from parallel_clip.optimizer.adamw import MegatronAdamW
+from parallel_clip.optimizer.train_state import TrainState
+
+
+def collect_pieces(state: TrainState, groups: Groups) -> Iterator[Piece]:
+    """The pieces that this rank writes, each collected when it is asked for. Called by all ranks.
+
+    Each tensor is gathered over its data-parallel group onto one rank, another for each tensor, so
+    that they share the writing. A tensor that all tensor ranks hold is written by the first; each
+    stage of a pipeline writes its own.
+    """
+    for number, (parameter, tensor) in enumerate(state.global_parameters()):
+        if parameter.placement.axis is None and groups.tensor_rank != 0:
+            continue
+        values = _gather_state(tensor, state.optimizer, groups, to=number % groups.layout.data)
+        if values is not None:
+            yield from _cut(parameter, values, groups)
 
 
 def _gather_state(
-    tensor: nn.Parameter, optimizer: Optimizer, groups: Groups, to: int
+    tensor: nn.Parameter, optimizer: MegatronAdamW, groups: Groups, to: int
 ) -> Tensor | None:
     """Master and moments of a rank's tensor, fp32 [3, *shape], on data rank `to`; elsewhere None.
 
@@ -33,16 +51,17 @@ def _gather_state(
     return state.view(len(KINDS), *tensor.shape) if groups.data_rank == to else None
 
 
-def _add_pieces(writer: PieceWriter, parameter: Parameter, state: Tensor, groups: Groups) -> None:
+def _cut(parameter: Parameter, state: Tensor, groups: Groups) -> Iterator[Piece]:
+    """The pieces of `state` [3, *local shape], this tensor rank's part of a tensor."""
     axis = parameter.placement.axis
     for kind, values in zip(KINDS, state, strict=True):
         key = f"{kind}:{parameter.name}"
         if axis is None:
-            writer.add(key, values, parameter.shape, 0, 0)
+            yield Piece(key, host_copy(values), parameter.shape)
             continue
         for segment in parameter.placement.segments(
             parameter.shape[axis], groups.tensor_rank, groups.layout.tensor
         ):
             if segment.length:
-                piece = values.narrow(axis, segment.local, segment.length)
-                writer.add(key, piece, parameter.shape, axis, segment.whole)
+                part = values.narrow(axis, segment.local, segment.length)
+                yield Piece(key, host_copy(part), parameter.shape, axis, segment.whole)

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run counts: written beside, renamed when whole, named in `latest`.
+"""Commit a checkpoint: written under another name, renamed when complete, named in `latest`.
 
 A crash at any moment leaves the newest complete checkpoint where `latest` says it is.
 """
@@ -22,38 +22,45 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def unfinished_folder(run_dir: Path, step: int) -> Path:
-    """Where a checkpoint is written before it counts."""
+    """The folder that a checkpoint is written to before it counts."""
     return run_dir / CHECKPOINTS / f"unfinished_step_{step:08d}"
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder to write into; what a crash has left there goes."""
+    """Make and return the empty folder to write `step` into; what a crash has left there goes."""
     folder = unfinished_folder(run_dir, step)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def commit(run_dir: Path, step: int, keep: int | None) -> Path:
-    """Make the checkpoint of `step` count, then remove all but the `keep` newest up to it.
-
-    Later ones are there when someone went back to an earlier one by hand; they are left alone.
-    """
+def commit(run_dir: Path, step: int) -> Path:
+    """Flush and rename the checkpoint of `step` and point `latest` to it; returns its folder."""
     unfinished, final = unfinished_folder(run_dir, step), step_folder(run_dir, step)
     for file in unfinished.iterdir():
         _flush_to_disk(file)
     shutil.rmtree(final, ignore_errors=True)  # of an earlier try at the same step
     unfinished.rename(final)
     _point_latest_to(final)
-    if keep is not None:
-        folders = _step_folders(run_dir)
-        for old in folders[: folders.index(final) + 1][:-keep]:
-            shutil.rmtree(old)
     return final
 
 
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to the one that `latest` names.
+
+    Later ones are there when someone went back to an earlier one by hand; they are left alone.
+    """
+    folders = _step_folders(run_dir)
+    for old in folders[: folders.index(latest(run_dir)) + 1][:-keep]:
+        shutil.rmtree(old)
+
+
 def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None where there is none."""
+    """The newest complete checkpoint of a run; None where there is none.
+
+    Raises:
+        InputError: the file `latest` names a folder that is not there.
+    """
     pointer = run_dir / CHECKPOINTS / LATEST
     if not pointer.is_file():
         return None

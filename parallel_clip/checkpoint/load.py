@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,29 +11,28 @@ from torch import Tensor
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import KINDS, PieceReader
 from parallel_clip.engine.groups import Groups
-from parallel_clip.model.clip import CLIPModel, global_parameters
-from parallel_clip.model.parameters import Parameter
-from parallel_clip.optimizer.adamw import Optimizer
+from parallel_clip.model.parameters import Parameter, fill_slice
+from parallel_clip.optimizer.train_state import TrainState
 
 
-def load_checkpoint(
-    folder: Path, chunks: Sequence[CLIPModel], optimizer: Optimizer, groups: Groups
-) -> Meta:
-    """Fill a rank's stages, masters and moments from a checkpoint written in any layout.
+def load_checkpoint(folder: Path, state: TrainState, groups: Groups) -> Meta:
+    """Fill a rank's weights, masters and moments from a checkpoint written in any layout.
+
+    A checkpoint without moments (of a conversion) leaves the optimizer's as they are.
 
     Raises:
         InputError: the checkpoint is damaged.
     """
     meta = Meta.read(folder)
     reader = PieceReader(folder)
-    for parameter, tensor in global_parameters(chunks):
+    for parameter, tensor in state.global_parameters():
         values = {
             kind: read_local(reader, f"{kind}:{parameter.name}", parameter, groups)
             for kind in (KINDS if meta.has_moments else KINDS[:1])
         }
-        optimizer.set_weight(tensor, values.pop("weight"))
+        state.optimizer.set_weight(tensor, values.pop("weight"))
         if meta.has_moments and meta.step > 0:
-            optimizer.set_moments(tensor, values, meta.step)
+            state.optimizer.set_moments(tensor, values, meta.step)
     return meta
 
 
@@ -44,8 +43,5 @@ def read_local(reader: PieceReader, key: str, parameter: Parameter, groups: Grou
         return reader.read(key)
     rank, size = groups.tensor_rank, groups.layout.tensor
     part = torch.zeros(parameter.local_shape(size))
-    for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
-        part.narrow(axis, segment.local, segment.length).copy_(
-            reader.read_range(key, axis, segment.whole, segment.length)
-        )
-    return part
+    read_range = partial(reader.read_range, key)
+    return fill_slice(part, parameter.placement, parameter.shape[axis], rank, size, read_range)

@@ -1,13 +1,16 @@
-"""What a checkpoint says of itself, beside its tensors."""
+"""`meta.json`: what a checkpoint holds beside its tensors."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel_clip.errors import InputError
+
+if TYPE_CHECKING:  # torch is not needed to read this file
+    from parallel_clip.model.architecture import Architecture
 
 META_FILE = "meta.json"
 FORMAT = 1
@@ -15,10 +18,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Meta:
-    """step: optimizer steps done; position: samples of the global order consumed; bad_samples:
-    replaced so far; source_samples: pairs seen of each source; data: what the order was made of,
-    see `TrainingData.data_fingerprint`; model and preprocess: OpenCLIP's model_cfg and
-    preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute."""
+    """The model of a checkpoint and how far its run has come.
+
+    step: optimizer steps done; position: samples of the global order consumed; bad_samples:
+    replaced so far; source_samples: pairs seen of each source; data: identifies the training
+    samples and their order, see `data_fingerprint`; model and preprocess: OpenCLIP's
+    model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute.
+    """
 
     step: int
     position: int
@@ -32,11 +38,27 @@ class Meta:
     has_moments: bool = True
     format: int = FORMAT
 
+    @classmethod
+    def of_model(
+        cls, architecture: Architecture, preprocess: dict[str, Any], tokenizer: str | None
+    ) -> Meta:
+        """The model's fields filled in, at step 0; the others are set by `dataclasses.replace`."""
+        return cls(
+            step=0,
+            position=0,
+            bad_samples=0,
+            model_name=architecture.name,
+            model=architecture.json,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+        )
+
     def write(self, folder: Path) -> None:
         (folder / META_FILE).write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> Meta:
+        """Raises InputError where the folder holds no checkpoint of this format."""
         try:
             values = json.loads((folder / META_FILE).read_text())
             if values["format"] != FORMAT:

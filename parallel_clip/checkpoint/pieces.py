@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +26,30 @@ INDEX_FILE = "index.json"
 FILE_BYTES = 2 << 30  # a writer holds so much before it begins another file
 
 
+class Piece(NamedTuple):
+    """A part of the tensor `key`, of full `shape`: `values` begin at `start` on `axis`.
+
+    values: on the CPU and contiguous; not to be changed before they are written (`host_copy`).
+    """
+
+    key: str
+    values: Tensor
+    shape: tuple[int, ...]
+    axis: int = 0
+    start: int = 0
+
+
+def host_copy(values: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, also of a view or tensor that lies there already."""
+    return values.detach().to("cpu", copy=True).contiguous()
+
+
 @dataclass
 class PieceWriter:
-    """Collects one rank's pieces and writes them to files of bounded size."""
+    """Writes one rank's pieces to files of bounded size.
+
+    entries: a row of the index for each piece so far.
+    """
 
     folder: Path
     rank: int
@@ -35,19 +57,19 @@ class PieceWriter:
     _pending: dict[str, Tensor] = field(default_factory=dict)
     _files: int = 0
 
-    def add(self, key: str, piece: Tensor, shape: tuple[int, ...], axis: int, start: int) -> None:
-        """Take a piece of the tensor `key` of full `shape`: `piece` begins at `start` on `axis`."""
-        stored = f"{key}@{start}"
-        # A copy: a piece is often a view of something that training will change or free.
-        self._pending[stored] = piece.detach().to("cpu", copy=True).contiguous()
+    def add(self, piece: Piece) -> None:
+        """Take a piece; write what has been taken once it fills a file."""
+        stored = f"{piece.key}@{piece.start}"
+        self._pending[stored] = piece.values
         self.entries.append(
-            {"key": key, "shape": list(shape), "axis": axis, "start": start, "stored": stored,
-             "file": self._file_name()}
+            {"key": piece.key, "shape": list(piece.shape), "axis": piece.axis,
+             "start": piece.start, "stored": stored, "file": self._file_name()}
         )  # fmt: skip
         if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
             self.flush()
 
     def flush(self) -> None:
+        """Write what has been taken and not been written yet."""
         if self._pending:
             save_tensors(self._pending, self.folder / self._file_name())
             self._pending = {}
@@ -58,7 +80,7 @@ class PieceWriter:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file with the permissions of any other new file (the library's are 0600)."""
+    """Write a safetensors file with the process's default permissions (the library's are 0600)."""
     save_file(tensors, path, metadata={"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)
@@ -66,7 +88,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_index(folder: Path, entries: list[dict]) -> None:
-    """The table of all ranks' pieces."""
+    """Write `index.json` from the entries of all ranks' writers."""
     tensors: dict[str, dict] = {}
     for entry in entries:
         tensor = tensors.setdefault(
@@ -182,7 +204,7 @@ class _Tensor:
 def _copy_overlap(
     stored, cut_axis: int, cut_start: int, axis: int, start: int, result: Tensor
 ) -> int:
-    """Copy what a piece shares with the range into `result`; how many numbers that were.
+    """Copy what a piece shares with the range into `result`; returns how many numbers.
 
     stored: the piece, which begins at `cut_start` on `cut_axis` of the full tensor.
     """

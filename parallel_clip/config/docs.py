@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from parallel_clip.config import Config
+from parallel_clip.config.keys import Config
 from parallel_clip.config.schema import keys_of, show
 
 BEGIN = "<!-- keys: written by python -m parallel_clip.config.docs -->"
@@ -20,7 +20,7 @@ def key_table() -> str:
     rows = ["| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
     for key in keys_of(Config):
         default = "must be given" if key.required else f"`{show(key.default)}`"
-        rows.append(f"| `{key.path}` | {key.takes} | {default} | {key.doc} |")
+        rows.append(f"| `{key.path}` | {key.describe_type} | {default} | {key.doc} |")
     return "\n".join(rows)
 
 

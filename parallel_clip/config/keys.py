@@ -129,7 +129,7 @@ class Optimizer(ConfigSection):
     )
 
 
-class Schedule(ConfigSection):
+class LearningRateSchedule(ConfigSection):
     kind: Literal["cosine", "constant", "wsd"] = Field(
         "cosine",
         description="learning rate after the warmup; wsd: constant, then linear to `min_lr`",
@@ -210,6 +210,9 @@ class Evaluate(ConfigSection):
     retrieval: Shards | None = Field(None, description="held-out shards for recall")
     zero_shot: ZeroShot | None = Field(None, description="held-out shards for classification")
     batch: int = Field(64, ge=1, description="pictures or texts that one rank encodes at once")
+    workers: int = Field(
+        0, ge=0, description="processes that read and decode, a rank; 0: the rank's own"
+    )
 
 
 class Log(ConfigSection):
@@ -233,7 +236,7 @@ class Config(ConfigSection):
     )
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
+    schedule: LearningRateSchedule = LearningRateSchedule()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()

@@ -12,8 +12,9 @@ from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
 from parallel_clip.config.keys import Config, parse_bytes
-from parallel_clip.config.schema import _field_named, _section_of, describe_type, keys_of, show
+from parallel_clip.config.schema import describe_type, field_named, keys_of, section_of, show
 from parallel_clip.errors import InputError
+from parallel_clip.layout import check_virtual_pipeline
 
 
 def nearest_key(path: str, model: type[BaseModel]) -> str:
@@ -59,12 +60,12 @@ def _locate(
         if isinstance(step, int) and isinstance(below, list):
             below = below[step]
             continue
-        field = _field_named(step, section)
+        field = field_named(step, section)
         path = ".".join(trail)
         if field is None:
             return path, None, None
         value = below = below.get(step)
-        section, _ = _section_of(field.annotation)
+        section, _ = section_of(field.annotation)
     return path, field, value
 
 
@@ -106,11 +107,10 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
 
     parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        yield (
-            f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs parallel.pipeline of at "
-            "least 2; it is 1"
-        )
+    try:
+        check_virtual_pipeline(parallel.pipeline, parallel.virtual_pipeline)
+    except InputError as error:
+        yield str(error)
     if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):
         yield (
             f"parallel.memory {parallel.memory} is for parallel.schedule auto with parallel.stash "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parallel_clip.config import Config
+from parallel_clip.config.keys import Config
 from parallel_clip.config.schema import show
 
 _FREE_ON_RESUME = (

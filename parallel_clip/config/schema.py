@@ -37,7 +37,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """
     for name, field in model.model_fields.items():
         path = prefix + (field.alias or name)
-        section, is_list = _section_of(field.annotation)
+        section, is_list = section_of(field.annotation)
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         if not isinstance(default, BaseModel):
             yield Key(
@@ -58,21 +58,21 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _field_named(name: int | str, model: type[BaseModel]) -> FieldInfo | None:
+def field_named(name: int | str, model: type[BaseModel]) -> FieldInfo | None:
     for own_name, field in model.model_fields.items():
         if name == (field.alias or own_name):
             return field
     return None
 
 
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     """The model inside `Model`, `Model | None` or `list[Model]`, and whether it is a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType, list):
         for member in get_args(annotation):
-            section, is_list = _section_of(member)
+            section, is_list = section_of(member)
             if section is not None:
                 return section, is_list or origin is list
     return None, False

@@ -1,1 +1,1 @@
-"""Our parameters and other people's checkpoints, in both directions."""
+"""Checkpoints of other formats, read and written: one file a format."""

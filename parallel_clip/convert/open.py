@@ -1,14 +1,18 @@
-"""Open weights of any kind: a run, one of its checkpoints, or OpenCLIP's files."""
+"""Open a checkpoint of any format, and convert it to another."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import META_FILE
-from parallel_clip.convert.openclip import OPENCLIP_WEIGHTS, OpenClipSource
-from parallel_clip.convert.weight_source import CheckpointSource, WeightSource
+from parallel_clip.convert.native import CheckpointSource, write_run
+from parallel_clip.convert.openclip import OPENCLIP_WEIGHTS, OpenClipSource, write_openclip
+from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, WeightSource
+from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
+from parallel_clip.model.known_models import load_architecture
 
 
 def open_source(path: str | Path) -> WeightSource:
@@ -42,3 +46,40 @@ def open_source(path: str | Path) -> WeightSource:
         f"{path} holds no checkpoint: expected a run folder (checkpoints/latest), a checkpoint "
         f"folder ({META_FILE}), or an OpenCLIP folder ({' or '.join(OPENCLIP_WEIGHTS)})"
     )
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    precision: str = "fp32",
+    also_bin: bool = False,
+    model_name: str | None = None,
+) -> SourceMetadata:
+    """Write the model of `source` to the new or empty folder `target`, in another format.
+
+    to: openclip or run. precision: fp32, bf16 or fp16, and also_bin: the pickled file as well, are
+    for openclip. model_name: for a source that does not say which model it is. Returns the source's
+    metadata, with the architecture in any case.
+
+    Raises:
+        InputError: no checkpoint, one of another architecture or damaged, a target that holds
+            something, or options that do not go together.
+    """
+    if to == "huggingface":
+        raise InputError("--to huggingface is not built yet; --to openclip and --to run are")
+    if to == "run" and (also_bin or precision != "fp32"):
+        raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
+    opened, target = open_source(source), Path(target)
+    metadata = opened.metadata
+    architecture = load_architecture(model_name) if model_name else metadata.architecture
+    if architecture is None:
+        raise InputError(f"{source} does not say which model it is; add --model NAME")
+    weights = ModelWeights(opened, architecture)
+    size = architecture.vision.image_size
+    preprocess = Preprocess.from_openclip(size, metadata.preprocess).to_openclip()
+    if to == "run":
+        write_run(target, weights, preprocess, metadata.tokenizer)
+    else:
+        write_openclip(target, weights, preprocess, precision, also_bin)
+    return replace(metadata, architecture=architecture)

@@ -1,4 +1,4 @@
-"""Writing checkpoints for others: OpenCLIP's folder, or a run folder to train from."""
+"""OpenCLIP's checkpoints: its folder or one of its files as a source, and writing its folder."""
 
 from __future__ import annotations
 
@@ -12,93 +12,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel_clip.checkpoint import commit
-from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import PieceWriter, save_tensors, write_index
-from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
+from parallel_clip.checkpoint.pieces import save_tensors
+from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
 from parallel_clip.errors import InputError
-from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def write_openclip(
-    target: Path,
-    weights: ModelWeights,
-    architecture: Architecture,
-    preprocess: dict,
-    precision: str = "fp32",
-    also_bin: bool = False,
-) -> None:
-    """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` loads.
-
-    Raises:
-        InputError: `target` is not a new or empty folder.
-    """
-    dtype = PRECISIONS[precision]
-    # Read before anything is written: the source may be damaged.
-    state = {name: tensor.to(dtype) for name, tensor in _all_tensors(weights, architecture)}
-    make_empty_folder(target)
-    settings = {"model_cfg": architecture.json, "preprocess_cfg": preprocess}
-    (target / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    save_tensors(state, target / OPENCLIP_WEIGHTS[0])
-    if also_bin:
-        torch.save(state, target / OPENCLIP_WEIGHTS[1])
-
-
-def write_run(
-    target: Path,
-    weights: ModelWeights,
-    architecture: Architecture,
-    preprocess: dict,
-    tokenizer: str | None,
-) -> None:
-    """Write a run folder whose only checkpoint is step 0, without optimizer moments.
-
-    Raises:
-        InputError: `target` is not a new or empty folder.
-    """
-    tensors = _all_tensors(weights, architecture)
-    make_empty_folder(target)
-    folder = commit.begin(target, 0)
-    writer = PieceWriter(folder, rank=0)
-    for name, tensor in tensors:
-        writer.add(f"weight:{name}", tensor.float(), tuple(tensor.shape), axis=0, start=0)
-    writer.flush()
-    write_index(folder, writer.entries)
-    Meta(
-        step=0,
-        position=0,
-        bad_samples=0,
-        model_name=architecture.name,
-        model=architecture.json,
-        preprocess=preprocess,
-        tokenizer=tokenizer,
-        has_moments=False,
-    ).write(folder)
-    commit.commit(target, 0, keep=None)
-
-
-def make_empty_folder(target: Path) -> None:
-    """Nothing is ever overwritten."""
-    try:
-        if target.is_dir() and any(target.iterdir()):
-            raise InputError(f"{target} is not empty; name a new folder")
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {target}: {error.strerror}") from None
-
-
-def _all_tensors(weights: ModelWeights, architecture: Architecture) -> list[tuple[str, Tensor]]:
-    return [(p.name, weights.read(p.name).contiguous()) for p in parameter_table(architecture)]
-
-
 class OpenClipSource:
-    """An OpenCLIP state dict in safetensors or as torch saves it, with its config if beside it."""
+    """An OpenCLIP state dict in safetensors or as torch saves it, with its config if beside it.
+
+    A pickled file is read with `weights_only=True`: nothing in it is run.
+    """
 
     def __init__(self, file: Path):
         self._file = file
@@ -111,12 +39,12 @@ class OpenClipSource:
                 architecture = architecture_from_json(settings["model_cfg"], file.parent.name)
             except (OSError, ValueError, KeyError, AttributeError) as error:
                 raise InputError(f"{config} is not an OpenCLIP config: {error!r}") from None
-        self.facts = SourceMetadata(architecture, preprocess, tokenizer=None, folder=file.parent)
+        self.metadata = SourceMetadata(architecture, preprocess, tokenizer=None, folder=file.parent)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         if self._file.suffix == ".safetensors":
-            return {n: tuple(self._safetensors.get_slice(n).get_shape())
-                    for n in self._safetensors.keys()}  # fmt: skip
+            file = self._safetensors
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
 
     def read(self, name: str) -> Tensor:
@@ -154,3 +82,28 @@ class OpenClipSource:
         if not state or not all(isinstance(v, Tensor) for v in state.values()):
             raise InputError(f"{self._file} holds no state dict of tensors")
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def write_openclip(
+    target: Path,
+    weights: ModelWeights,
+    preprocess: dict,
+    precision: str = "fp32",
+    also_bin: bool = False,
+) -> None:
+    """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` loads.
+
+    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too.
+
+    Raises:
+        InputError: `target` is not a new or empty folder.
+    """
+    dtype = PRECISIONS[precision]
+    # Read before anything is written: the source may be damaged.
+    state = {name: tensor.to(dtype) for name, tensor in weights.read_all().items()}
+    make_empty_folder(target)
+    settings = {"model_cfg": weights.architecture.json, "preprocess_cfg": preprocess}
+    (target / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    save_tensors(state, target / OPENCLIP_WEIGHTS[0])
+    if also_bin:
+        torch.save(state, target / OPENCLIP_WEIGHTS[1])

@@ -1,7 +1,7 @@
-"""Weights to start from, evaluate or convert: a run, one of its checkpoints, or OpenCLIP's files.
+"""Weights of a model in a checkpoint of any format, and the check that they fit an architecture.
 
-Whatever the kind, tensors are read by their global name (that of an OpenCLIP state dict) and full
-shape. Pickled files are read with `weights_only=True`: nothing in them is run.
+Whatever the format, tensors are read by their global name (that of an OpenCLIP state dict) and full
+shape. There is one file a format: native.py and openclip.py.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import PieceReader
 from parallel_clip.errors import InputError
-from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
+from parallel_clip.model.architecture import Architecture, parameter_table
 
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """What a source says of its model; None where it says nothing.
+    """The model, preprocessing and tokenizer that a source names; None where it names none.
 
     architecture; preprocess: OpenCLIP's preprocess_cfg; tokenizer: the `data.tokenizer` it was
     trained with; folder: where tokenizer files may lie; step: optimizer steps done.
@@ -36,53 +32,37 @@ class SourceMetadata:
 
 
 class WeightSource(Protocol):
-    """Tensors by global name, and what is known of their model."""
+    """An opened checkpoint: tensors by global name, and the metadata stored with them."""
 
-    facts: SourceMetadata
+    metadata: SourceMetadata
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of each tensor by its name."""
+        """The full shape of each tensor by its name."""
 
     def read(self, name: str) -> Tensor:
         """A full tensor, on the CPU, in the precision in which it is stored."""
-
-
-class CheckpointSource:
-    """The weights (fp32 masters) of one of our checkpoints."""
-
-    def __init__(self, folder: Path):
-        meta = Meta.read(folder)
-        self._reader = PieceReader(folder)
-        self.facts = SourceMetadata(
-            architecture=architecture_from_json(meta.model, meta.model_name),
-            preprocess=meta.preprocess,
-            tokenizer=meta.tokenizer,
-            folder=folder,
-            step=meta.step,
-        )
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        keys = [key for key in self._reader.keys() if key.startswith("weight:")]
-        return {key.removeprefix("weight:"): self._reader.shape(key) for key in keys}
-
-    def read(self, name: str) -> Tensor:
-        return self._reader.read(f"weight:{name}")
 
 
 class ModelWeights:
     """A source's tensors for one architecture, checked to fit it before anything is read.
 
     optional: names that the source may lack; `read` gives None for those.
+
+    Raises:
+        InputError: tensors are missing, of another shape, or not part of the model.
     """
 
     def __init__(
         self, source: WeightSource, architecture: Architecture, optional: tuple[str, ...] = ()
     ):
+        self.architecture = architecture
+        self.metadata = source.metadata
         self._source = source
-        shapes = source.shapes()
-        self._stored = {name: _stored_name(name, shapes) for name in _names(architecture)}
+        self._shapes = shapes = source.shapes()
+        table = parameter_table(architecture)
+        self._stored = {p.name: _stored_name(p.name, shapes) for p in table}
         problems = []
-        for parameter in parameter_table(architecture):
+        for parameter in table:
             stored = self._stored[parameter.name]
             if stored not in shapes:
                 if parameter.name not in optional:
@@ -96,28 +76,30 @@ class ModelWeights:
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise InputError(
-                f"the checkpoint in {source.facts.folder} is of another architecture than "
+                f"the checkpoint in {source.metadata.folder} is of another architecture than "
                 f"{architecture.name}: {'; '.join(problems[:3])}{more}; "
                 "set model.name to the checkpoint's model"
             )
-        self._shapes = shapes
 
     def read(self, name: str) -> Tensor | None:
-        """A full tensor as stored, or None where the source lacks it."""
+        """A full tensor on the CPU, in its stored precision; None where the source lacks it."""
         stored = self._stored[name]
         if stored not in self._shapes:
             return None
         tensor = self._source.read(stored)
         return tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
 
-
-def _names(architecture: Architecture) -> list[str]:
-    return [parameter.name for parameter in parameter_table(architecture)]
+    def read_all(self) -> dict[str, Tensor]:
+        """Every tensor of the architecture by its global name, contiguous."""
+        return {name: self.read(name).contiguous() for name in self._stored}
 
 
 def _stored_name(name: str, stored: dict[str, tuple[int, ...]]) -> str:
-    """OpenCLIP has two classes that differ in nothing but a "text." before the text tower's names;
-    either may be loaded into the other."""
+    """The name under which a source has `name`; `name` itself where it has it under neither.
+
+    OpenCLIP has two classes that differ in nothing but a "text." before the text tower's names;
+    either may be loaded into the other.
+    """
     if name in stored:
         return name
     other = name.removeprefix("text.") if name.startswith("text.") else f"text.{name}"
@@ -126,3 +108,17 @@ def _stored_name(name: str, stored: dict[str, tuple[int, ...]]) -> str:
 
 def _scalar_as_empty(shape: tuple[int, ...]) -> tuple[int, ...]:
     return () if shape == (1,) else shape
+
+
+def make_empty_folder(target: Path) -> None:
+    """Make the folder that a conversion writes to.
+
+    Raises:
+        InputError: it holds something already, or cannot be made.
+    """
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            raise InputError(f"{target} is not empty; name a new folder")
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {target}: {error.strerror}") from None

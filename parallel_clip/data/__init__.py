@@ -1,1 +1,2 @@
-"""From shards to batches: the order, the index, decoding, transforms, tokens and the loader."""
+"""From shards to batches. A folder imports only those before it in this list: storage, index,
+order, samples, feeding, tools."""

@@ -1,1 +1,1 @@
-"""Where a process finds out what it runs on and who it is: device, launch, process groups."""
+"""Device, launch environment and process groups of a process."""

@@ -1,4 +1,4 @@
-"""Collectives over a process group that is given; None stands for this process alone."""
+"""Collectives over a process group that is handed in; None stands for this process alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallel_clip.errors import InputError
 
 
 def broadcast_from_last_stage(values: Tensor, pipeline_group: ProcessGroup) -> Tensor:
-    """The last stage's values in place of this rank's, which have their shape and type."""
+    """Overwrite `values` with the last stage's, of the same shape and dtype; returns it."""
     stages = pipeline_group.size()
     if stages > 1:
         dist.broadcast(values, dist.get_global_rank(pipeline_group, stages - 1), pipeline_group)
@@ -22,7 +22,7 @@ def broadcast_from_last_stage(values: Tensor, pipeline_group: ProcessGroup) -> T
 
 
 def gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The rows [n, ...] of all ranks, in the order of ranks; n may differ, and be zero."""
+    """Concatenate the rows [n, ...] of all ranks in the order of ranks; n may differ, or be 0."""
     if group is None:
         return rows
     counts = gather_objects(len(rows), group)
@@ -34,7 +34,7 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def gather_objects(mine: object, group: ProcessGroup | None) -> list:
-    """Something small from every rank, in the order of ranks."""
+    """A picklable object from every rank, in the order of ranks."""
     if group is None:
         return [mine]
     everyones: list = [None] * group.size()
@@ -44,10 +44,10 @@ def gather_objects(mine: object, group: ProcessGroup | None) -> list:
 
 @contextmanager
 def raise_on_all_ranks(group: ProcessGroup | None) -> Iterator[None]:
-    """Raise an InputError of any rank inside on all ranks, once all are through.
+    """Raise the InputError that any rank meets inside on all ranks, once all have left the block.
 
-    Each rank reads other samples: one that alone found an error would leave the others waiting for
-    it in their next collective.
+    A rank that ended alone would leave the others waiting for it in their next collective. Where
+    several ranks meet one, the lowest rank's is raised.
     """
     complaint = None
     try:

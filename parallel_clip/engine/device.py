@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import resource
+import socket
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -58,6 +59,10 @@ def peak_memory_bytes() -> int:
 def synchronize() -> None:
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def host_name() -> str:
+    return socket.gethostname()
 
 
 def describe_device() -> str:

@@ -1,7 +1,7 @@
-"""One message for all ranks: rank 0 says what ended the run, the others stay until it has.
+"""Report an error that every rank has once, on rank 0, before any rank exits.
 
 torchrun ends all processes as soon as one of them has ended. A rank that found an error first would
-take rank 0 down before it could say anything.
+take rank 0 down before it could print anything.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import sys
 
 from parallel_clip.engine.launch import Launch, set_rendezvous_address
+from parallel_clip.errors import PeerLostError
 
 RANK_ZERO_TIMEOUT = datetime.timedelta(seconds=30)
 
@@ -18,8 +19,8 @@ _LOST = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 def report_error_once(message: str, launch: Launch) -> None:
-    """Print the error that every rank has, on rank 0 alone. A rank that has an error which rank 0
-    does not come with, in `RANK_ZERO_TIMEOUT`, prints it itself."""
+    """Print an error that every rank has, on rank 0 alone. Where rank 0 does not report one within
+    `RANK_ZERO_TIMEOUT`, this rank prints it itself."""
     if launch.is_rank_zero:
         print(message, file=sys.stderr, flush=True)
     if launch.world_size > 1 and not _wait_for_rank_zero(launch):
@@ -29,11 +30,13 @@ def report_error_once(message: str, launch: Launch) -> None:
 def is_lost_connection(error: Exception) -> bool:
     """Whether this rank fails only because another one ended. Its traceback would bury the other's,
     and there may be a hundred of it."""
+    if isinstance(error, PeerLostError):
+        return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
 def _wait_for_rank_zero(launch: Launch) -> bool:
-    """Whether rank 0 has spoken, as far as can be known; True on rank 0 itself."""
+    """Whether rank 0 has printed its message, as far as can be known; True on rank 0 itself."""
     import torch.distributed as dist
 
     key = "parallel_clip/rank 0 has said it"

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from parallel_clip.engine.groups import Groups, close_groups, open_groups
+from parallel_clip.engine.groups import Groups, close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 
 
 @contextmanager
 def fake_rank(layout: Layout, rank: int = 0) -> Iterator[Groups]:
-    """Be `rank` of the layout's world. Inside, every new tensor is fake.
+    """Make this process `rank` of a world of the layout's size. Inside, every new tensor is fake.
 
     Raises RuntimeError in a process that has joined a process group: it cannot be two ranks.
     """
@@ -31,7 +31,8 @@ def fake_rank(layout: Layout, rank: int = 0) -> Iterator[Groups]:
 
     dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
     try:
-        groups = open_groups(layout, Launch(rank, 0, layout.world))
+        join_world(Launch(rank, 0, layout.world))
+        groups = make_groups(layout)
         with (
             mock.patch.object(dist, "all_gather_object", fake_all_gather_object),
             # The state of a generator has no fake, and nothing in the model is random.

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from parallel_clip.engine import device as device_seam
-from parallel_clip.engine.launch import Launch, set_rendezvous_address
+from parallel_clip.engine.collectives import raise_on_all_ranks
+from parallel_clip.engine.launch import Launch
 from parallel_clip.engine.quiet import silence_dependency_warnings
+from parallel_clip.engine.rendezvous import job_store
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
 
@@ -27,7 +29,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place in the layout and the groups that it talks in."""
+    """This process's ranks in the layout, and its process group for each kind of parallelism."""
 
     layout: Layout
     rank: int
@@ -35,7 +37,7 @@ class Groups:
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
-    model: dist.ProcessGroup  # all that share one copy of the model: tensor × pipeline
+    model: dist.ProcessGroup  # the ranks of one copy of the model: tensor × pipeline
     device: torch.device
 
     @property
@@ -60,7 +62,7 @@ class Groups:
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     def run_on_rank_zero(self, function: Callable[[], T]) -> T:
-        """Run `function` on rank 0 alone and hand everyone its result (or its InputError)."""
+        """Run `function` on rank 0 alone; all ranks return its result or raise its InputError."""
         outcome: list[object] = [None, None]
         if self.is_rank_zero:
             try:
@@ -74,32 +76,37 @@ class Groups:
         return outcome[0]
 
     def run_on_all_ranks(self, function: Callable[[], T]) -> T:
-        """Run `function` on every rank; an InputError on any of them is raised on all.
-
-        Without this a rank that alone finds the input wrong would leave the others waiting.
-        """
-        result, complaint = None, None
-        try:
-            result = function()
-        except InputError as error:
-            complaint = str(error)
-        complaints: list[str | None] = [complaint]
-        if self.layout.world > 1:
-            complaints = [None] * self.layout.world
-            dist.all_gather_object(complaints, complaint, group=self.world)
-        for found in complaints:
-            if found is not None:
-                raise InputError(found)
-        return result
+        """Run `function` on every rank; an InputError on any of them is raised on all."""
+        with raise_on_all_ranks(self.world if self.layout.world > 1 else None):
+            return function()
 
 
-def open_groups(layout: Layout, launch: Launch) -> Groups:
-    """Join the process group of all ranks and cut it into the layout's groups."""
+def join_world(launch: Launch) -> None:
+    """Prepare this process's device and join the process group of all ranks."""
     silence_dependency_warnings()
+    device = device_seam.prepare_device(launch.local_rank)
+    if dist.is_initialized():
+        return
+    options = {"timeout": COLLECTIVE_TIMEOUT}
+    if device.type == "cuda":
+        options["device_id"] = device
+    if launch.world_size == 1:  # no port needed, so none can be taken
+        store = dist.HashStore()
+    else:
+        store = dist.PrefixStore("process groups", job_store(launch))
+    dist.init_process_group(
+        device_seam.collective_backend(),
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        **options,
+    )
+
+
+def make_groups(layout: Layout) -> Groups:
+    """Cut the process group of all ranks, which this process has joined, into the layout's."""
     from megatron.core import parallel_state, tensor_parallel
 
-    device = device_seam.prepare_device(launch.local_rank)
-    _join_world(launch, device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -112,13 +119,13 @@ def open_groups(layout: Layout, launch: Launch) -> Groups:
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     return Groups(
         layout=layout,
-        rank=launch.rank,
+        rank=dist.get_rank(),
         world=dist.group.WORLD,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
-        device=device,
+        device=device_seam.current_device(),
     )
 
 
@@ -128,21 +135,3 @@ def close_groups() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def _join_world(launch: Launch, device: torch.device) -> None:
-    if dist.is_initialized():
-        return
-    options = {"timeout": COLLECTIVE_TIMEOUT}
-    if device.type == "cuda":
-        options["device_id"] = device
-    if launch.world_size == 1:  # no port needed, so none can be taken
-        options["store"] = dist.HashStore()
-    else:
-        set_rendezvous_address()
-    dist.init_process_group(
-        device_seam.collective_backend(),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        **options,
-    )

@@ -1,4 +1,4 @@
-"""Who this process is: read from torchrun's environment, from SLURM's, or a world of one."""
+"""Rank and world size of this process: from torchrun's environment, SLURM's, or a world of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallel_clip.errors import InputError
 
 @dataclass(frozen=True)
 class Launch:
-    """A process's place among those that were started together."""
+    """Rank, rank on its machine, and number of the processes that were started together."""
 
     rank: int
     local_rank: int

@@ -1,4 +1,4 @@
-"""Silence for advice that our dependencies give on import about things that we do not use."""
+"""Silence warnings that dependencies give on import about features that are not used here."""
 
 from __future__ import annotations
 

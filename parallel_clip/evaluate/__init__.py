@@ -1,1 +1,1 @@
-"""Zero-shot classification, retrieval and held-out loss of an encoder on evaluation shards."""
+"""Zero-shot classification, retrieval and held-out loss of an encoder, on evaluation shards."""

@@ -1,4 +1,4 @@
-"""Held-out samples that cannot be used: few are left out and counted, more are an error."""
+"""Count held-out samples that cannot be used, and end the evaluation when there are too many."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from parallel_clip.errors import InputError
 log = logging.getLogger(__name__)
 
 TOLERATED = 0.01
-"""The largest share of bad samples with which a figure still speaks of the whole set."""
+"""The largest fraction of bad samples; above it a figure would not be of the whole set."""
 
 
 class BadSamples:
-    """Collects the bad samples of this rank, then judges those of all ranks together."""
+    """Counts the samples of this rank; `total` is of all ranks, once `check_limit` was called."""
 
     def __init__(self):
         self._reports: list[str] = []
@@ -29,8 +29,13 @@ class BadSamples:
         self._reports += [str(sample) for sample in batch.bad]
 
     def check_limit(self, group: ProcessGroup | None, need: str) -> None:
-        """Set `total`, over all ranks. Raises InputError on every rank where more than the
-        tolerated share is bad, or there is no good sample at all; `need` says what one has."""
+        """Set `total`. Called by all ranks of `group`; None: this process alone.
+
+        need: what a good sample has, for the message.
+
+        Raises:
+            InputError: more than `TOLERATED` are bad, or there is no good sample; on every rank.
+        """
         first = next(iter(self._reports), None)
         parts = gather_objects((self._good, len(self._reports), first), group)
         good = sum(part[0] for part in parts)

@@ -1,4 +1,4 @@
-"""Our own model as an encoder: a checkpoint of any kind, or the model that is being trained."""
+"""The encoder interface of all evaluations, and our model behind it: loaded, or in training."""
 
 from __future__ import annotations
 
@@ -16,21 +16,47 @@ from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.engine.collectives import broadcast_from_last_stage
-from parallel_clip.engine.groups import Groups, open_groups
-from parallel_clip.engine.launch import read_launch
+from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import InputError
-from parallel_clip.layout import Layout, check_model
+from parallel_clip.layout import check_model
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel, global_parameters, normalised
 from parallel_clip.model.handover import Handover, Shape
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.parameters import load_slice
+from parallel_clip.stages.stage import whole_model
+
+
+class Encoder(Protocol):
+    """Both towers, with their preprocessing and tokenizer.
+
+    All ranks that share a model call its methods together, with the same arguments. In a pipeline
+    `encode_*` returns the features on the last stage alone, and zeros on the others, which go on to
+    the next batch; `broadcast_from_last_stage` gives them to all once everything is encoded.
+    """
+
+    architecture: Architecture
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images fp32 [n, 3, H, W] to normalised features fp32 [n, D]; both on `device`."""
+        ...
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [n, L] to normalised features fp32 [n, D]; both on `device`."""
+        ...
+
+    def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
+        """The last stage's `values` on every rank of the model; of one shape on all stages."""
+        ...
 
 
 @dataclass(frozen=True)
 class ModelEncoder:
-    """See `encoder_protocol.Encoder`. `chunks`: the stages that this rank holds."""
+    """Our own model as an `Encoder`. chunks: the pipeline stages that this rank holds."""
 
     chunks: Sequence[CLIPModel]
     preprocess: Preprocess
@@ -66,16 +92,18 @@ class ModelEncoder:
         part: Callable[[Handover], Shape | None],
         advance: Callable[[CLIPModel, Tensor | None], Tensor | None],
     ) -> Tensor:
-        """One tower's forward pass through the stages of this rank and the messages between them.
+        """Run one tower's forward pass through this rank's stages, receiving and sending between.
 
-        A rank is done when it has sent: the next batch enters while this one is on its way.
+        part: the tower's shape in a message; advance: its layers on a stage. A rank returns once it
+        has sent, so that the next batch can enter the pipeline behind this one.
         """
         with self._evaluating():
             for chunk in self.chunks:
                 stage, received = chunk.stage, None
                 if not stage.is_first:
-                    before = chunk.handover(chunk.stages[stage.number - 1], count)
-                    received = self._receive(part(before), chunk)
+                    before = chunk.stages[stage.number - 1]
+                    handover = chunk.messages.of(before, count, chunk.training)
+                    received = self._receive(part(handover), chunk)
                 x = advance(chunk, received)
                 if stage.is_last:
                     return normalised(x)
@@ -99,7 +127,7 @@ class ModelEncoder:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Without gradients and without patch dropout; afterwards the model is as it was."""
+        """Evaluation mode (no gradients, no patch dropout) inside; the mode before it after."""
         was_training = self.chunks[0].training
         for chunk in self.chunks:
             chunk.eval()
@@ -113,64 +141,38 @@ class ModelEncoder:
 
 def load_encoder(
     checkpoint: str,
-    groups: Groups | None = None,
+    groups: Groups,
     *,
     model_name: str | None = None,
     tokenizer: str | None = None,
     precision: str = "fp32",
 ) -> ModelEncoder:
-    """Load a run, a checkpoint or an OpenCLIP file or folder; every tensor rank its slice.
+    """Load a checkpoint of any format, without pipeline stages; every tensor rank its slice.
 
-    groups: who shares the model; None: this process alone. model_name: needed where the checkpoint
-    does not say what it is (a bare OpenCLIP state dict). tokenizer: as `data.tokenizer`.
+    checkpoint: as in `open_source`. model_name: needed where the checkpoint does not say which
+    model it is (a bare OpenCLIP state dict). tokenizer: as `data.tokenizer`. precision: fp32 or
+    bf16.
 
     Raises:
         InputError: no checkpoint, one of another architecture, or no tokenizer at hand.
     """
     source = open_source(checkpoint)
-    facts = source.facts
-    architecture = load_architecture(model_name) if model_name else facts.architecture
+    metadata = source.metadata
+    architecture = load_architecture(model_name) if model_name else metadata.architecture
     if architecture is None:
         raise InputError(
             f"{checkpoint} does not say which model it is (no open_clip_config.json beside it); "
             "add --model NAME"
         )
     weights = ModelWeights(source, architecture)
-    preprocess = Preprocess.from_openclip(architecture.vision.image_size, facts.preprocess)
-    tokenize = build_tokenizer(tokenizer or facts.tokenizer, architecture.text, facts.folder)
-    if groups is None:
-        groups = open_groups(Layout(1), read_launch({}))
-    check_model(groups.layout.tensor, architecture)
+    preprocess = Preprocess.from_openclip(architecture.vision.image_size, metadata.preprocess)
+    tokenize = build_tokenizer(tokenizer or metadata.tokenizer, architecture.text, metadata.folder)
+    check_model(groups.layout.tensor, architecture.costs)
 
     with groups.device:
         options = ModelOptions(precision=precision, sequence=groups.layout.sequence)
-        model = CLIPModel(architecture, options, groups.tensor)
+        whole = whole_model(architecture.vision.layers, architecture.text.layers)
+        model = CLIPModel(architecture, options, groups.tensor, [whole])
     for parameter, tensor in global_parameters([model]):
         load_slice(tensor, parameter, weights.read(parameter.name), groups.tensor)
     return ModelEncoder([model.eval()], preprocess, tokenize, groups)
-
-
-class Encoder(Protocol):
-    """Both towers, with what goes before them.
-
-    Where ranks share a model they call together, with the same arguments. Where it lies on the
-    stages of a pipeline, what `encode_*` returns is right on the last stage alone, so that a stage
-    can begin the next batch; `broadcast_from_last_stage` hands it to all once all is encoded.
-    """
-
-    architecture: Architecture
-    preprocess: Preprocess
-    tokenizer: Tokenizer
-    device: torch.device
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Pictures fp32 [n, 3, H, W] to features fp32 [n, D] of length 1; both on `device`."""
-        ...
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 [n, L] to features fp32 [n, D] of length 1; both on `device`."""
-        ...
-
-    def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
-        """The last stage's values, of the same shape on each, on every rank that shares a model."""
-        ...

@@ -2,111 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from parallel_clip.config import Config
-from parallel_clip.data.feeding.evaluation_data import EvaluationData, open_evaluation_data
-from parallel_clip.data.feeding.open import check_first_samples
-from parallel_clip.data.index.shard_table import ShardTable, index_shards
+from parallel_clip.config.keys import ZeroShot
+from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.pairs import PairFeatures, encode_pairs
 from parallel_clip.evaluate.prompts import read_classes, read_templates
 from parallel_clip.evaluate.retrieval import retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
+from parallel_clip.loss import ALONE, ClipLoss, SigLipLoss
 from parallel_clip.pipeline.logit_parameters import read_logit_parameters
 
-Print = Callable[[str], None]
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """What zero-shot classification compares pictures with: each name in each template."""
+
+    names: Sequence[str]
+    templates: Sequence[str]
 
 
-def check_held_out(config: Config, say: Print) -> list[ShardTable]:
-    """See that the held-out sets are there and of the right kind; their shards. Writes nothing.
-
-    Raises:
-        InputError: shards, classes or templates that are not there or not right.
-    """
-    wanted = config.evaluate
-    sets = [(wanted.loss, "captions"), (wanted.retrieval, "captions")]
-    if wanted.zero_shot is not None:
-        read_classes(wanted.zero_shot.classes)
-        read_templates(wanted.zero_shot.templates)
-        sets.append((wanted.zero_shot.shards, "labels"))
-    found = []
-    for patterns, need in sets:
-        if patterns is not None:
-            shards = index_shards(patterns, say, save=False)
-            check_first_samples(shards, need, config.data.caption_key)
-            found.append(shards)
-    return found
+def read_class_prompts(settings: ZeroShot | None) -> ClassPrompts | None:
+    """Read the files that `evaluate.zero_shot` names. InputError: not there, or not right."""
+    if settings is None:
+        return None
+    return ClassPrompts(read_classes(settings.classes), read_templates(settings.templates))
 
 
 class HeldOutEvaluation:
-    """The held-out sets of a run, opened and checked once before training begins.
+    """The held-out sets of a run with the model that is trained.
 
-    Raises:
-        InputError: shards, classes or templates that are not there or not right.
+    data: by the key of `evaluate` that names them (see `build_held_out_data`); prompts: for the set
+    "zero_shot"; batch: pictures or texts that are encoded at once, and the batch of the loss.
     """
 
-    def __init__(self, config: Config, encoder: ModelEncoder, groups: Groups, say: Print):
-        self._config = config
+    def __init__(
+        self,
+        data: Mapping[str, EvaluationData],
+        prompts: ClassPrompts | None,
+        encoder: ModelEncoder,
+        groups: Groups,
+        *,
+        loss_kind: Literal["infonce", "sigmoid"],
+        batch: int,
+    ):
+        self._data = data
+        self._prompts = prompts
         self._encoder = encoder
         self._groups = groups
-        wanted = config.evaluate
-        self._loss = self._open(wanted.loss, "captions", say)
-        # One set for both is encoded once.
-        same = wanted.retrieval == wanted.loss
-        self._retrieval = self._loss if same else self._open(wanted.retrieval, "captions", say)
-        self._zero_shot = None
-        if wanted.zero_shot is not None:
-            self._zero_shot = self._open(wanted.zero_shot.shards, "labels", say)
-            self._classes = read_classes(wanted.zero_shot.classes)
-            self._templates = read_templates(wanted.zero_shot.templates)
+        self._loss_kind = loss_kind
+        self._batch = batch
 
     def evaluate(self) -> dict[str, float | dict[str, float]]:
         """Called by all ranks; every data rank encodes its part. The same result on each."""
-        encoder, group = self._encoder, self._groups.data
-        batch = self._config.evaluate.batch
+        encoder, group, batch = self._encoder, self._groups.data, self._batch
+        loss, retrieved, labelled = map(self._data.get, ("loss", "retrieval", "zero_shot"))
         results: dict[str, float | dict[str, float]] = {}
-        if self._loss is not None:
+        if loss is not None:
             logit_scale, logit_bias = read_logit_parameters(encoder.chunks, self._groups.pipeline)
-            pairs = encode_pairs(encoder, self._loss, batch, group)
-            found = held_out_loss(
-                pairs,
-                self._config.loss.kind,
-                logit_scale,
-                logit_bias,
-                batch,
-            )
+            pairs = encode_pairs(encoder, loss, batch, group)
+            found = held_out_loss(pairs, self._loss_kind, logit_scale, logit_bias, batch)
             results["loss"] = found["loss"]
-        if self._retrieval is not None:
-            if self._retrieval is not self._loss:
-                pairs = encode_pairs(encoder, self._retrieval, batch, group)
+        if retrieved is not None:
+            if retrieved is not loss:  # one set for both is encoded once
+                pairs = encode_pairs(encoder, retrieved, batch, group)
             results["retrieval"] = retrieval(pairs)
-        if self._zero_shot is not None:
-            classes = encode_classes(encoder, self._classes, self._templates, batch, group)
-            results["zero_shot"] = zero_shot(encoder, self._zero_shot, classes, group)
+        if labelled is not None:
+            classes = encode_classes(
+                encoder, self._prompts.names, self._prompts.templates, batch, group
+            )
+            results["zero_shot"] = zero_shot(encoder, labelled, classes, group)
         return results
-
-    def _open(self, shards: str | list[str] | None, need: str, say: Print) -> EvaluationData | None:
-        if shards is None:
-            return None
-        return open_evaluation_data(
-            shards,
-            self._encoder.preprocess,
-            self._encoder.tokenizer,
-            rank=self._groups.data_rank,
-            ranks=self._groups.layout.data,
-            batch=self._config.evaluate.batch,
-            need=need,
-            caption_key=self._config.data.caption_key,
-            say=say,
-            check=False,
-        )
 
 
 def held_out_loss(
@@ -126,25 +98,16 @@ def held_out_loss(
     images, texts = features.images, features.first_captions()
     batch = min(batch, len(images))
     batches = len(images) // batch
-    losses = []
-    for start in range(0, batches * batch, batch):
-        pairs = slice(start, start + batch)
-        logits = logit_scale * images[pairs] @ texts[pairs].T
-        if logit_bias is not None:
-            logits = logits + logit_bias
-        losses.append(_infonce(logits) if kind == "infonce" else _sigmoid(logits))
+    loss = (ClipLoss if kind == "infonce" else SigLipLoss)(group=ALONE)
+    with torch.no_grad():
+        losses = [
+            loss(
+                images[start : start + batch], texts[start : start + batch], logit_scale, logit_bias
+            )
+            for start in range(0, batches * batch, batch)
+        ]
     return {
         "loss": torch.stack(losses).mean().item(),
         "batch": batch,
         "pairs": batches * batch,
     }
-
-
-def _infonce(logits: Tensor) -> Tensor:
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def _sigmoid(logits: Tensor) -> Tensor:
-    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(logits)

@@ -1,4 +1,4 @@
-"""Features of the held-out pictures and of all their captions."""
+"""Encode held-out images and all their captions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from parallel_clip.evaluate.encoder import Encoder
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Features fp32 of length 1, in the order of the shards and the same on every rank.
+    """Normalised features fp32, in the order of the shards and the same on every rank.
 
-    images [N, D]; texts [M, D], a picture's own side by side; owner [M] int64: the picture of each
-    caption, of which every picture has at least one. `bad_samples` more were left out.
+    images [N, D]; texts [M, D], those of one image side by side; owner [M] int64: the image of each
+    caption, at least one for every image; bad_samples: how many were left out.
     """
 
     images: Tensor
@@ -29,7 +29,7 @@ class PairFeatures:
     bad_samples: int
 
     def first_captions(self) -> Tensor:
-        """The first caption's features of each picture: [N, D]."""
+        """The features of each image's first caption: [N, D]."""
         captions = torch.bincount(self.owner, minlength=len(self.images))
         return self.texts[captions.cumsum(0) - captions]
 
@@ -44,7 +44,9 @@ def encode_pairs(
     """Encode this rank's part of the samples, and gather the parts of all ranks of `group`.
 
     The parts follow one another in the order of ranks. Texts are encoded `text_batch` at a time.
-    Raises InputError, on every rank, where samples are bad; see `BadSamples`.
+
+    Raises:
+        InputError: too many samples are bad, on every rank; see `BadSamples`.
     """
     device, width = encoder.device, encoder.architecture.embed_dim
     images, texts = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)]

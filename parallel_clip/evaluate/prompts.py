@@ -1,4 +1,4 @@
-"""What the text tower is asked in zero-shot classification: templates and class names."""
+"""Prompt templates and class names for zero-shot classification."""
 
 import logging
 from pathlib import Path
@@ -19,11 +19,13 @@ DEFAULT_TEMPLATES = (
 
 
 def read_templates(choice: str | Path | None = None) -> list[str]:
-    """The prompt templates of one choice, each with `{}` where the class name goes.
+    """Read prompt templates, each with `{}` where the class name goes.
 
-    `None` is the short list above; `"openai"` the 80 templates that OpenAI published for ImageNet,
-    taken from an installed `open_clip`; anything else a file with one template a line.
-    Raises InputError where the file or `open_clip` is missing, or a line has no `{}`.
+    choice: None for `DEFAULT_TEMPLATES`; `"openai"` for the 80 templates that OpenAI published for
+    ImageNet, taken from an installed `open_clip`; else a file with one template a line.
+
+    Raises:
+        InputError: the file or `open_clip` is missing, or a line has no `{}`.
     """
     if choice is None:
         return list(DEFAULT_TEMPLATES)
@@ -40,11 +42,13 @@ def read_templates(choice: str | Path | None = None) -> list[str]:
 
 
 def read_classes(path: str | Path) -> list[str]:
-    """The class names of a file with one name a line; line i, counted from 0, is class i.
+    """Read class names, one a line; line i, counted from 0, is class i.
 
-    Raises InputError where the file is missing or empty, or a line in it is empty. A name that
-    comes twice is only warned of: OpenAI's own names for ImageNet have "missile" and "sunglasses"
-    twice.
+    A name that comes twice is only warned of: OpenAI's own names for ImageNet have "missile" and
+    "sunglasses" twice.
+
+    Raises:
+        InputError: the file is missing or empty, or a line in it is empty.
     """
     names = _read_lines(Path(path), "class names")
     first_line: dict[str, int] = {}
@@ -68,7 +72,7 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 def fill(template: str, name: str) -> str:
-    """The prompt for one class. Braces other than `{}` are left as they are."""
+    """Put a class name into a template. Braces other than `{}` are left as they are."""
     return template.replace("{}", name)
 
 
@@ -85,7 +89,7 @@ def _openai_templates() -> list[str]:
 
 
 def _read_lines(path: Path, what: str) -> list[str]:
-    """Stripped lines of a UTF-8 text file, without the empty ones at its end."""
+    """Read a UTF-8 text file: its stripped lines, without the empty ones at its end."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,11 +1,11 @@
-"""Where the right answer stands among all answers, and how often that is high enough.
+"""Ranks of the correct candidates by similarity, and recall at k.
 
-Every function works through its queries in tiles, so that the whole matrix of scores, queries x
-candidates, is never held.
+Queries are scored in tiles, so that the whole matrix of scores, queries x candidates, is never
+held.
 
-A rank counts the candidates that stand before the right one. Of equal scores the lower index
-stands first, as in a stable sort: features that are all equal score as chance does, and a score
-that is not a number is never a hit.
+A rank is the number of candidates that are ordered before the correct one. Of equal scores the
+lower index comes first, as in a stable sort: features that are all equal score as chance does, and
+a NaN score is never a hit.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 TILE_SCORES = 2**23
-"""Scores held at once: 32 MiB in fp32, and about twice that beside it to compare them."""
+"""Scores in a tile: 32 MiB in fp32, and about twice that beside it to compare them."""
 
 
 def image_to_text_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """For each picture, how many captions stand before the best one of its own.
+    """The rank of each image's best own caption among all captions: int64 [N].
 
-    images [N, D] and texts [M, D]: fp32 features; owner [M] int64: the picture of each caption,
-    of which every picture has at least one. Returns [N] int64.
+    images [N, D] and texts [M, D]: fp32 features; owner [M] int64: the image of each caption, at
+    least one for every image.
     """
 
     def best_of_own(scores: Tensor, rows: slice) -> Tensor:
@@ -33,34 +33,37 @@ def image_to_text_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
 
 
 def text_to_image_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """For each caption, how many pictures stand before its own. Returns [M] int64."""
+    """The rank of each caption's image among all images: int64 [M]. Arguments as above."""
     return _ranks(texts, images, lambda scores, rows: owner[rows])
 
 
 def class_ranks(images: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-    """For each picture, how many classes stand before its label.
+    """The rank of each image's label among all classes: int64 [N].
 
-    images [N, D] and classes [C, D]: fp32 features; labels [N] int64. Returns [N] int64.
+    images [N, D] and classes [C, D]: fp32 features; labels [N] int64.
     """
     return _ranks(images, classes, lambda scores, rows: labels[rows])
 
 
 def recall(ranks: Tensor, k: int) -> float:
-    """The share of ranks among the first k, from 0 to 1."""
+    """The fraction of `ranks` below k, from 0 to 1."""
     return (ranks < k).sum().item() / ranks.numel()
 
 
-def _ranks(queries: Tensor, candidates: Tensor, right: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Ranks [N] of the candidates that `right` picks, given the scores of some rows of queries.
+def _ranks(
+    queries: Tensor, candidates: Tensor, correct: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """Ranks [N] of each query's correct candidate.
 
-    The score of the right candidate is read from the tile itself: computed apart it could differ
-    in the last bit, and would then stand before or behind itself.
+    correct: given a tile of scores and its rows of the queries, the index of each row's correct
+    candidate. Its score is read from the tile itself: computed apart it could differ in the last
+    bit, and the candidate would be ordered before or behind itself.
     """
     ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     position = torch.arange(len(candidates), device=queries.device)
     for rows in _tiles(len(queries), len(candidates)):
         scores = queries[rows] @ candidates.T
-        chosen = right(scores, rows)[:, None]
+        chosen = correct(scores, rows)[:, None]
         score = scores.gather(1, chosen)
         before = ~(scores <= score)  # not `>`, which is false where there is no number
         before |= (scores == score) & (position < chosen)

@@ -1,4 +1,4 @@
-"""Figures of an evaluation for people and for programs."""
+"""Print the figures of an evaluation as a table, and write them as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallel_clip.errors import InputError
 
 
 def print_table(title: str, results: Mapping[str, float | int]) -> None:
-    """One row a figure: fractions as percentages, counts as they are."""
+    """Print one row a figure: fractions as percentages, counts as they are."""
     table = Table(title=title, show_header=False)
     for name, value in results.items():
         shown = f"{value:.2%}" if isinstance(value, float) else f"{value:,}"
@@ -23,7 +23,7 @@ def print_table(title: str, results: Mapping[str, float | int]) -> None:
 
 
 def check_json_target(target: str | None) -> None:
-    """See that `write_json` can write, before there are figures to lose.
+    """Check that `write_json` can write to `target`, before there are figures to lose.
 
     Raises:
         InputError: the folder of the file is not there or not writable.
@@ -39,7 +39,7 @@ def check_json_target(target: str | None) -> None:
 
 
 def write_json(results: Mapping[str, float | int], target: str) -> None:
-    """Write to the file `target`, or to standard output where it is `-`."""
+    """Write to the file `target`, or to standard output where it is `-`; InputError if neither."""
     text = json.dumps(results, indent=2)
     if target == "-":
         print(text)

@@ -1,4 +1,4 @@
-"""Retrieval: which captions belong to a picture, and which picture to a caption."""
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECALLS = (1, 5, 10)
 
 
 def retrieval(features: PairFeatures) -> dict[str, float | int]:
-    """Recall at 1, 5 and 10 both ways, from 0 to 1, and over how many `images` and `texts`."""
+    """The figures of `evaluate retrieval`: recalls from 0 to 1, and counts."""
     return {
         **retrieval_recalls(features.images, features.texts, features.owner),
         "images": len(features.images),
@@ -21,7 +21,7 @@ def retrieval(features: PairFeatures) -> dict[str, float | int]:
 
 
 def retrieval_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 both ways; shapes as in `image_to_text_ranks`."""
+    """Recalls by name, from 0 to 1; arguments as in `image_to_text_ranks`."""
     directions = {
         "image_to_text": image_to_text_ranks(images, texts, owner),
         "text_to_image": text_to_image_ranks(images, texts, owner),

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name, in prompts, is nearest to the picture."""
+"""Zero-shot classification: top-1 and top-5 accuracy over classes that are encoded as prompts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def encode_classes(
     batch: int = 64,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """One feature of length 1 for each class, the same on every rank: fp32 [C, D].
+    """Normalised features of the classes, fp32 [C, D], the same on every rank.
 
-    It is the mean of the features of all its prompts. Each rank of `group` encodes a part of the
-    classes, `batch` prompts at a time.
+    A class is the mean of the features of all its prompts. Each rank of `group` encodes a part of
+    the classes, `batch` prompts at a time.
     """
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     own_names = names[len(names) * rank // ranks : len(names) * (rank + 1) // ranks]
@@ -51,11 +51,13 @@ def zero_shot(
     classes: Tensor,
     group: ProcessGroup | None = None,
 ) -> dict[str, float | int]:
-    """The share of pictures whose label is the nearest class (`top1`) or among the nearest five.
+    """The figures of `evaluate zero-shot`: `top1` and `top5` from 0 to 1, and counts.
 
-    classes [C, D]: from `encode_classes`; batches: this rank's part of the samples. Also returns
-    the numbers of `samples`, `classes` and `bad_samples`. Raises InputError, on every rank, where
-    a label is beyond the classes, or samples are bad; see `BadSamples`.
+    batches: this rank's part of the samples; classes fp32 [C, D]: from `encode_classes`.
+
+    Raises:
+        InputError: a label is beyond the classes, or too many samples are bad (see `BadSamples`);
+            on every rank.
     """
     ranks = [torch.empty(0, dtype=torch.int64, device=encoder.device)]
     bad = BadSamples()

@@ -1,8 +1,9 @@
-"""What both contrastive losses have in common: arguments, checks, and their place in autograd."""
+"""Base class of both contrastive losses: arguments, checks, autograd function."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,8 +15,11 @@ from torch.distributed import ProcessGroup
 from parallel_clip.loss.exchange import LossGroups, gather
 from parallel_clip.loss.exchange_plan import Exchange, ExchangePlan, plan_exchange
 
-# How far a feature's length may be from 1 before it is said: bf16 rounding is well within.
-_LENGTH_TOLERANCE = 0.02
+# For `group`: the batch is this process's pairs, whatever process groups there are.
+ALONE: Literal["alone"] = "alone"
+
+# A warning is given where a feature's norm is further from 1; bf16 rounding is well within.
+_NORM_TOLERANCE = 0.02
 
 
 class Gradients(NamedTuple):
@@ -28,11 +32,21 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
+@dataclass(frozen=True)
+class LossCall:
+    """How one call is computed: on which groups, exchanged and tiled how, with gradients or not."""
+
+    groups: LossGroups
+    plan: ExchangePlan
+    want_gradients: bool
+
+
 class ContrastiveLoss(nn.Module):
     """A loss of the whole global batch, from each data-parallel rank's own pairs.
 
-    group: the data-parallel ranks; None: all processes, or this one where it runs alone. Every
-        rank must hold the same number of pairs.
+    group: the data-parallel ranks; None: all processes of the default process group, or this
+        process where there is none; ALONE: this process. Every rank must hold the same number of
+        pairs.
     helpers: ranks that hold the same pairs as this one, such as its tensor-parallel group; they
         split the work.
     exchange: "gather" holds all texts at once, "ring" streams them and their gradients in chunks;
@@ -57,7 +71,7 @@ class ContrastiveLoss(nn.Module):
         use_horovod: bool = False,
         dist_impl: str | None = None,
         *,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Literal["alone"] | None = None,
         helpers: ProcessGroup | None = None,
         exchange: Exchange = "auto",
         tile: int | Literal["auto"] = "auto",
@@ -78,7 +92,7 @@ class ContrastiveLoss(nn.Module):
         self.group, self.helpers = group, helpers
         self.exchange, self.tile = exchange, tile
         self._expected_place = rank, world_size
-        self._ranks: LossGroups | None = None
+        self._groups: LossGroups | None = None
 
     def forward(
         self,
@@ -100,10 +114,10 @@ class ContrastiveLoss(nn.Module):
                 another width; a group that does not hold this rank.
         """
         self._check_shapes(image_features, text_features)
-        first_call = self._ranks is None
+        first_call = self._groups is None
         if first_call:
-            self._ranks = self._find_ranks()
-        _check_shapes_alike(image_features, self._ranks)
+            self._groups = self._find_groups()
+        _check_equal_shapes(image_features, self._groups)
         if first_call:
             _warn_if_not_normalised(image_features, text_features)
         device = image_features.device
@@ -117,41 +131,39 @@ class ContrastiveLoss(nn.Module):
 
     def plan(self, pairs: int, width: int) -> ExchangePlan:
         """How a batch of `pairs` on each rank is computed."""
-        ranks = self._ranks or self._find_ranks()
+        groups = self._groups or self._find_groups()
         return plan_exchange(
-            self.exchange, self.tile, pairs, width, ranks.data_size, ranks.helper_size
+            self.exchange, self.tile, pairs, width, groups.data_size, groups.helper_size
         )
 
     def _compute(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        ranks: LossGroups,
-        plan: ExchangePlan,
-        want_gradients: bool,
+        self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor, Gradients | None]:
-        """The loss (fp64, 0-dim) and its gradients."""
+        """The loss, fp64 0-dim, and its gradients where they are wanted.
+
+        images, texts: [b, D] as given; scale, bias: fp32 0-dim.
+        """
         raise NotImplementedError
 
-    def _find_ranks(self) -> LossGroups:
+    def _find_groups(self) -> LossGroups:
         group = self.group
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
+        elif group == ALONE:
+            group = None
         for name, given in (("group", group), ("helpers", self.helpers)):
             if given is not None and (
                 given is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(given) < 0
             ):
                 raise ValueError(f"{name}: rank {dist.get_rank()} is not one of its ranks")
-        ranks = LossGroups(group, self.helpers)
-        place = ranks.data_rank, ranks.data_size
+        groups = LossGroups(group, self.helpers)
+        place = groups.data_rank, groups.data_size
         for name, given, found in zip(
             ("rank", "world_size"), self._expected_place, place, strict=True
         ):
             if given is not None and given != found:
                 raise ValueError(f"{name} {given}, but the process group says {found}")
-        return ranks
+        return groups
 
     @staticmethod
     def _check_shapes(images: Tensor, texts: Tensor) -> None:
@@ -170,12 +182,11 @@ class _InAutograd(torch.autograd.Function):
         ctx, images, texts, scale, bias, loss: ContrastiveLoss, want_gradients: bool
     ) -> Tensor:
         inputs = images, texts, scale, bias
-        plan = loss.plan(*images.shape)
+        scale, bias = (None if x is None else x.reshape(()) for x in (scale, bias))
+        want_gradients = want_gradients and any(ctx.needs_input_grad)
+        call = LossCall(loss._groups, loss.plan(*images.shape), want_gradients)
         with torch.autocast(images.device.type, enabled=False):
-            value, gradients = loss._compute(
-                images, texts, scale.reshape(()), None if bias is None else bias.reshape(()),
-                loss._ranks, plan, want_gradients and any(ctx.needs_input_grad),
-            )  # fmt: skip
+            value, gradients = loss._compute(images, texts, scale, bias, call)
         if gradients is not None:
             ctx.save_for_backward(
                 *(
@@ -194,20 +205,20 @@ class _InAutograd(torch.autograd.Function):
 
 
 def _exchange_of(dist_impl: str) -> Exchange:
-    """OpenCLIP's ways to exchange texts in its sigmoid loss, as ours."""
+    """The `exchange` for OpenCLIP's `dist_impl`, its way to exchange texts in the sigmoid loss."""
     known = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": "ring"}
     if dist_impl not in known:
         raise ValueError(f"dist_impl {dist_impl!r}: expected one of {', '.join(known)}")
     return known[dist_impl]
 
 
-def _check_shapes_alike(features: Tensor, ranks: LossGroups) -> None:
-    """Ranks with other shapes would wait for one another, or mix up whose is whose."""
+def _check_equal_shapes(features: Tensor, groups: LossGroups) -> None:
+    """Raises ValueError where ranks hold other shapes: their collectives would not match."""
     shapes = [tuple(features.shape)]
-    if ranks.data_size > 1:
-        shapes = _shapes(features, ranks.data)
+    if groups.data_size > 1:
+        shapes = _shapes(features, groups.data)
     if len(set(shapes)) > 1:
-        globally = dist.get_process_group_ranks(ranks.data)
+        globally = dist.get_process_group_ranks(groups.data)
         shown = ", ".join(
             f"rank {rank}: {pairs} x {width}"
             for rank, (pairs, width) in zip(globally, shapes, strict=True)
@@ -228,7 +239,7 @@ def _shapes(features: Tensor, group: ProcessGroup) -> list[tuple[int, ...]]:
 def _warn_if_not_normalised(images: Tensor, texts: Tensor) -> None:
     for name, features in (("image_features", images), ("text_features", texts)):
         off = (features.detach().float().norm(dim=-1) - 1).abs().max().item()
-        if off > _LENGTH_TOLERANCE:
+        if off > _NORM_TOLERANCE:
             warnings.warn(
                 f"{name} are not of length 1 (one is off by {off:.2g}): the loss takes them as "
                 "they are; F.normalize(features, dim=-1) is what CLIP's losses expect",

@@ -1,4 +1,4 @@
-"""How the texts of all ranks, and the gradients of texts, reach those who work on them.
+"""Exchange of texts, and of the gradients of texts, between the ranks of a loss.
 
 N data-parallel ranks hold b pairs each, B = N·b in all. Ranks that hold the same pairs, as tensor
 ranks do, are helpers of one another: each works on n = b / H of every rank's texts. D is the
@@ -25,7 +25,7 @@ reduce_scatter_single = dist.reduce_scatter_single if _new_names else dist.reduc
 
 @dataclass(frozen=True)
 class LossGroups:
-    """The groups of a loss; None stands for this process alone."""
+    """The process groups of a loss; None: this process alone."""
 
     data: ProcessGroup | None = None
     helpers: ProcessGroup | None = None
@@ -53,7 +53,7 @@ class LossGroups:
 
 
 class TextShards:
-    """This helper's texts of all ranks in chunks, and the gradients on their way back.
+    """This helper's texts of all ranks, read in chunks, and the sum of their gradients.
 
     own: [n, D], this rank's; group: the data-parallel ranks. Where all texts are held, rank by
     rank, a chunk is some of them, in place; where they stream it is c rows of each rank, [N·c, D],
@@ -75,13 +75,13 @@ class TextShards:
         return self.ranks * len(self.own)
 
     def chunks(self) -> Iterator[slice]:
-        """The chunks, by rows of all texts or, where they stream, of `own`."""
+        """The chunks, as rows of all texts or, where they stream, of `own`."""
         length = self.count if self.held else len(self.own)
         for start in range(0, length, self._step):
             yield slice(start, min(start + self._step, length))
 
     def columns(self, chunk: slice) -> slice:
-        """Where a chunk stands among the `count` texts, chunk after chunk."""
+        """A chunk's place among the `count` columns, in the order in which chunks are read."""
         if self.held:
             return chunk
         return slice(self.ranks * chunk.start, self.ranks * chunk.stop)
@@ -92,8 +92,8 @@ class TextShards:
         return texts.float()
 
     def own_pairs(self, block: Tensor, chunk: slice, mine: slice) -> Tensor:
-        """Where a chunk's block of logits has the pairs of this rank's pictures `mine` with their
-        own texts: a view of them."""
+        """A view of the logits of matching pairs in a chunk's block [b, columns], for this rank's
+        pictures `mine`; empty where the chunk has none of them."""
         rows = chunk
         column = self._rank * (chunk.stop - chunk.start)
         if self.held:
@@ -109,8 +109,8 @@ class TextShards:
     def accumulate_text_grad(
         self, chunk: slice, block: Tensor, images: Tensor, own_grads: Tensor
     ) -> None:
-        """Hand in blockᵀ images, the gradients of a chunk; `own_grads` [n, D] takes what comes
-        back, once all chunks are in and `finish` has been called."""
+        """Compute blockᵀ images, the gradients of a chunk's texts. Their sum over ranks is in
+        `own_grads` [n, D] once this was called for all chunks and `finish` has been called."""
         if not self.held:
             own_grads[chunk] = _reduce_scatter(block.t() @ images, self.group)
             return
@@ -120,6 +120,7 @@ class TextShards:
         torch.mm(block.t(), images, out=self._all_grads[chunk])
 
     def finish(self, own_grads: Tensor) -> None:
+        """Write the sum over ranks into `own_grads` [n, D]."""
         if self._all_grads is not None and self.ranks > 1:  # a helper of few pairs may have no text
             self._all = None  # not needed any more
             own_grads.copy_(_reduce_scatter(self._all_grads, self.group))

@@ -1,4 +1,4 @@
-"""How a loss exchanges texts and tiles its logits, decided from sizes alone."""
+"""How a loss exchanges texts and tiles its logits, decided from sizes alone. No torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan_exchange(
     ranks: int,
     helpers: int,
 ) -> ExchangePlan:
-    """Decide from sizes where `exchange` or `tile` are "auto"; pure.
+    """Choose `exchange` and `tile` by size where they are "auto".
 
     pairs: b; width: D; ranks: N; helpers: H. Logits are kept where they take no more memory than
     gathered texts and their gradients do, b × B / H numbers against 2 × B × D, or than a tile.
@@ -57,7 +57,7 @@ def plan_exchange(
 
 
 def peak_loss_bytes(plan: ExchangePlan, pairs: int, width: int, ranks: int, helpers: int) -> int:
-    """An upper bound of what a loss holds at its fullest beside the features given to it; pure."""
+    """An upper bound of the bytes that a loss holds at once beside the features given to it."""
     global_batch = pairs * ranks
     columns = min(plan.tile, global_batch)
     numbers = 5 * pairs * width + 3 * pairs * columns + 2 * columns * width + 16 * global_batch

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
+from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients, LossCall
 from parallel_clip.loss.exchange import LossGroups, TextShards, max_over, sum_over
-from parallel_clip.loss.exchange_plan import ExchangePlan
 
 
 class ClipLoss(ContrastiveLoss):
@@ -31,56 +30,38 @@ class ClipLoss(ContrastiveLoss):
     """
 
     def _compute(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        ranks: LossGroups,
-        plan: ExchangePlan,
-        want_gradients: bool,
+        self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor, Gradients | None]:
-        return _infonce(images, texts, scale, ranks, plan, want_gradients)
+        groups, pairs = call.groups, len(images)
+        mine, global_batch = groups.own_texts(pairs), pairs * groups.data_size
+        images = images.float()
+        scaled = images * scale
+        columns = TextShards(texts[mine], groups.data, call.plan)
+
+        kept: list[Tensor] | None = [] if call.plan.stored and call.want_gradients else None
+        of_rows, of_columns, own = _log_sum_exp(scaled, columns, mine, groups, kept)
+        own, column_total = sum_over(torch.stack([own, of_columns.total()]), groups.helpers)
+        row_total = of_rows.total() - 2 * own
+        if not call.want_gradients:
+            return (sum_over(row_total, groups.data) + column_total) / (2 * global_batch), None
+
+        grads = _unscaled_gradients(scaled, columns, mine, groups, of_rows, of_columns, kept)
+        image_grads, text_grads = grads
+        along = (images * image_grads).sum(dtype=torch.float64)
+        row_total, along = sum_over(torch.stack([row_total, along]), groups.data)
+        # Times the number of ranks, as DDP takes the mean.
+        image_grads *= scale / (2 * pairs)
+        text_grads /= 2 * pairs
+        scale_grad = along / (2 * global_batch)
+        gradients = Gradients(image_grads, text_grads, scale_grad, torch.zeros_like(scale_grad))
+        return (row_total + column_total) / (2 * global_batch), gradients
 
 
-def _infonce(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    ranks: LossGroups,
-    plan: ExchangePlan,
-    want_gradients: bool,
-) -> tuple[Tensor, Gradients | None]:
-    pairs, mine = len(images), ranks.own_texts(len(images))
-    global_batch = pairs * ranks.data_size
-    images = images.float()
-    scaled = images * scale
-    columns = TextShards(texts[mine], ranks.data, plan)
-
-    kept: list[Tensor] | None = [] if plan.stored and want_gradients else None
-    of_rows, of_columns, own = _log_sum_exp(scaled, columns, mine, ranks, kept)
-    own, column_total = sum_over(torch.stack([own, of_columns.total()]), ranks.helpers)
-    row_total = of_rows.total() - 2 * own
-    if not want_gradients:
-        return (sum_over(row_total, ranks.data) + column_total) / (2 * global_batch), None
-
-    grads = _sums_of_gradients(scaled, columns, mine, ranks, of_rows, of_columns, kept)
-    image_grads, text_grads = grads
-    along = (images * image_grads).sum(dtype=torch.float64)
-    row_total, along = sum_over(torch.stack([row_total, along]), ranks.data)
-    # Times the number of ranks, as DDP takes the mean.
-    image_grads *= scale / (2 * pairs)
-    text_grads /= 2 * pairs
-    scale_grad = along / (2 * global_batch)
-    gradients = Gradients(image_grads, text_grads, scale_grad, torch.zeros_like(scale_grad))
-    return (row_total + column_total) / (2 * global_batch), gradients
-
-
-def _sums_of_gradients(
+def _unscaled_gradients(
     scaled: Tensor,
     columns: TextShards,
     mine: slice,
-    ranks: LossGroups,
+    groups: LossGroups,
     of_rows: _LogSumExp,
     of_columns: _LogSumExp,
     kept: list[Tensor] | None,
@@ -103,7 +84,7 @@ def _sums_of_gradients(
         columns.accumulate_text_grad(part, block, scaled, text_grads[mine])
         del block
     columns.finish(text_grads[mine])
-    return sum_over(grads, ranks.helpers)
+    return sum_over(grads, groups.helpers)
 
 
 class _LogSumExp(NamedTuple):
@@ -118,7 +99,7 @@ class _LogSumExp(NamedTuple):
 
 
 def _log_sum_exp(
-    scaled: Tensor, columns: TextShards, mine: slice, ranks: LossGroups, kept: list[Tensor] | None
+    scaled: Tensor, columns: TextShards, mine: slice, groups: LossGroups, kept: list[Tensor] | None
 ) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
     """Of the rows [b] and of this helper's columns [N·n], over all ranks, and the sum of the logits
     of this rank's own pairs among them, fp64.
@@ -144,8 +125,8 @@ def _log_sum_exp(
         if kept is not None:
             kept.append(logits)
         del logits, above
-    of_rows = _combine(row_max, row_sum, ranks.helpers)
-    return of_rows, _combine(column_max, column_sum, ranks.data), own
+    of_rows = _combine(row_max, row_sum, groups.helpers)
+    return of_rows, _combine(column_max, column_sum, groups.data), own
 
 
 def _combine(maxima: Tensor, sums: Tensor, group: ProcessGroup | None) -> _LogSumExp:

@@ -1,4 +1,4 @@
-"""The sigmoid loss of SigLIP: every pair of a picture and a text is a yes-or-no question.
+"""The sigmoid loss of SigLIP: binary cross-entropy on each logit, 1 for pairs and 0 for others.
 
 Zhai et al. (2023), "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
 
@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients
-from parallel_clip.loss.exchange import LossGroups, TextShards, sum_over
-from parallel_clip.loss.exchange_plan import ExchangePlan
+from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients, LossCall
+from parallel_clip.loss.exchange import TextShards, sum_over
 
 
 class SigLipLoss(ContrastiveLoss):
@@ -23,65 +22,46 @@ class SigLipLoss(ContrastiveLoss):
     """
 
     def _compute(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        ranks: LossGroups,
-        plan: ExchangePlan,
-        want_gradients: bool,
+        self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor, Gradients | None]:
-        return _sigmoid(images, texts, scale, bias, ranks, plan, want_gradients)
+        groups, pairs = call.groups, len(images)
+        mine, global_batch = groups.own_texts(pairs), pairs * groups.data_size
+        images = images.float()
+        scaled = images * scale
+        columns = TextShards(texts[mine], groups.data, call.plan)
 
+        grads = images.new_zeros(2, *images.shape) if call.want_gradients else None
+        totals = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, d bias, d scale
+        for part in columns.chunks():
+            chunk = columns.read(part)
+            logits = scaled @ chunk.t()
+            if bias is not None:
+                logits += bias
+            columns.own_pairs(logits, part, mine).neg_()  # label +1 for pairs, -1 for others
+            totals[0] += _softplus_total(logits)
+            if grads is None:
+                continue
+            block = logits.sigmoid_()
+            columns.own_pairs(block, part, mine).neg_()
+            totals[1] += _total(block)
+            grads[0].addmm_(block, chunk)
+            del chunk  # nothing of a chunk outlives its use: they are the memory of this loss
+            columns.accumulate_text_grad(part, block, scaled, grads[1][mine])
+            del logits, block
 
-def _sigmoid(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    ranks: LossGroups,
-    plan: ExchangePlan,
-    want_gradients: bool,
-) -> tuple[Tensor, Gradients | None]:
-    pairs, mine = len(images), ranks.own_texts(len(images))
-    global_batch = pairs * ranks.data_size
-    images = images.float()
-    scaled = images * scale
-    columns = TextShards(texts[mine], ranks.data, plan)
-
-    grads = images.new_zeros(2, *images.shape) if want_gradients else None
-    totals = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, d bias, d scale
-    for part in columns.chunks():
-        chunk = columns.read(part)
-        logits = scaled @ chunk.t()
-        if bias is not None:
-            logits += bias
-        columns.own_pairs(logits, part, mine).neg_()  # the answer to a pair is yes, to others no
-        totals[0] += _softplus_total(logits)
+        sum_over(totals, groups.helpers)
+        if grads is not None:
+            columns.finish(grads[1][mine])
+            sum_over(grads, groups.helpers)
+            totals[2] = (images * grads[0]).sum(dtype=torch.float64)
+        value, bias_grad, scale_grad = sum_over(totals, groups.data) / global_batch
         if grads is None:
-            continue
-        block = logits.sigmoid_()
-        columns.own_pairs(block, part, mine).neg_()
-        totals[1] += _total(block)
-        grads[0].addmm_(block, chunk)
-        del chunk  # nothing of a chunk outlives its use: they are the memory of this loss
-        columns.accumulate_text_grad(part, block, scaled, grads[1][mine])
-        del logits, block
-
-    sum_over(totals, ranks.helpers)
-    if grads is not None:
-        columns.finish(grads[1][mine])
-        sum_over(grads, ranks.helpers)
-        totals[2] = (images * grads[0]).sum(dtype=torch.float64)
-    value, bias_grad, scale_grad = sum_over(totals, ranks.data) / global_batch
-    if grads is None:
-        return value, None
-    image_grads, text_grads = grads
-    # Times the number of ranks, as DDP takes the mean.
-    image_grads *= scale / pairs
-    text_grads /= pairs
-    return value, Gradients(image_grads, text_grads, scale_grad, bias_grad)
+            return value, None
+        image_grads, text_grads = grads
+        # Times the number of ranks, as DDP takes the mean.
+        image_grads *= scale / pairs
+        text_grads /= pairs
+        return value, Gradients(image_grads, text_grads, scale_grad, bias_grad)
 
 
 # Factors 1 + exp(-|x|), at most 2 each, that share one logarithm: their product is at most 65,536.

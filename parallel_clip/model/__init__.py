@@ -1,4 +1,4 @@
-"""The two towers: what they are (architectures.py) and how they are built."""
+"""The CLIP model: what it is (architecture.py, towers/) and a rank's slice of it (clip.py)."""
 
 from parallel_clip.model.towers.patch_dropout import kept_patches
 

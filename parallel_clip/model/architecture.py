@@ -1,10 +1,18 @@
-"""What a CLIP model is: widths, depths, switches. Read from OpenCLIP's JSON or known by name."""
+"""What a CLIP model is: its towers, what joins them, the table of its parameters, and its costs."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel_clip.model.parameters import Constant, Parameter, with_prefix
 from parallel_clip.model.towers.text import TextConfig
-from parallel_clip.model.towers.vision import VisionConfig
+from parallel_clip.model.towers.transformer import ImageTowerConfig
+from parallel_clip.stages.costs import ModelCosts
+
+DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 @dataclass(frozen=True)
@@ -19,9 +27,34 @@ class Architecture:
 
     name: str = field(compare=False)
     embed_dim: int
-    vision: VisionConfig
+    vision: ImageTowerConfig
     text: TextConfig
     init_logit_scale: float | None
     init_logit_bias: float | None
     custom_text: bool
     json: dict[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def costs(self) -> ModelCosts:
+        """What arithmetic on layouts needs to know of the model."""
+        vision, text = self.vision.costs(self.embed_dim), self.text.costs(self.embed_dim)
+        return ModelCosts(self.name, self.embed_dim, vision, text)
+
+
+def parameter_table(architecture: Architecture) -> list[Parameter]:
+    """Every parameter of the model: logit parameters, image tower, text tower."""
+    vision = architecture.vision.parameters(architecture.embed_dim)
+    text = architecture.text.parameters(architecture.embed_dim)
+    return [
+        *_logit_parameters(architecture),
+        *with_prefix("visual.", "vision.", vision),
+        *with_prefix("text." if architecture.custom_text else "", "text.", text),
+    ]
+
+
+def _logit_parameters(architecture: Architecture) -> Iterator[Parameter]:
+    scale, bias = architecture.init_logit_scale, architecture.init_logit_bias
+    initial = Constant(DEFAULT_LOGIT_SCALE if scale is None else scale)
+    yield Parameter("logit_scale", "logit_scale", (), initial, decayed=False)
+    if bias is not None:
+        yield Parameter("logit_bias", "logit_bias", (), Constant(bias), decayed=False)

@@ -13,20 +13,18 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.handover import Handover, handover, message_length
-from parallel_clip.model.megatron_config import ModelOptions, _schedule_config, _tower_config
-from parallel_clip.model.parameters import Parameter, parameter_table
-from parallel_clip.model.towers.text import TextTower
-from parallel_clip.model.towers.vision import VisionTower
-from parallel_clip.stages.partition import whole_model
+from parallel_clip.model.architecture import Architecture, parameter_table
+from parallel_clip.model.handover import MessageLayout
+from parallel_clip.model.megatron_config import ModelOptions, schedule_config, tower_config
+from parallel_clip.model.parameters import Parameter
+from parallel_clip.model.towers.transformer import TowerConfig
 from parallel_clip.stages.stage import LayerRange, Stage
 
 _LAYER = re.compile(r"(vision|text)\.block\.layers\.(\d+)\.(.+)")
 
 
 class CLIPModel(MegatronModule):
-    """A rank's slice of one stage of both towers; of the whole of them where there is one stage.
+    """A rank's slice of one stage of both towers.
 
     The towers are in `options.precision`; `logit_scale` (the logarithm of the multiplier) and
     `logit_bias` are fp32 always, since bf16 would put the multiplier off by up to 1%. They belong
@@ -40,19 +38,19 @@ class CLIPModel(MegatronModule):
         architecture: Architecture,
         options: ModelOptions,
         tensor_group: ProcessGroup,
-        stages: Sequence[Stage] | None = None,
+        stages: Sequence[Stage],
         number: int = 0,
     ):
-        super().__init__(_schedule_config(options, tensor_group))
+        super().__init__(schedule_config(options, tensor_group))
         self.architecture = architecture
         self.tensor_group = tensor_group
-        self.stages = stages or [whole_model(architecture)]
+        self.stages = tuple(stages)
         self.stage = self.stages[number]
-        self.received: Tensor | None = None
-        self.vision = self._build_tower(
-            VisionTower, architecture.vision, self.stage.vision, options
-        )
-        self.text = self._build_tower(TextTower, architecture.text, self.stage.text, options)
+        sequence_ranks = tensor_group.size() if self.config.sequence_parallel else 1
+        self.messages = MessageLayout(architecture, self.stages, sequence_ranks)
+        self._input_tensor: Tensor | None = None
+        self.vision = self._build_tower(architecture.vision, self.stage.vision, options)
+        self.text = self._build_tower(architecture.text, self.stage.text, options)
         self.logit_scale = self.logit_bias = None
         if self.stage.is_last:
             self.logit_scale = nn.Parameter(torch.empty(()))
@@ -62,11 +60,14 @@ class CLIPModel(MegatronModule):
             # The gradient norm counts a split tensor on every rank and a whole one on the first.
             tensor.tensor_model_parallel = parameter.placement.axis is not None
 
-    def _build_tower(self, kind, tower, held: LayerRange, options: ModelOptions):
-        if held.layers == 0:
+    def _build_tower(
+        self, tower: TowerConfig, layer_range: LayerRange, options: ModelOptions
+    ) -> nn.Module | None:
+        if layer_range.layers == 0:
             return None
-        config = _tower_config(tower, held.layers, options, self.tensor_group)
-        return kind(tower, self.architecture.embed_dim, config, self.tensor_group, held)
+        config = tower_config(tower, layer_range.layers, options, self.tensor_group)
+        embed_dim = self.architecture.embed_dim
+        return tower.module_class(tower, embed_dim, config, self.tensor_group, layer_range)
 
     def forward(self, images: Tensor | None, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
         """One microbatch through this stage.
@@ -80,44 +81,29 @@ class CLIPModel(MegatronModule):
         pairs = len(tokens)
         vision, text = images, None
         if not self.stage.is_first:
-            before = self.stages[self.stage.number - 1]
-            vision, text = self.handover(before, pairs).unpack(self.pop_input_tensor())
+            before = self.messages.of(self.stages[self.stage.number - 1], pairs, self.training)
+            vision, text = before.unpack(self.pop_input_tensor())
         vision = self.forward_vision(vision, kept)
         text = self.forward_text(text, tokens)
         if self.stage.is_last:
             return torch.stack([normalised(vision), normalised(text)])
-        handed_on = self.handover(self.stage, pairs)
-        return handed_on.pack(vision, text, self.message_length(pairs))
+        handed_on = self.messages.of(self.stage, pairs, self.training)
+        return handed_on.pack(vision, text, self.messages.length(pairs, self.training))
 
     def forward_vision(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Pictures or hidden states through this stage's layers; to features where they end."""
+        """Images or hidden states [S, b, h] through this stage's layers: hidden states, or features
+        [b, D] where the tower ends; x itself where the stage holds no layer of it."""
         return x if self.vision is None else self.vision(x, kept)
 
     def forward_text(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Likewise for texts; None before the first of their layers."""
+        """Likewise for texts; None before the stage that holds their embedding."""
         return x if self.text is None else self.text(x, tokens)
 
-    def handover(self, stage: Stage, pairs: int) -> Handover:
-        """What `stage` of this pipeline hands on for a microbatch of `pairs`."""
-        vision = self.architecture.vision
-        return handover(
-            stage,
-            self.architecture,
-            pairs,
-            1 + vision.patches_kept if self.training else vision.tokens,
-            self.tensor_group.size(),
-            self.config.sequence_parallel,
-        )
-
-    def message_length(self, pairs: int) -> int:
-        """The numbers in each message of this pipeline for a microbatch of `pairs`."""
-        return message_length([self.handover(stage, pairs) for stage in self.stages[:-1]])
-
     def global_parameters(self) -> list[tuple[Parameter, nn.Parameter]]:
-        """What each of this rank's tensors is a slice of."""
-        held = dict(self.named_parameters())
+        """This rank's tensors, each with the parameter that it is a slice of."""
+        tensors = dict(self.named_parameters())
         table = [(p, self._own_name(p.module)) for p in parameter_table(self.architecture)]
-        return [(p, held[name]) for p, name in table if name in held]
+        return [(p, tensors[name]) for p, name in table if name in tensors]
 
     def _own_name(self, module: str) -> str:
         """A module's name here, where layers are counted from this stage's first."""
@@ -125,8 +111,8 @@ class CLIPModel(MegatronModule):
         if block is None:
             return module
         tower, layer, rest = block.groups()
-        held = self.stage.vision if tower == "vision" else self.stage.text
-        return f"{tower}.block.layers.{int(layer) - held.first}.{rest}"
+        layer_range = self.stage.vision if tower == "vision" else self.stage.text
+        return f"{tower}.block.layers.{int(layer) - layer_range.first}.{rest}"
 
     # The schedules of megatron-core ask these of a model.
     model_type = ModelType.encoder_or_decoder
@@ -135,16 +121,21 @@ class CLIPModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before hands on: one message, None on the first stage."""
-        (self.received,) = input_tensor
+        (self._input_tensor,) = input_tensor
+
+    @property
+    def input_tensor(self) -> Tensor | None:
+        """The message that has come and that no forward has taken yet."""
+        return self._input_tensor
 
     def pop_input_tensor(self) -> Tensor | None:
-        """The message that has come. It is not kept here: whoever needs it for backward has it."""
-        received, self.received = self.received, None
-        return received
+        """Take the message that has come. It is not kept here: autograd keeps what it needs."""
+        message, self._input_tensor = self._input_tensor, None
+        return message
 
 
 def global_parameters(chunks: Sequence[CLIPModel]) -> list[tuple[Parameter, nn.Parameter]]:
-    """What each tensor of a rank that holds these stages is a slice of."""
+    """The tensors of all of a rank's chunks, each with the parameter that it is a slice of."""
     return [found for chunk in chunks for found in chunk.global_parameters()]
 
 

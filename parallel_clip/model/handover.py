@@ -2,12 +2,11 @@
 
 One message a microbatch means one schedule, with one fill and one drain, for both towers. For each
 tower it has the hidden states [S, b, h] that the next stage goes on from; the features [b, D] where
-the tower has ended; nothing where it has not begun. Shape letters as in layers.py.
+the tower has ended; nothing where it has not started. Shape letters as in layers.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.towers.transformer import TowerConfig
 from parallel_clip.stages.stage import LayerRange, Stage
 
 Shape = tuple[int, ...]
@@ -51,32 +51,32 @@ class Handover:
         return vision, text
 
 
-def handover(
-    stage: Stage,
-    architecture: Architecture,
-    pairs: int,
-    image_tokens: int,
-    tensor_size: int,
-    sequence: bool,
-) -> Handover:
-    """What `stage` hands on for a microbatch of `pairs` whose pictures have `image_tokens`.
+@dataclass(frozen=True)
+class MessageLayout:
+    """What the stages of a pipeline hand on, for one model.
 
-    sequence: whether sequence parallelism splits the tokens over the `tensor_size` ranks.
+    sequence_ranks: over how many ranks sequence parallelism splits the tokens (1: it does not).
     """
-    share = tensor_size if sequence else 1
 
-    def shape(held: LayerRange, tokens: int, width: int) -> Shape | None:
-        if held.is_finished:
-            return pairs, architecture.embed_dim
-        return (-(-tokens // share), pairs, width) if held.has_started else None
+    architecture: Architecture
+    stages: tuple[Stage, ...]
+    sequence_ranks: int
 
-    text = architecture.text
-    return Handover(
-        shape(stage.vision, image_tokens, architecture.vision.width),
-        shape(stage.text, text.context_length, text.width),
-    )
+    def of(self, stage: Stage, pairs: int, training: bool) -> Handover:
+        """What `stage` hands on for a microbatch of `pairs`."""
 
+        def shape(held: LayerRange, tower: TowerConfig) -> Shape | None:
+            if held.is_finished:
+                return pairs, self.architecture.embed_dim
+            tokens = tower.training_tokens if training else tower.tokens
+            local_tokens = -(-tokens // self.sequence_ranks)
+            return (local_tokens, pairs, tower.width) if held.has_started else None
 
-def message_length(handovers: Sequence[Handover]) -> int:
-    """The length that all messages of a pipeline have: megatron-core's schedules know one."""
-    return max((sum(found.sizes) for found in handovers), default=1)
+        return Handover(
+            shape(stage.vision, self.architecture.vision), shape(stage.text, self.architecture.text)
+        )
+
+    def length(self, pairs: int, training: bool) -> int:
+        """The length of all messages of a pipeline, since megatron-core's schedules know one."""
+        sizes = [sum(self.of(stage, pairs, training).sizes) for stage in self.stages[:-1]]
+        return max(sizes, default=1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.openclip_json import MODEL_KEYS, architecture_from_json
 
 
 def known_names() -> list[str]:
@@ -22,37 +22,48 @@ def known_names() -> list[str]:
     return list(MODELS)
 
 
-def load_architecture(name_or_path: str) -> Architecture:
-    """A model by its OpenCLIP name, or from a JSON file in OpenCLIP's model-config format.
+def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
+    """A model by its OpenCLIP name, or from a JSON file in OpenCLIP's model-config format; with
+    the logit parameters that `loss` ("infonce" or "sigmoid") needs.
 
     The file may also be an `open_clip_config.json`, which has the model config under "model_cfg".
     Raises InputError for an unknown name, a file that cannot be read, or a model not built here.
     """
     name = name_or_path.replace("/", "-")
-    if name in MODELS:
-        return architecture_from_json(model_config(name), name)
     path = Path(name_or_path)
-    if path.suffix == ".json" or path.is_file():
-        return _read_file(path)
+    if name in MODELS:
+        config = model_config(name)
+    elif path.suffix == ".json" or path.is_file():
+        name, config = _read_file(path)
+    else:
+        raise _unknown_model(name_or_path)
+    return architecture_from_json(with_logit_defaults(config, loss), name)
+
+
+def with_logit_defaults(config: Any, loss: str) -> Any:
+    """A model config as a loss needs it: with "sigmoid" the model has a bias, and starts at scale
+    ln 10 and bias -10 (Zhai et al., arXiv 2303.15343) where its JSON does not say otherwise.
+    Checkpoints keep this JSON, with the defaults first."""
+    if loss != "sigmoid" or not isinstance(config, dict):
+        return config  # what is no object is refused where it is read
+    defaults = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    nullable = defaults.keys() | MODEL_KEYS.unsupported.keys() | MODEL_KEYS.without_effect
+    given = {k: v for k, v in config.items() if v is not None or k not in nullable}
+    return defaults | given
+
+
+def _unknown_model(name: str) -> InputError:
     lower_names = {known.lower(): known for known in MODELS}
-    nearest = [lower_names[n] for n in get_close_matches(name.lower(), lower_names, 3, cutoff=0.0)]
-    raise InputError(
-        f"model.name {name_or_path!r} is neither one of the {len(MODELS)} known models (nearest: "
+    wanted = name.replace("/", "-").lower()
+    nearest = [lower_names[n] for n in get_close_matches(wanted, lower_names, 3, cutoff=0.0)]
+    return InputError(
+        f"model.name {name!r} is neither one of the {len(MODELS)} known models (nearest: "
         f"{', '.join(nearest)}) nor a JSON file in OpenCLIP's model-config format"
     )
 
 
-def with_logit_defaults(architecture: Architecture, kind: str) -> Architecture:
-    """The model as a loss needs it: with "sigmoid" it has a bias, and starts at scale ln 10 and
-    bias -10 (Zhai et al., arXiv 2303.15343) where its JSON does not say otherwise."""
-    if kind != "sigmoid":
-        return architecture
-    defaults = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-    given = {key: value for key, value in architecture.json.items() if value is not None}
-    return architecture_from_json({**defaults, **given}, architecture.name)
-
-
-def _read_file(path: Path) -> Architecture:
+def _read_file(path: Path) -> tuple[str, Any]:
+    """A model's name and its config, which may still be anything."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -60,8 +71,7 @@ def _read_file(path: Path) -> Architecture:
     if isinstance(config, dict) and "model_cfg" in config:
         config = config["model_cfg"]
     # Every OpenCLIP checkpoint's file has the same name; its folder's name says which model it is.
-    name = path.resolve().parent.name if path.stem == "open_clip_config" else path.stem
-    return architecture_from_json(config, name)
+    return path.resolve().parent.name if path.stem == "open_clip_config" else path.stem, config
 
 
 class Size(NamedTuple):

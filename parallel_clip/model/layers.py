@@ -55,17 +55,23 @@ def transformer_block(
     tokens: SequenceLength,
     causal: bool,
     layer_scale: float | None,
+    tensor_group: ProcessGroup,
 ) -> TransformerBlock:
     """A stack of `config.num_layers` pre-LN layers without a final norm: [S, b, h] -> [S, b, h].
 
     Attention and MLP each begin with their own norm, so the layer's norms stay empty.
     """
+
+    class GroupMLP(MLP):  # megatron-core 0.16 builds an MLP of another class from its config alone
+        def __init__(self, config: TransformerConfig, **_):
+            super().__init__(config, tensor_group)
+
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(SelfAttention, params={"tokens": tokens, "causal": causal}),
             self_attn_bda=_residual_add(config, layer_scale),
-            mlp=MLP,
+            mlp=GroupMLP,
             mlp_bda=_residual_add(config, layer_scale),
         ),
     )
@@ -73,6 +79,8 @@ def transformer_block(
         config,
         TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=None),
         post_layer_norm=False,
+        # The block is told its own layers, so megatron-core need not ask for the pipeline rank.
+        pg_collection=ProcessGroupCollection(tp=tensor_group, pp=None),
     )
 
 
@@ -159,9 +167,8 @@ class SelfAttention(MegatronModule):
         self.linear_proj = RowLinear(width, width, config, pg_collection.tp)
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:
-        qkv = recompute_activation(
-            self, self.norm, x_Sbh, self.linear_qkv
-        )  # [s + padding, b, 3·h/t]
+        # [s + padding, b, 3·h/t]
+        qkv = recompute_activation(self, self.norm, x_Sbh, self.linear_qkv)
         tokens, batch = self.tokens.of(self), qkv.shape[1]
         qkv = qkv[:tokens].view(tokens, batch, 3, self.heads, -1)
         q_bnsd, k_bnsd, v_bnsd = qkv.permute(2, 1, 3, 0, 4).unbind(0)
@@ -173,15 +180,12 @@ class SelfAttention(MegatronModule):
 class MLP(MegatronModule):
     """Norm, linear, activation, linear: [S, b, h] -> [S, b, h], bias."""
 
-    def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **_
-    ):
+    def __init__(self, config: TransformerConfig, group: ProcessGroup):
         super().__init__(config)
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
         width, mlp_width = config.hidden_size, config.ffn_hidden_size
         self.norm = LayerNorm(config, width, config.layernorm_epsilon)
-        self.linear_fc1 = ColumnLinear(width, mlp_width, config, groups.tp)
-        self.linear_fc2 = RowLinear(mlp_width, width, config, groups.tp)
+        self.linear_fc1 = ColumnLinear(width, mlp_width, config, group)
+        self.linear_fc2 = RowLinear(mlp_width, width, config, group)
         self.activation = config.activation_func
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer import TransformerConfig
 from torch.distributed import ProcessGroup
 
 from parallel_clip.model.layers import ACTIVATIONS
-from parallel_clip.model.towers.text import TextConfig
-from parallel_clip.model.towers.vision import VisionConfig
+from parallel_clip.model.towers.transformer import TowerConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -19,22 +20,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class ModelOptions:
     """How a model is run, apart from what it is.
 
-    sequence: sequence parallelism; recompute: none, selective or full; deterministic: on GPU,
-    only kernels that give the same bits each time.
+    sequence: sequence parallelism; recompute: none, selective or full; deterministic: on GPU, only
+    kernels that give the same bits each time; virtual_pipeline: stages on each pipeline rank;
+    microbatch_group: how many microbatches go through one of them before the next one's turn, where
+    there are several (`layout.microbatch_group_size`).
     """
 
     precision: str = "fp32"
     recompute: str = "none"
     sequence: bool = False
     deterministic: bool = False
+    virtual_pipeline: int = 1
+    microbatch_group: int | None = None
 
 
-def _tower_config(
-    tower: VisionConfig | TextConfig,
-    layers: int,
-    options: ModelOptions,
-    tensor_group: ProcessGroup,
+def tower_config(
+    tower: TowerConfig, layers: int, options: ModelOptions, tensor_group: ProcessGroup
 ) -> TransformerConfig:
+    """The config of `layers` blocks of a tower."""
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -56,8 +59,11 @@ def _tower_config(
     )
 
 
-def _schedule_config(options: ModelOptions, tensor_group: ProcessGroup) -> TransformerConfig:
-    """What megatron-core's schedules and DDP read; the layers have configs of their own."""
+def schedule_config(options: ModelOptions, tensor_group: ProcessGroup) -> TransformerConfig:
+    """What megatron-core's schedules and DDP read of a model; the layers have configs of their own.
+
+    Complete but for `set_gradient_hooks`, which needs the DDP wrapping.
+    """
     config = TransformerConfig(
         num_layers=1,
         hidden_size=tensor_group.size(),
@@ -66,7 +72,20 @@ def _schedule_config(options: ModelOptions, tensor_group: ProcessGroup) -> Trans
     )
     config.hidden_size = 1  # a message is one column of numbers, see handover.py
     config.deallocate_pipeline_outputs = True  # what has been sent is not needed for backward
+    if options.virtual_pipeline > 1:
+        config.batch_p2p_comm = False  # over gloo, batched messages of several chunks mix up
+        config.virtual_pipeline_model_parallel_size = options.virtual_pipeline
+        config.microbatch_group_size_per_vp_stage = options.microbatch_group
     return config
+
+
+def set_gradient_hooks(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Tell the schedule of a rank's chunks how DDP holds back the reduction of gradients until the
+    last microbatch, and how gradients are finished after it."""
+    no_sync = [ddp.no_sync for ddp in wrapped]
+    for ddp in wrapped:
+        ddp.module.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        ddp.module.config.finalize_model_grads_func = finalize_model_grads
 
 
 def _parallel_settings(options: ModelOptions, tensor_group: ProcessGroup) -> dict:

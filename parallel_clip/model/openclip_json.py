@@ -1,5 +1,5 @@
 """OpenCLIP's model-config JSON: which keys it has, which switches are not built here, and reading
-its values with messages that name the key."""
+an Architecture from it."""
 
 from copy import deepcopy
 from typing import Any
@@ -10,94 +10,56 @@ from parallel_clip.model.towers.text import TextConfig
 from parallel_clip.model.towers.transformer import Activation
 from parallel_clip.model.towers.vision import VisionConfig
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Of both towers: switches for blocks that are not built here.
+OTHER_BLOCKS = {
+    "block_type": "another block",
+    "qk_norm": "normalised queries and keys",
+    "scaled_cosine_attn": "scaled cosine attention",
+    "scale_heads": "a scale for each head",
+    "scale_attn_inner": "a norm inside attention",
+    "scale_attn": "a norm after attention",
+    "scale_fc": "a norm inside the MLP",
+}
+
 MODEL_KEYS = SectionKeys(
-    read=frozenset(
-        {
-            "embed_dim",
-            "vision_cfg",
-            "text_cfg",
-            "quick_gelu",
-            "init_logit_scale",
-            "init_logit_bias",
-            "custom_text",
-        }
+    read=_names(
+        "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale init_logit_bias custom_text"
     ),
     unsupported={
         "multimodal_cfg": "CoCa's captioning decoder",
         "nonscalar_logit_scale": "logit_scale of shape [1]",
     },
-    without_effect=frozenset(
-        {
-            "output_dict",
-        }
-    ),
+    without_effect=_names("output_dict"),
 )
 
 VISION_KEYS = SectionKeys(
-    read=frozenset(
-        {
-            "layers",
-            "width",
-            "head_width",
-            "mlp_ratio",
-            "patch_size",
-            "image_size",
-            "ls_init_value",
-            "patch_dropout",
-            "no_ln_pre",
-            "final_ln_after_pool",
-            "pool_type",
-            "act_kwargs",
-            "norm_kwargs",
-        }
+    read=_names(
+        "layers width head_width mlp_ratio patch_size image_size ls_init_value patch_dropout "
+        "no_ln_pre final_ln_after_pool pool_type act_kwargs norm_kwargs"
     ),
     unsupported={
         "timm_model_name": "an image tower of timm",
         "attentional_pool": "attentional pooling",
         "pos_embed_type": "fixed positions",
         "output_tokens": "token outputs",
-        "block_type": "another block",
-        "qk_norm": "normalised queries and keys",
-        "scaled_cosine_attn": "scaled cosine attention",
-        "scale_heads": "a scale for each head",
-        "scale_attn_inner": "a norm inside attention",
-        "scale_attn": "a norm after attention",
-        "scale_fc": "a norm inside the MLP",
+        **OTHER_BLOCKS,
     },
-    without_effect=frozenset(
-        {
-            "attn_pooler_heads",
-            "attn_pooler_queries",
-            "timm_drop",
-            "timm_drop_path",
-            "timm_model_pretrained",
-            "timm_pool",
-            "timm_proj",
-            "timm_proj_bias",
-        }
+    without_effect=_names(
+        "attn_pooler_heads attn_pooler_queries timm_drop timm_drop_path timm_model_pretrained "
+        "timm_pool timm_proj timm_proj_bias"
     ),
     off_values={"pos_embed_type": "learnable", "block_type": "default"},
 )
 
 TEXT_KEYS = SectionKeys(
-    read=frozenset(
-        {
-            "layers",
-            "width",
-            "mlp_ratio",
-            "ls_init_value",
-            "pool_type",
-            "act_kwargs",
-            "norm_kwargs",
-            "context_length",
-            "vocab_size",
-            "hf_tokenizer_name",
-            "tokenizer_kwargs",
-            "heads",
-            "eos_id",
-            "no_causal_mask",
-            "proj_bias",
-        }
+    read=_names(
+        "layers width mlp_ratio ls_init_value pool_type act_kwargs norm_kwargs context_length "
+        "vocab_size hf_tokenizer_name tokenizer_kwargs heads eos_id no_causal_mask proj_bias"
     ),
     unsupported={
         "hf_model_name": "a text tower of Hugging Face",
@@ -106,22 +68,9 @@ TEXT_KEYS = SectionKeys(
         "output_tokens": "token outputs",
         "proj_type": "another text projection",
         "tokenizer_mode": "another tokenizer mode",
-        "block_type": "another block",
-        "qk_norm": "normalised queries and keys",
-        "scaled_cosine_attn": "scaled cosine attention",
-        "scale_heads": "a scale for each head",
-        "scale_attn_inner": "a norm inside attention",
-        "scale_attn": "a norm after attention",
-        "scale_fc": "a norm inside the MLP",
+        **OTHER_BLOCKS,
     },
-    without_effect=frozenset(
-        {
-            "hf_model_pretrained",
-            "hf_pooler_type",
-            "hf_proj_type",
-            "pad_id",
-        }
-    ),
+    without_effect=_names("hf_model_pretrained hf_pooler_type hf_proj_type pad_id"),
     off_values={"block_type": "default", "proj_type": "linear"},
 )
 

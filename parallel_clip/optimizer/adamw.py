@@ -1,4 +1,4 @@
-"""megatron-core's optimizers through one door: AdamW on fp32 masters, split over the data ranks.
+"""AdamW on fp32 masters, by megatron-core: split over the data ranks (ZeRO-1) or whole on each.
 
 Fused Adam from Transformer Engine or Apex is used by megatron-core where one is installed, torch's
 AdamW otherwise. Masters and moments are read and written by parameter, so that a checkpoint does
@@ -11,23 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-)
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from torch import Tensor, nn
 
-from parallel_clip.config import Config
+from parallel_clip.config import Optimizer as OptimizerSettings
 from parallel_clip.model.clip import global_parameters
-from parallel_clip.model.parameters import is_decayed
 from parallel_clip.optimizer import MOMENTS
 
 
 @dataclass(frozen=True)
 class OwnedState:
-    """What this data rank owns of one of its tensors: elements [start, stop) of it, flattened.
+    """The part of a tensor that this data rank updates: elements [start, stop), flattened.
 
     master: fp32 [stop - start]; moments: likewise, or None before the first step.
     """
@@ -38,13 +35,16 @@ class OwnedState:
     moments: dict[str, Tensor] | None
 
 
-class Optimizer:
-    """AdamW over a rank's tensors, decayed as OpenCLIP 3.x does."""
+class MegatronAdamW:
+    """AdamW over a rank's tensors, decayed as OpenCLIP 3.x does.
 
-    def __init__(self, wrapped: Sequence[DistributedDataParallel], config: Config):
-        settings = config.optimizer
+    wrapped: the rank's model chunks under DDP, whose config says in which precision they run.
+    """
+
+    def __init__(self, wrapped: Sequence[DistributedDataParallel], settings: OptimizerSettings):
         self.wrapped = list(wrapped)
         first = self.wrapped[0]
+        dtype = first.module.config.params_dtype
         self.weight_decay = settings.weight_decay
         undecayed = ParamKey(
             with_name_predicate=ParamWithNamePredicate("undecayed", _undecayed(self.wrapped))
@@ -57,8 +57,8 @@ class Optimizer:
                 adam_beta1=settings.betas[0],
                 adam_beta2=settings.betas[1],
                 adam_eps=settings.eps,
-                bf16=config.precision == "bf16",
-                params_dtype=first.module.config.params_dtype,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
                 use_distributed_optimizer=first.ddp_config.use_distributed_optimizer,
                 # The norm is only computed where it may be clipped; infinity clips nothing.
                 clip_grad=settings.clip_grad_norm or float("inf"),
@@ -78,12 +78,13 @@ class Optimizer:
             self._owned_masters = _masters_by_tensor(self._megatron)
 
     def zero_grad(self) -> None:
+        """Clear the gradients that DDP accumulates."""
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
         self._megatron.zero_grad()
 
     def step(self, lr: float) -> float:
-        """Clip and update; the gradient's L2 norm over all ranks, before clipping."""
+        """Clip and update; returns the gradient's L2 norm over all ranks, before clipping."""
         for group in self._adam.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
@@ -93,7 +94,7 @@ class Optimizer:
     # ------------------------------------------------------------- masters and moments by tensor
 
     def owned_state(self, tensor: nn.Parameter) -> OwnedState | None:
-        """None where this data rank owns nothing of `tensor`."""
+        """This data rank's part of `tensor`; None where it owns nothing of it."""
         master = self._master(tensor)
         if master is None:
             return None
@@ -107,7 +108,7 @@ class Optimizer:
 
     @torch.no_grad()
     def set_weight(self, tensor: nn.Parameter, value: Tensor) -> None:
-        """Set a tensor and its fp32 master; `value` fp32, of the tensor's shape."""
+        """Set a tensor and its fp32 master. `value`: fp32, of the tensor's shape."""
         tensor.copy_(value)
         owned = self.owned_state(tensor)
         if owned is not None:
@@ -137,7 +138,7 @@ class Optimizer:
 
 
 def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Parameter]:
-    """The parts of the masters that this data rank owns.
+    """The masters that this data rank owns, each a part of a model tensor, by that tensor.
 
     Its own `model_param_group_index_map` is not right where a group has fp32 tensors behind bf16
     ones, as with the logit scale of a second virtual stage: the optimizer puts fp32 ones first.
@@ -156,7 +157,7 @@ def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Par
 
 def _undecayed(wrapped: Sequence[DistributedDataParallel]):
     parameters = global_parameters([ddp.module for ddp in wrapped])
-    decayed = {id(tensor) for p, tensor in parameters if is_decayed(p.name, p.shape)}
+    decayed = {id(tensor) for p, tensor in parameters if p.decayed}
 
     def predicate(tensor: nn.Parameter, name: str) -> bool:
         return id(tensor) not in decayed

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
-from parallel_clip.config import Config
+from parallel_clip.config import Optimizer as OptimizerSettings
 from parallel_clip.engine.groups import Groups
-from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel, global_parameters
-from parallel_clip.model.megatron_config import ModelOptions
+from parallel_clip.model.megatron_config import ModelOptions, set_gradient_hooks
 from parallel_clip.model.parameters import Parameter
-from parallel_clip.optimizer.adamw import Optimizer
-from parallel_clip.stages.partition import chunks_of, partition
+from parallel_clip.optimizer.adamw import MegatronAdamW
+from parallel_clip.stages.partition import chunks_of
 from parallel_clip.stages.stage import Stage
 
 
@@ -35,48 +30,45 @@ def wrap_for_data_parallel(
         use_distributed_optimizer=distributed_optimizer,
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
-    no_sync = [ddp.no_sync for ddp in wrapped]
-    for chunk in chunks:
-        chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+    set_gradient_hooks(wrapped)
     return wrapped
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """A rank's slice of the model, wrapped, with its optimizer. Weights are not set yet.
+    """A rank's slice of the model, wrapped for data parallelism, with its optimizer.
 
+    When it is built its weights are not set yet: by `optimizer.set_weight`, or from a checkpoint.
     chunks: the stages that this rank holds, in order: one, or several virtual ones.
     """
 
     chunks: list[CLIPModel]
     wrapped: list[DistributedDataParallel]
-    optimizer: Optimizer
+    optimizer: MegatronAdamW
 
     def global_parameters(self) -> list[tuple[Parameter, nn.Parameter]]:
+        """Each tensor of the rank with the parameter that it is a slice of."""
         return global_parameters(self.chunks)
 
 
-def stages_of(config: Config, architecture: Architecture, layout: Layout) -> tuple[Stage, ...]:
-    """The layers of each stage, in the order in which data pass through them."""
-    return partition(architecture, layout.pipeline, layout.virtual_pipeline, config.parallel.stages)
+def build_train_state(
+    architecture: Architecture,
+    options: ModelOptions,
+    stages: Sequence[Stage],
+    groups: Groups,
+    settings: OptimizerSettings,
+    distributed_optimizer: bool = True,
+) -> TrainState:
+    """Build this rank's stages on its device, wrap them, and make their optimizer.
 
-
-def build_train_state(config: Config, architecture: Architecture, groups: Groups) -> TrainState:
-    options = ModelOptions(
-        precision=config.precision,
-        recompute=config.recompute,
-        sequence=config.parallel.sequence,
-        deterministic=config.deterministic,
-    )
-    layout = groups.layout
-    stages = stages_of(config, architecture, layout)
+    stages: all of the pipeline, in the order in which data pass through them;
+    distributed_optimizer: split masters and moments over the data ranks (ZeRO-1).
+    """
     with groups.device:
         chunks = [
             CLIPModel(architecture, options, groups.tensor, stages, stage.number)
-            for stage in chunks_of(stages, layout.pipeline, groups.pipeline_rank)
+            for stage in chunks_of(stages, groups.layout.pipeline, groups.pipeline_rank)
         ]
     # With one data-parallel rank there is nothing to split, only copies to make.
-    split_state = config.parallel.distributed_optimizer and layout.data > 1
-    wrapped = wrap_for_data_parallel(chunks, split_state)
-    return TrainState(chunks, wrapped, Optimizer(wrapped, config))
+    wrapped = wrap_for_data_parallel(chunks, distributed_optimizer and groups.layout.data > 1)
+    return TrainState(chunks, wrapped, MegatronAdamW(wrapped, settings))

@@ -1,1 +1,1 @@
-"""Which layers run on which stage, and in what order microbatches pass through them."""
+"""Pipeline schedules: a step's two passes, and their orders and times by arithmetic."""

@@ -20,7 +20,6 @@ m microbatches, b pairs in each, D the embedding width; features are [2, b, D], 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,21 +31,11 @@ from torch.distributed import ProcessGroup
 
 from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.model.clip import CLIPModel
+from parallel_clip.pipeline.inputs import StepInputs
 from parallel_clip.pipeline.logit_parameters import read_logit_parameters
-from parallel_clip.pipeline.orders import microbatch_group_size
 
 # (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-@dataclass(frozen=True)
-class MicrobatchInputs:
-    """A microbatch on the device: images fp32 [b, 3, height, width] (None but on the first stage),
-    tokens int64 [b, context], kept patches int64 [b, k] (None: all)."""
-
-    images: Tensor | None
-    tokens: Tensor
-    kept: Tensor | None = None
 
 
 class LossReport(NamedTuple):
@@ -60,7 +49,7 @@ class LossReport(NamedTuple):
 
 def forward_backward(
     chunks: Sequence[DistributedDataParallel],
-    microbatches: Sequence[MicrobatchInputs],
+    inputs: StepInputs,
     loss: LossFunction,
     stash: int,
     loss_pipeline_group: ProcessGroup | None = None,
@@ -68,12 +57,12 @@ def forward_backward(
     """Accumulate the gradient of the global batch's loss in the model.
 
     chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
-    stash: how many microbatches keep their graphs; helping_stages: the pipeline group, where `loss`
-    expects its other stages to work on it too. Gradients are summed over microbatches in fp32
-    and averaged over data-parallel ranks, as `loss` expects of its caller.
-    What it returns is right on the last stage; elsewhere all is zero.
+    stash: how many microbatches keep their graphs; loss_pipeline_group: the pipeline group where
+    `loss` is computed on all stages, None where it is on the last alone. Gradients are summed over
+    microbatches in fp32 and averaged over data-parallel ranks, as `loss` expects of its caller.
+    The report is that of the loss on the last stage, and zero on the others.
     """
-    step = TwoPassStep(chunks, microbatches, loss, stash, loss_pipeline_group)
+    step = TwoPassStep(chunks, inputs, loss, stash, loss_pipeline_group)
     step.first_pass()
     step.compute_loss()
     step.second_pass()
@@ -81,51 +70,61 @@ def forward_backward(
 
 
 class _Graph(NamedTuple):
-    """What backward needs of a forward pass that was run before: where its result begins in the
-    graph, and the message that it began with. The result itself is gone once it has been sent."""
+    """The graph of a forward pass of pass 1: the edge at its result, and the message that it took.
+    The result itself is freed once it has been sent."""
 
     result: GradientEdge
     received: Tensor | None
 
 
 class TwoPassStep:
+    """The state of one `forward_backward`; what belongs to the last stage is empty on the others.
+
+    features: [2, b, D] of each microbatch, from pass 1; feature_grads: the loss's gradient with
+    respect to each; logit_grads: that of each of `logit_parameters`.
+    """
+
     def __init__(
         self,
         chunks: Sequence[DistributedDataParallel],
-        microbatches: Sequence[MicrobatchInputs],
+        inputs: StepInputs,
         loss: LossFunction,
         stash: int,
         loss_pipeline_group: ProcessGroup | None = None,
     ):
         self.chunks = list(chunks)
-        self.microbatches = microbatches
+        self.inputs = inputs
         self.loss = loss
         self.loss_pipeline_group = loss_pipeline_group
-        self.first_stashed = len(microbatches) - stash
+        self.microbatches = len(inputs.tokens)
+        self.first_stashed = self.microbatches - stash
         self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
         self.features: list[Tensor] = []
-        self.report = LossReport(*torch.zeros(3, device=microbatches[0].tokens.device))
+        self.feature_grads: Sequence[Tensor] = []
+        last: CLIPModel = self.chunks[-1].module
+        self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
+        self.logit_grads: list[Tensor] = []
+        self.report = LossReport(*torch.zeros(3, device=inputs.tokens[0].device))
 
     # ------------------------------------------------------------------------------ two passes
 
     def first_pass(self) -> None:
-        """Fills `features` (on the last stage) and `graphs`."""
+        """Fill `features` (on the last stage) and `graphs`."""
         self.features = self._run(self._forward, forward_only=True)
 
     def compute_loss(self) -> None:
-        """On the last stage, the loss over all microbatches, and its gradient with respect to
-        each microbatch's features and to the logit parameters. Other stages may do a part of it."""
+        """Compute the loss over all microbatches and its gradients, on the last stage; the others
+        take part where there is a `loss_pipeline_group`."""
         last: CLIPModel = self.chunks[-1].module
         if not last.stage.is_last and self.loss_pipeline_group is None:
             return
         leaves = self._all_features(last).requires_grad_()
         if self.loss_pipeline_group is not None:
             logit_scale_and_bias = read_logit_parameters([last], self.loss_pipeline_group)
-        if not last.stage.is_last:  # its part of the gradients goes to the last stage
+        if not last.stage.is_last:  # the loss adds this rank's part on the last stage
             self.loss(leaves[0], leaves[1], *logit_scale_and_bias)
             return
         value = self.loss(leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias)
-        self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
         leaf_grad, *self.logit_grads = torch.autograd.grad(
             value, [leaves, *self.logit_parameters], materialize_grads=True
         )
@@ -135,11 +134,11 @@ class TwoPassStep:
 
     def _all_features(self, last: CLIPModel) -> Tensor:
         """[2, m·b, D], on the stages that work on the loss."""
-        tokens = self.microbatches[0].tokens
+        tokens = self.inputs.tokens[0]
         if last.stage.is_last:
             features = torch.cat(self.features, dim=1)
         else:
-            pairs = len(tokens) * len(self.microbatches)
+            pairs = len(tokens) * self.microbatches
             features = torch.empty(2, pairs, last.architecture.embed_dim, device=tokens.device)
         if self.loss_pipeline_group is not None:
             broadcast_from_last_stage(features, self.loss_pipeline_group)
@@ -149,16 +148,9 @@ class TwoPassStep:
         self._run(self._forward_for_backward, forward_only=False)
 
     def _run(self, forward_step: Callable, forward_only: bool) -> list:
-        count, model = len(self.microbatches), self.chunks[0].module
+        count, model = self.microbatches, self.chunks[0].module
         virtual = len(self.chunks) > 1
-        config = model.config
-        if virtual:
-            config.batch_p2p_comm = False  # over gloo, batched messages of several chunks mix up
-            config.virtual_pipeline_model_parallel_size = len(self.chunks)
-            config.microbatch_group_size_per_vp_stage = microbatch_group_size(
-                count, len(model.stages) // len(self.chunks)
-            )
-        length = model.message_length(len(self.microbatches[0].tokens))
+        length = model.messages.length(len(self.inputs.tokens[0]), model.training)
         numbers = [iter(range(count)) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -167,7 +159,7 @@ class TwoPassStep:
             num_microbatches=count,
             # The schedule divides by the tensor size for sequence parallelism. A message has this
             # rank's tokens already.
-            seq_length=length * (model.tensor_group.size() if config.sequence_parallel else 1),
+            seq_length=length * model.messages.sequence_ranks,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -176,12 +168,12 @@ class TwoPassStep:
     # ------------------------------------------------ what the schedule calls for a microbatch
 
     def _forward(self, numbers: Iterator[int], chunk: DistributedDataParallel):
-        """Pass 1: the result without its graph, which is put aside where it is to be kept."""
+        """Pass 1: the result without its graph, which goes to `graphs` where it is kept."""
         number = next(numbers)
         keep = number >= self.first_stashed
         with torch.set_grad_enabled(keep):  # forward_only alone does not switch autograd off
-            received = chunk.module.received
-            result = self.run_forward(chunk, number)
+            received = chunk.module.input_tensor
+            result = self.run_forward(chunk, number, self.microbatches)
         if keep:
             self.graphs[chunk.module, number] = _Graph(get_gradient_edge(result), received)
         return result.detach(), lambda features, **_: features
@@ -191,23 +183,28 @@ class TwoPassStep:
         number = next(numbers)
         graph = self.graphs.pop((chunk.module, number), None)
         if graph is None:
-            result = self.run_forward(chunk, number)
+            result = self.run_forward(chunk, number, self.first_stashed)
         else:
             result = self._replay(chunk.module, number, graph)
         return result, lambda features: (self.surrogate_loss(features, number), {})
 
-    def run_forward(self, chunk: DistributedDataParallel, number: int) -> Tensor:
-        inputs = self.microbatches[number]
-        return chunk(inputs.images, inputs.tokens, inputs.kept)
+    def run_forward(self, chunk: DistributedDataParallel, number: int, stop: int) -> Tensor:
+        """A microbatch through a stage, in a pass that runs microbatches 0 to `stop` - 1 forward.
+        A stage's microbatches come in ascending order, whatever the schedule."""
+        images = kept = None
+        if chunk.module.stage.is_first:
+            following = number + 1 if number + 1 < stop else None
+            images, kept = self.inputs.pictures(number, following)
+        return chunk(images, self.inputs.tokens[number], kept)
 
     def _replay(self, model: CLIPModel, number: int, graph: _Graph) -> Tensor:
         """A result whose backward is that of pass 1's forward. On the last stage its values are the
         features; a message's do not matter, as the next stage replays too."""
-        tokens = self.microbatches[number].tokens
+        tokens = self.inputs.tokens[number]
         if model.stage.is_last:
             values = self.features[number].clone()
         else:
-            length = model.message_length(len(tokens))
+            length = model.messages.length(len(tokens), model.training)
             values = torch.empty(
                 length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
             )
@@ -217,17 +214,17 @@ class TwoPassStep:
         return _Replay.apply(received, graph, lambda: values)
 
     def surrogate_loss(self, features: Tensor, number: int) -> Tensor:
-        """A number whose gradient is the loss's. The schedule divides it by m, so the features'
+        """0-dim, its gradient that of the loss. The schedule divides it by m, so the features'
         part is multiplied by m; the logit parameters' gradient is whole already, and each
         microbatch adds its share, so that they take part in the data-parallel sum like others."""
-        dot = len(self.microbatches) * (features * self.feature_grads[number]).sum()
+        dot = self.microbatches * (features * self.feature_grads[number]).sum()
         for parameter, grad in zip(self.logit_parameters, self.logit_grads, strict=True):
             dot = dot + parameter * grad
         return dot
 
 
 class _Replay(torch.autograd.Function):
-    """Stands in for a forward pass that was run before and whose graph is still there."""
+    """Forward returns `values`; backward runs through a graph that pass 1 kept."""
 
     @staticmethod
     def forward(ctx, received: Tensor, graph: _Graph, values: Callable[[], Tensor]) -> Tensor:

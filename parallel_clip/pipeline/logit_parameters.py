@@ -1,4 +1,4 @@
-"""What only the last stage has, brought to every stage that shares the model with it."""
+"""The multiplier and the bias, which only the last stage holds, on every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each pipeline rank executes in one step, in program order, as megatron-core's schedules do.
+"""The ops of each pipeline rank in one step, in the order of megatron-core's schedules. No torch.
 
 P pipeline ranks of V chunks each are P × V virtual stages; chunk c of rank r is stage c × P + r.
 A contrastive step over m microbatches is two passes without a barrier between them:
@@ -23,10 +23,11 @@ from enum import Enum
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
+from parallel_clip.layout import check_virtual_pipeline, microbatch_group_size
 
 
 class OpKind(Enum):
-    """What an op does. The first two belong to pass 1, the forwards after the loss to pass 2."""
+    """Kinds of ops. The first two belong to pass 1, those after the loss to pass 2."""
 
     FORWARD_WITHOUT_GRAPH = "forward without graph"
     FORWARD_KEEPING_GRAPH = "forward keeping graph"
@@ -37,24 +38,17 @@ class OpKind(Enum):
 
 
 class PipelineOp(NamedTuple):
-    """One op of a rank: of a microbatch in one of the rank's chunks (both 0 for the loss).
-
-    `tower` tells pipelines apart that share the ranks one after the other; 0 where there is one.
-    """
+    """One op of a rank: of a microbatch in one of the rank's chunks (both 0 for the loss)."""
 
     kind: OpKind
     microbatch: int = 0
     chunk: int = 0
-    tower: int = 0
 
 
 def step_orders(
-    ranks: int, microbatches: int, stash: int = 0, chunks: int = 1, towers: int = 1
+    ranks: int, microbatches: int, stash: int = 0, chunks: int = 1
 ) -> list[list[PipelineOp]]:
     """The ops of a step, for each rank.
-
-    With two `towers`, each is a pipeline of its own: pass 1 of the first, pass 1 of the second, the
-    loss, pass 2 of the first, pass 2 of the second.
 
     Raises:
         InputError: the stash is larger than the step; chunks on one rank, or over more ranks than
@@ -62,27 +56,11 @@ def step_orders(
     """
     _check(ranks, microbatches, stash, chunks)
     kept = range(microbatches - stash, microbatches)
-    orders = []
-    for rank in range(ranks):
-        first, second = [], []
-        for tower in range(towers):
-            first += _first_pass(ranks, microbatches, kept, chunks, tower)
-            second += _one_forward_one_backward(
-                rank, ranks, microbatches, chunks, OpKind.FORWARD_AGAIN, kept, tower
-            )
-        orders.append(first + [PipelineOp(OpKind.LOSS)] * (rank == ranks - 1) + second)
-    return orders
-
-
-def one_pass_orders(ranks: int, microbatches: int, chunks: int = 1) -> list[list[PipelineOp]]:
-    """The ops of a single pass of 1F1B, for each rank: a loss that splits over microbatches.
-
-    Raises:
-        InputError: as `step_orders`.
-    """
-    _check(ranks, microbatches, 0, chunks)
+    first = _first_pass(ranks, microbatches, kept, chunks)
     return [
-        _one_forward_one_backward(rank, ranks, microbatches, chunks, OpKind.FORWARD_KEEPING_GRAPH)
+        first
+        + [PipelineOp(OpKind.LOSS)] * (rank == ranks - 1)
+        + _second_pass(rank, ranks, microbatches, kept, chunks)
         for rank in range(ranks)
     ]
 
@@ -97,30 +75,11 @@ def warmup_forwards(rank: int, ranks: int, microbatches: int, chunks: int = 1) -
     return min(2 * (ranks - 1 - rank) + (chunks - 1) * group, microbatches * chunks)
 
 
-def microbatch_group_size(microbatches: int, ranks: int) -> int:
-    """How many microbatches go through one chunk before the next chunk's turn: the fewest, and so
-    the least memory, that megatron-core takes.
-
-    A group is at least as large as the pipeline, since its first microbatch must be back at the
-    first rank when that one has sent the group's last; this holds for the remainder too.
-
-    Raises:
-        InputError: fewer microbatches than ranks.
-    """
-    for group in range(ranks, microbatches + 1):
-        if microbatches % group == 0 or microbatches % group >= ranks:
-            return group
-    raise InputError(
-        f"parallel.virtual_pipeline above 1 needs at least parallel.pipeline {ranks} microbatches, "
-        f"and a step has {microbatches}; set parallel.virtual_pipeline to 1, or lower batch.micro"
-    )
-
-
 def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None) -> int:
     """The most graphs alive at once on a rank, each of one microbatch in one chunk.
 
-    With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, the most
-    that all alive come to, such as bytes of saved activations.
+    With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, such as
+    bytes of saved activations, the largest sum of the sizes of graphs alive at once.
     """
     alive = peak = 0
     for op in order:
@@ -141,39 +100,31 @@ def _check(ranks: int, microbatches: int, stash: int, chunks: int) -> None:
         )
     if not 0 <= stash <= microbatches:
         raise InputError(f"a stash of {stash} microbatches: a step has {microbatches}")
-    if chunks > 1 and ranks == 1:
-        raise InputError(
-            f"parallel.virtual_pipeline {chunks} needs more than one pipeline rank; "
-            "set parallel.virtual_pipeline to 1, or raise parallel.pipeline"
+    check_virtual_pipeline(ranks, chunks)
+
+
+def _first_pass(ranks: int, microbatches: int, kept: range, chunks: int) -> list[PipelineOp]:
+    return [
+        PipelineOp(
+            OpKind.FORWARD_KEEPING_GRAPH if microbatch in kept else OpKind.FORWARD_WITHOUT_GRAPH,
+            microbatch,
+            chunk,
         )
+        for microbatch, chunk in forward_sequence(ranks, microbatches, chunks)
+    ]
 
 
-def _first_pass(
-    ranks: int, microbatches: int, kept: range, chunks: int, tower: int
-) -> Iterable[PipelineOp]:
-    for microbatch, chunk in forward_sequence(ranks, microbatches, chunks):
-        keeps = microbatch in kept
-        kind = OpKind.FORWARD_KEEPING_GRAPH if keeps else OpKind.FORWARD_WITHOUT_GRAPH
-        yield PipelineOp(kind, microbatch, chunk, tower)
-
-
-def _one_forward_one_backward(
-    rank: int,
-    ranks: int,
-    microbatches: int,
-    chunks: int,
-    forward: OpKind,
-    kept: Sequence[int] = (),
-    tower: int = 0,
+def _second_pass(
+    rank: int, ranks: int, microbatches: int, kept: range, chunks: int
 ) -> list[PipelineOp]:
-    turns = forward_sequence(ranks, microbatches, chunks)
+    sequence = forward_sequence(ranks, microbatches, chunks)
     forwards = [
-        PipelineOp(OpKind.REPLAY if microbatch in kept else forward, microbatch, chunk, tower)
-        for microbatch, chunk in turns
+        PipelineOp(OpKind.REPLAY if microbatch in kept else OpKind.FORWARD_AGAIN, microbatch, chunk)
+        for microbatch, chunk in sequence
     ]
     backwards = [
-        PipelineOp(OpKind.BACKWARD, microbatch, chunks - 1 - chunk, tower)
-        for microbatch, chunk in turns
+        PipelineOp(OpKind.BACKWARD, microbatch, chunks - 1 - chunk)
+        for microbatch, chunk in sequence
     ]
     warmup = warmup_forwards(rank, ranks, microbatches, chunks)
     steady = len(forwards) - warmup

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
-from parallel_clip.pipeline.orders import OpKind, PipelineOp, step_orders
+from parallel_clip.pipeline.orders import OpKind, PipelineOp
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,28 @@ class Costs:
     message: float = 0.0
     forward_without_graph: Sequence[float] | None = None
 
-    def seconds(self, kind: OpKind, stage: int) -> float:
-        """Seconds of an op of `kind` (any but the loss) on a virtual stage."""
-        if kind is OpKind.REPLAY:
+    def seconds(self, op: PipelineOp, stage: int) -> float:
+        """Seconds of an op (any but the loss) on a virtual stage."""
+        if op.kind is OpKind.REPLAY:
             return 0
-        if kind is OpKind.BACKWARD:
+        if op.kind is OpKind.BACKWARD:
             return self.backward[stage]
-        if kind is OpKind.FORWARD_WITHOUT_GRAPH and self.forward_without_graph is not None:
+        if op.kind is OpKind.FORWARD_WITHOUT_GRAPH and self.forward_without_graph is not None:
             return self.forward_without_graph[stage]
         return self.forward[stage]
+
+    def check_stages(self, stages: int) -> None:
+        """Raises InputError where these are the costs of another number of virtual stages."""
+        for seconds in (self.forward, self.backward, self.forward_without_graph):
+            if seconds is not None and len(seconds) != stages:
+                raise InputError(
+                    f"costs of {len(seconds)} virtual stages for a pipeline of {stages}; give one "
+                    "number for each virtual stage"
+                )
+
+    def message_seconds(self, op: PipelineOp) -> float:
+        """Seconds until what an op sends has arrived."""
+        return self.message
 
 
 class Span(NamedTuple):
@@ -55,7 +68,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulated step took. `spans` are by rank, then by time; `busy` is [P], in seconds."""
+    """Result of a simulated step. `spans` are by rank, then by time; `busy` is [P], in seconds."""
 
     spans: list[Span]
     total: float
@@ -75,11 +88,11 @@ class Timeline:
 
 def simulate(
     orders: Sequence[Sequence[PipelineOp]],
-    towers: Sequence[Costs],
+    costs: Costs,
     loss: float = 0.0,
     taken: Mapping[tuple[int, PipelineOp], float] | None = None,
 ) -> Timeline:
-    """Run the `orders` of all ranks, [P], with the costs of each tower in them.
+    """Run the `orders` of all ranks, [P].
 
     `loss` is the seconds of the loss on the last rank. `taken` has the seconds of each rank's ops
     one by one, in place of the costs: what a step whose ops took so long could come to at best.
@@ -90,8 +103,7 @@ def simulate(
     """
     ranks = len(orders)
     stages = ranks * (1 + max(op.chunk for order in orders for op in order))
-    for costs in towers:
-        _check_stages(costs, stages)
+    costs.check_stages(stages)
     arrivals: dict[_Message, float] = {}
     spans: list[list[Span]] = [[] for _ in orders]
     clocks = [0.0] * ranks
@@ -99,7 +111,6 @@ def simulate(
         moved = False
         for rank, order in enumerate(orders):
             for op in order[len(spans[rank]) :]:
-                costs = towers[op.tower]
                 stage = op.chunk * ranks + rank
                 received, sent = _messages(op, stage, stages - 1)
                 if received and received not in arrivals:
@@ -108,13 +119,13 @@ def simulate(
                 if taken is not None:
                     seconds = taken[rank, op]
                 else:
-                    seconds = loss if op.kind is OpKind.LOSS else costs.seconds(op.kind, stage)
+                    seconds = loss if op.kind is OpKind.LOSS else costs.seconds(op, stage)
                 end = start + seconds
                 spans[rank].append(Span(rank, op, start, end))
                 clocks[rank] = end
                 moved = True
                 if sent:
-                    arrivals[sent] = end + costs.message
+                    arrivals[sent] = end + costs.message_seconds(op)
         if not moved:
             raise ValueError("no rank can go on: each waits for an input that nobody will send")
     return Timeline(
@@ -123,59 +134,6 @@ def simulate(
         busy=[sum(span.end - span.start for span in done) for done in spans],
         messages=len(arrivals),
     )
-
-
-class TowerComparison(NamedTuple):
-    """A step of two towers: as one pipeline, and as two that take turns on the same ranks."""
-
-    fused: Timeline
-    separate: Timeline
-
-    @property
-    def speedup(self) -> float:
-        """The separate pipelines' time divided by the fused one's."""
-        return self.separate.total / self.fused.total
-
-
-def compare_towers(
-    vision: Costs,
-    text: Costs,
-    ranks: int,
-    microbatches: int,
-    stash: int = 0,
-    chunks: int = 1,
-    loss: float = 0.0,
-) -> TowerComparison:
-    """Both towers in each op, against vision pass 1, text pass 1, loss, vision pass 2, text pass 2.
-
-    A fused op and a fused message take the two towers' seconds together; there are half as many of
-    either. Per microbatch the fused pipeline advances at the pace max(v + t) over ranks, separate
-    ones at max v + max t, which is more where the towers' deepest stages are on different ranks.
-    With equal stages, instant messages and no stash they are equal where a text forward takes no
-    longer than a vision forward. With everything stashed separate ones are then faster, by P - 1
-    text forwards: pass 2 of the text tower fills by replays, in no time.
-
-    Raises:
-        InputError: as `step_orders` and `simulate`.
-    """
-    taking_turns = step_orders(ranks, microbatches, stash, chunks, towers=2)
-    separate = simulate(taking_turns, [vision, text], loss)
-    together = step_orders(ranks, microbatches, stash, chunks)
-    return TowerComparison(simulate(together, [_together(vision, text)], loss), separate)
-
-
-def ideal_one_pass_seconds(
-    ranks: int, microbatches: int, forward: float, backward: float, chunks: int = 1
-) -> float:
-    """A pass of 1F1B over equal stages with instant messages: m (f + b) + (P - 1)(f + b) / V.
-
-    f and b are a rank's seconds for one microbatch in all its V chunks. The last rank begins when
-    P - 1 forwards of one chunk are done, works without a pause, and P - 1 backwards of one chunk
-    follow. With V = 1 it is (m + P - 1)(f + b), an efficiency of m / (m + P - 1). Narayanan et al.,
-    arXiv 2104.04473, section 2.2; they have it for m a multiple of P, and it holds for every m that
-    the schedule takes.
-    """
-    return (microbatches + (ranks - 1) / chunks) * (forward + backward)
 
 
 def ideal_step_seconds(
@@ -188,7 +146,9 @@ def ideal_step_seconds(
 ) -> float:
     """A step over equal stages with instant messages: m (f + b) + (m - K) f + (P - 1)(f + b) / V.
 
-    f and b as in `ideal_one_pass_seconds`; the loss comes on top. The last rank begins pass 1 when
+    f and b are a rank's seconds for one microbatch in all its V chunks; the loss comes on top. One
+    pass of 1F1B takes (m + (P - 1) / V)(f + b) (Narayanan et al., arXiv 2104.04473, section 2.2),
+    and (m - K) f are the forwards of pass 1 that pass 2 repeats. The last rank begins pass 1 when
     P - 1 forwards of one chunk are done. As it ends, the other ranks have already brought the
     first microbatch of pass 2 to it, so the two passes have one fill and one drain between them.
 
@@ -198,14 +158,13 @@ def ideal_step_seconds(
     while it could replay: the step then takes up to (V - 1)(P - 1) f / V longer.
     """
     first_pass_again = (microbatches - stash) * forward
-    return first_pass_again + ideal_one_pass_seconds(ranks, microbatches, forward, backward, chunks)
+    return first_pass_again + (microbatches + (ranks - 1) / chunks) * (forward + backward)
 
 
 class _Message(NamedTuple):
     content: str
     receiver: int
     microbatch: int
-    tower: int
 
 
 _CONTENTS = {
@@ -218,36 +177,11 @@ _CONTENTS = {
 
 
 def _messages(op: PipelineOp, stage: int, last: int) -> tuple[_Message | None, _Message | None]:
-    """What an op on virtual stage `stage` waits for, and what it sends on."""
+    """The message that an op on virtual stage `stage` receives, and the one that it sends."""
     if op.kind is OpKind.LOSS:
         return None, None
     before, after = (stage + 1, stage - 1) if op.kind is OpKind.BACKWARD else (stage - 1, stage + 1)
     content = _CONTENTS[op.kind]
-    received = _Message(content, stage, op.microbatch, op.tower)
-    sent = _Message(content, after, op.microbatch, op.tower)
+    received = _Message(content, stage, op.microbatch)
+    sent = _Message(content, after, op.microbatch)
     return (received if 0 <= before <= last else None), (sent if 0 <= after <= last else None)
-
-
-def _check_stages(costs: Costs, stages: int) -> None:
-    for seconds in (costs.forward, costs.backward, costs.forward_without_graph):
-        if seconds is not None and len(seconds) != stages:
-            raise InputError(
-                f"costs of {len(seconds)} virtual stages for a pipeline of {stages}; give one "
-                "number for each virtual stage"
-            )
-
-
-def _together(vision: Costs, text: Costs) -> Costs:
-    def without_graph(costs: Costs) -> Sequence[float]:
-        apart = costs.forward_without_graph
-        return costs.forward if apart is None else apart
-
-    def added(a: Sequence[float], b: Sequence[float]) -> list[float]:
-        return [of_a + of_b for of_a, of_b in zip(a, b, strict=True)]
-
-    return Costs(
-        forward=added(vision.forward, text.forward),
-        backward=added(vision.backward, text.backward),
-        message=vision.message + text.message,
-        forward_without_graph=added(without_graph(vision), without_graph(text)),
-    )

@@ -1,29 +1,25 @@
-"""A job in words: who holds which layers, heads and parameters, and how a step runs."""
+"""A run plan in words: which rank holds which layers, heads and parameters, and how a step runs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.loss.exchange_plan import plan_exchange
-from parallel_clip.model.towers.text import TextConfig
-from parallel_clip.model.towers.vision import VisionConfig
-from parallel_clip.plan.run_plan import Job
+from parallel_clip.plan.run_plan import RunPlan
 
 
-def describe_job(job: Job, steps: int) -> str:
+def describe_run(plan: RunPlan) -> str:
     """Several lines for people."""
-    layout, plan, config = job.layout, job.plan, job.config
+    layout, batch, config = plan.layout, plan.batch, plan.config
     lines = [
-        f"{job.architecture.name} on {layout.world} process{'es' * (layout.world > 1)}: "
+        f"{plan.architecture.name} on {layout.world} process{'es' * (layout.world > 1)}: "
         f"data {layout.data} × tensor {layout.tensor} × pipeline {layout.pipeline}",
-        _tower_line(job, "vision", job.architecture.vision),
-        _tower_line(job, "text", job.architecture.text),
-        f"  batch: {plan.global_batch} pairs = {layout.data} data-parallel × "
-        f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)} × {plan.micro_batch}; "
-        f"{_schedule_words(job)}",
+        _tower_line(plan, "vision"),
+        _tower_line(plan, "text"),
+        f"  batch: {batch.global_batch} pairs = {layout.data} data-parallel × "
+        f"{batch.microbatches} microbatch{'es' * (batch.microbatches > 1)} × {batch.micro_batch}; "
+        f"{_schedule_words(plan)}",
         f"  {config.precision}, recompute {config.recompute}",
-        f"  {config.loss.kind}: {_loss_words(job)}",
+        f"  {config.loss.kind}: {_loss_words(plan)}",
     ]
     if layout.data > 1:
         split = config.parallel.distributed_optimizer
@@ -36,54 +32,51 @@ def describe_job(job: Job, steps: int) -> str:
     elif config.parallel.sequence:
         lines.append("  sequence parallel: activations split along the tokens, padded to a "
                      f"multiple of {layout.tensor}")  # fmt: skip
-    if job.resume.checkpoint is not None:
-        lines.append(f"  goes on from {job.resume.checkpoint} (step {job.resume.step})")
+    if plan.resume.checkpoint is not None:
+        lines.append(f"  goes on from {plan.resume.checkpoint} (step {plan.resume.step})")
     elif config.init.from_ is not None:
         lines.append(f"  starts from {config.init.from_}")
-    lines.append(f"  steps: {steps}")
+    lines.append(f"  steps: {plan.steps}")
     return "\n".join(lines)
 
 
-def describe_data(job: Job, data: TrainingData) -> str:
+def describe_data(plan: RunPlan) -> str:
     """A line for each source, and one for all."""
+    sources = zip(
+        plan.config.data.train, plan.data_fingerprint["sources"], plan.epoch_pairs, strict=True
+    )
     lines = [
-        f"  source {number}: {len(shards):,} shards, {shards.samples:,} samples, weight "
-        f"{source.weight:g}: {in_epoch:,} pairs an epoch"
-        for number, (source, shards, in_epoch) in enumerate(
-            zip(job.config.data.train, data.sources, data.order.source_samples, strict=True)
-        )
+        f"  source {number}: {found['shards']:,} shards, {found['samples']:,} samples, weight "
+        f"{source.weight:g}: {pairs:,} pairs an epoch"
+        for number, (source, found, pairs) in enumerate(sources)
     ]
-    return "\n".join([*lines, f"  an epoch: {data.samples_per_epoch:,} pairs"])
+    return "\n".join([*lines, f"  an epoch: {sum(plan.epoch_pairs):,} pairs"])
 
 
-def _tower_line(job: Job, name: str, tower: VisionConfig | TextConfig) -> str:
-    tokens = tower.tokens if isinstance(tower, VisionConfig) else tower.context_length
-    tensor = job.layout.tensor
-    if len(job.stages) == 1:
+def _tower_line(plan: RunPlan, name: str) -> str:
+    tower, tensor = getattr(plan.architecture, name), plan.layout.tensor
+    stages = plan.layout_plan.stages
+    if len(stages) == 1:
         layers = f"layers 0 to {tower.layers - 1} of width {tower.width} on every rank"
     else:
-        dealt = ", ".join(str(getattr(stage, name).layers) for stage in job.stages)
+        dealt = ", ".join(str(getattr(stage, name).layers) for stage in stages)
         layers = f"{tower.layers} layers of width {tower.width} on the stages: {dealt}"
     return (
         f"  {name}: {layers}; {tower.heads // tensor} of {tower.heads} heads and "
         f"{tower.mlp_width // tensor} of {tower.mlp_width} MLP channels on each tensor rank; "
-        f"{tokens} tokens"
+        f"{tower.tokens} tokens"
     )
 
 
-def _loss_words(job: Job) -> str:
-    settings, layout = job.config.loss, job.layout
-    helpers = layout.tensor * (layout.pipeline if job.loss_on_all_stages else 1)
-    pairs, width = job.plan.per_rank, job.architecture.embed_dim
-    plan = plan_exchange(settings.exchange, settings.tile, pairs, width, layout.data, helpers)
-    if settings.kind == "sigmoid":
-        plan = replace(plan, stored=False)  # it keeps nothing
-    shared = f", shared by {helpers} ranks" if helpers > 1 else ""
-    return f"{plan}{shared}"
+def _loss_words(plan: RunPlan) -> str:
+    exchange, helpers = plan.layout_plan.exchange, plan.layout_plan.loss_helpers
+    if plan.config.loss.kind == "sigmoid":
+        exchange = replace(exchange, stored=False)  # it keeps nothing
+    return f"{exchange}" + (f", shared by {helpers} ranks" if helpers > 1 else "")
 
 
-def _schedule_words(job: Job) -> str:
-    count, stash = job.plan.microbatches, job.stash
+def _schedule_words(plan: RunPlan) -> str:
+    count, stash = plan.batch.microbatches, plan.layout_plan.stash
     if stash == count:
         return "one forward and backward" + (", keeping all graphs" if count > 1 else "")
     if stash == 0:

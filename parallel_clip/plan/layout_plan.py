@@ -1,28 +1,137 @@
-"""The arithmetic of a layout: stages, batches, stash. No torch, no files."""
+"""The arithmetic of a layout: stages, batch, stash, ranks that work on the loss.
+
+No torch and no files, so that a search can ask for a thousand layouts in a second.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parallel_clip.errors import InputError
+from parallel_clip.layout import (
+    BatchPlan,
+    Layout,
+    check_microbatches,
+    check_model,
+    microbatch_group_size,
+    plan_batch,
+)
+from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
+from parallel_clip.stages.costs import ModelCosts
+from parallel_clip.stages.partition import partition
+from parallel_clip.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from parallel_clip.config import Parallel
+    from parallel_clip.config import Config, Loss, Parallel
+
+# Pairs of a global batch from which on a loss shared by two stages is quicker, its features and
+# gradients passed about included: `python benchmarks/loss.py`, on a CPU.
+LARGE_LOSS = 1024
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """How one optimizer step is spread over the ranks.
+
+    stages: layers of each pipeline stage, in the order in which data pass through them; stash:
+    microbatches of a step that keep their graphs (see pipeline/forward_backward.py); loss: the
+    settings of the config; embed_dim: width of the features.
+    """
+
+    layout: Layout
+    stages: tuple[Stage, ...]
+    batch: BatchPlan
+    stash: int
+    loss: Loss
+    embed_dim: int
+
+    @property
+    def microbatch_group(self) -> int | None:
+        """Microbatches that pass through one virtual stage before the next one's turn; None: no
+        virtual stages."""
+        if self.layout.virtual_pipeline == 1:
+            return None
+        return microbatch_group_size(self.batch.microbatches, self.layout.pipeline)
+
+    @property
+    def loss_on_all_stages(self) -> bool:
+        """Whether all stages work on the loss. Where microbatches run forward again, the other
+        stages have begun with that while the last one is at the loss; where none does, they wait.
+        """
+        if self.layout.pipeline == 1 or self.loss.stages == "last":
+            return False
+        waiting = self.stash == self.batch.microbatches
+        return self.loss.stages == "all" or waiting and self.batch.global_batch >= LARGE_LOSS
+
+    @property
+    def loss_helpers(self) -> int:
+        """Ranks that hold the same pairs and share the work of the loss."""
+        return self.layout.tensor * (self.layout.pipeline if self.loss_on_all_stages else 1)
+
+    @property
+    def exchange(self) -> ExchangePlan:
+        """How the loss exchanges texts and tiles its logits."""
+        return plan_exchange(
+            self.loss.exchange,
+            self.loss.tile,
+            self.batch.per_rank,
+            self.embed_dim,
+            self.layout.data,
+            self.loss_helpers,
+        )
+
+
+@dataclass(frozen=True)
+class DoesNotFit:
+    """Why a layout cannot train a model: the message of its InputError."""
+
+    reason: str
+
+
+def make_layout_plan(costs: ModelCosts, world: int, config: Config) -> LayoutPlan:
+    """Spread a model and a global batch over `world` ranks, as a config asks.
+
+    Raises:
+        InputError: the sizes do not divide; the message has the nearest that do.
+    """
+    parallel, batch = config.parallel, config.batch
+    check_model(parallel.tensor, costs)  # before a world is asked for that cannot help
+    layout = Layout(
+        world,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        parallel.sequence,
+    )
+    stages = partition(costs, layout.pipeline, layout.virtual_pipeline, parallel.stages)
+    batch_plan = plan_batch(layout, batch.global_, batch.micro)
+    check_microbatches(layout, batch_plan)
+    stash = choose_stash(parallel, batch_plan.microbatches)
+    return LayoutPlan(layout, stages, batch_plan, stash, config.loss, costs.embed_dim)
+
+
+def try_layout_plan(costs: ModelCosts, world: int, config: Config) -> LayoutPlan | DoesNotFit:
+    """As `make_layout_plan`; what does not fit comes as a value with its reason."""
+    try:
+        return make_layout_plan(costs, world, config)
+    except InputError as error:
+        return DoesNotFit(str(error))
 
 
 def choose_stash(parallel: Parallel, microbatches: int) -> int:
-    """The number of microbatches, between 0 (two-pass) and all of them (stash).
+    """The number of microbatches that keep their graphs, from 0 (two-pass) to all (stash).
 
     `auto` keeps all graphs if a step has no more microbatches than the pipeline has stages, as the
     first stage of 1F1B holds that many anyway, and otherwise none. Where `parallel.memory` is
-    given, plan/stash.py counts how many there is room for.
+    given, `fit_stash_to_memory` of plan/memory.py replaces the choice by what there is room for.
 
     Raises:
         InputError: `parallel.stash` is more than there are microbatches, or contradicts
             `parallel.schedule`.
     """
     asked = parallel.stash
-    _check(parallel, microbatches)
+    _check_stash(parallel, microbatches)
     if parallel.schedule == "two-pass":
         return 0
     if parallel.schedule == "stash":
@@ -32,7 +141,7 @@ def choose_stash(parallel: Parallel, microbatches: int) -> int:
     return microbatches if microbatches <= parallel.pipeline else 0
 
 
-def _check(parallel: Parallel, microbatches: int) -> None:
+def _check_stash(parallel: Parallel, microbatches: int) -> None:
     schedule, asked = parallel.schedule, parallel.stash
     if asked == "auto":
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,30 +12,15 @@ from parallel_clip.config import Config, parse_bytes
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import InputError
-from parallel_clip.layout import Layout
 from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
-from parallel_clip.optimizer.adamw import Optimizer
-from parallel_clip.optimizer.train_state import build_train_state
-from parallel_clip.pipeline.orders import microbatch_group_size, peak_graphs, step_orders
-from parallel_clip.plan.run_plan import Job
+from parallel_clip.optimizer.adamw import MegatronAdamW
+from parallel_clip.pipeline.orders import peak_graphs, step_orders
+from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.saved_activations import SavedActivations, storage_id
-
-
-def stage_memory(job: Job, pipeline_rank: int) -> RankMemory:
-    """What the first rank of a stage holds."""
-    layout = job.layout
-    rank = pipeline_rank * layout.data * layout.tensor
-    return dry_run(job.config, job.architecture, layout, rank)
-
-
-def peak_activations(job: Job, pipeline_rank: int, stash: int, held: RankMemory) -> int:
-    """Bytes of saved activations that a rank holds at the fullest moment of a step."""
-    layout = job.layout
-    orders = step_orders(layout.pipeline, job.plan.microbatches, stash, layout.virtual_pipeline)
-    return peak_graphs(orders[pipeline_rank], held.saved_by_chunk)
 
 
 @dataclass(frozen=True)
@@ -46,7 +31,7 @@ class RankMemory:
     fp32 themselves, and both of Adam's moments. `replicated` is the part of all these that every
     tensor rank holds in full. `activations`: what the forward pass of one microbatch keeps for its
     backward pass, for each stage that the rank holds by part of the model; the loss, which sees the
-    whole batch, is not in it.
+    whole batch, is not in it. `pictures`: those of one microbatch, on the first stage alone.
     """
 
     parameters: int
@@ -55,6 +40,7 @@ class RankMemory:
     optimizer: int
     replicated: int
     activations: tuple[dict[str, int], ...]
+    pictures: int = 0
 
     @property
     def state(self) -> int:
@@ -63,7 +49,7 @@ class RankMemory:
 
     @property
     def saved(self) -> int:
-        """Of one microbatch in all of the rank's stages."""
+        """Activations of one microbatch in all of the rank's stages."""
         return sum(self.saved_by_chunk)
 
     @property
@@ -71,22 +57,42 @@ class RankMemory:
         return [sum(of_chunk.values()) for of_chunk in self.activations]
 
 
+# ---------------------------------------------------------------------------------- counting
+
+
+def count_stages(
+    config: Config, architecture: Architecture, plan: LayoutPlan
+) -> tuple[RankMemory, ...]:
+    """What the first rank of each pipeline stage holds. Takes seconds a stage.
+
+    Raises RuntimeError in a process that has joined a process group.
+    """
+    ranks_in_stage = plan.layout.data * plan.layout.tensor
+    return tuple(
+        dry_run(config, architecture, plan, pipeline_rank * ranks_in_stage)
+        for pipeline_rank in range(plan.layout.pipeline)
+    )
+
+
 def dry_run(
-    config: Config, architecture: Architecture, layout: Layout, rank: int = 0
+    config: Config, architecture: Architecture, plan: LayoutPlan, rank: int = 0
 ) -> RankMemory:
-    """What `rank` of `layout` would hold. Takes seconds, and a process that is alone so far."""
-    with fake_rank(layout, rank) as groups:
-        return measure_rank_memory(config, architecture, groups)
+    """What `rank` of the layout holds. As `count_stages`."""
+    with fake_rank(plan.layout, rank) as groups:
+        return measure_rank_memory(config, architecture, plan, groups)
 
 
-def measure_rank_memory(config: Config, architecture: Architecture, groups: Groups) -> RankMemory:
+def measure_rank_memory(
+    config: Config, architecture: Architecture, plan: LayoutPlan, groups: Groups
+) -> RankMemory:
     """Build what the trainer builds, run one microbatch forward through each stage that the rank
     holds, and count: with fake tensors in a fake world, with real ones in a real world."""
-    built = build_train_state(config, architecture, groups)
-    held, optimizer = built.global_parameters(), built.optimizer
+    state = build_planned_state(config, architecture, plan, groups)
+    held, optimizer = state.global_parameters(), state.optimizer
     weights = [tensor for _, tensor in held]
     gradients = [weight.main_grad for weight in weights]
     whole = [tensor for parameter, tensor in held if parameter.placement.axis is None]
+    pairs = plan.batch.micro_batch
     return RankMemory(
         parameters=sum(weight.numel() for weight in weights),
         weights=_bytes_of(weights),
@@ -94,24 +100,25 @@ def measure_rank_memory(config: Config, architecture: Architecture, groups: Grou
         optimizer=_bytes_of(_optimizer_state(optimizer, weights), besides=weights),
         replicated=sum(weight.nbytes + weight.main_grad.nbytes for weight in whole)
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
-        activations=tuple(
-            saved_activations(chunk, config.batch.micro, groups.device) for chunk in built.chunks
-        ),
+        activations=tuple(saved_activations(chunk, pairs, groups.device) for chunk in state.chunks),
+        pictures=_picture_bytes(state.chunks[0], pairs),
     )
 
 
 def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
+    """Bytes that a forward pass of `pairs` keeps for backward, by part of the model."""
     vision, text = model.architecture.vision, model.architecture.text
     tokens = torch.zeros(pairs, text.context_length, dtype=torch.int64, device=device)
     images = kept = None
     if model.stage.is_first:
-        images = torch.zeros(pairs, 3, *vision.image_size, device=device)
-        if vision.patch_dropout:
+        dtype = model.config.params_dtype  # in which they are fed
+        images = torch.zeros(pairs, 3, *vision.image_size, dtype=dtype, device=device)
+        if vision.patches_kept < vision.patches:
             kept = torch.arange(vision.patches_kept, device=device).expand(pairs, -1)
     else:
-        model.received = torch.zeros(
-            model.message_length(pairs), 1, 1, dtype=model.config.pipeline_dtype, device=device
-        ).requires_grad_()
+        length = model.messages.length(pairs, training=True)
+        message = torch.zeros(length, 1, 1, dtype=model.config.pipeline_dtype, device=device)
+        model.set_input_tensor([message.requires_grad_()])
     inputs = [x for x in (images, tokens) if x is not None]
     with SavedActivations(model, excluded=inputs) as saved:
         features = model(images, tokens, kept)
@@ -119,7 +126,15 @@ def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dic
     return saved.by_module
 
 
-def _optimizer_state(optimizer: Optimizer, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+def _picture_bytes(first_chunk: CLIPModel, pairs: int) -> int:
+    """Of one microbatch on the device, where this rank reads pictures."""
+    if not first_chunk.stage.is_first:
+        return 0
+    height, width = first_chunk.architecture.vision.image_size
+    return pairs * 3 * height * width * first_chunk.config.params_dtype.itemsize
+
+
+def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Masters and moments; the moments are made, as the first step would make them."""
     for weight in weights:
         optimizer.set_moments(weight, {name: torch.zeros_like(weight, dtype=torch.float32)
@@ -137,62 +152,79 @@ def _bytes_of(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
     return sum(piece.nbytes() for memory, piece in pieces.items() if memory not in known)
 
 
-def fit_stash_to_memory(job: Job) -> Job:
-    """The job with as many stashed microbatches as `parallel.memory` has room for on its fullest
-    stage; unchanged where the config asks for no such count. Takes seconds a stage, and a process
-    that is alone so far.
+# -------------------------------------------------------------- arithmetic on what was counted
+
+
+def peak_activations(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:
+    """Bytes of saved activations that a rank holds at the fullest moment of a step."""
+    return peak_graphs(_orders(plan, stash)[pipeline_rank], held.saved_by_chunk)
+
+
+def peak_pictures(plan: LayoutPlan, stash: int, held: RankMemory) -> int:
+    """Bytes of pictures that a rank of the first stage holds at the fullest: backward needs those
+    of every microbatch that has a graph, and one microbatch is fetched ahead."""
+    if not held.pictures:
+        return 0
+    graphs_of_first_chunk = [1, *[0] * (plan.layout.virtual_pipeline - 1)]
+    graphs = peak_graphs(_orders(plan, stash)[0], graphs_of_first_chunk)
+    return held.pictures * min(graphs + 1, plan.batch.microbatches)
+
+
+def fit_stash_to_memory(
+    plan: LayoutPlan, memory: Sequence[RankMemory], limit: str | int
+) -> LayoutPlan:
+    """The plan with as many stashed microbatches as fit into `limit` on its fullest stage.
+
+    memory: what each stage holds, from `count_stages`; limit: `parallel.memory`.
 
     Raises:
-        InputError: not even two-pass has room.
+        InputError: not even two-pass fits.
     """
-    parallel = job.config.parallel
-    if parallel.memory is None:
-        return job
-    rooms = [
-        max_stash_for_stage(job, rank, parse_bytes(parallel.memory))
-        for rank in range(job.layout.pipeline)
-    ]
-    return replace(job, stash=min(rooms))
+    stash = min(max_stash_for_stage(plan, rank, limit, held) for rank, held in enumerate(memory))
+    return replace(plan, stash=stash)
 
 
-def max_stash_for_stage(job: Job, pipeline_rank: int, memory: int) -> int:
-    """The largest stash with which this rank stays within `memory` bytes."""
-    held = stage_memory(job, pipeline_rank)
-    free = memory - held.state
-    if pipeline_rank == job.layout.pipeline - 1:
-        free -= _loss_bytes(job)
-    for stash in _candidates(job):
-        if peak_activations(job, pipeline_rank, stash, held) <= free:
+def max_stash_for_stage(
+    plan: LayoutPlan, pipeline_rank: int, limit: str | int, held: RankMemory
+) -> int:
+    """The largest stash with which this stage stays within `limit`; InputError: none does."""
+    for stash in _candidates(plan):
+        if _peak_bytes(plan, pipeline_rank, stash, held) <= parse_bytes(limit):
             return stash
-    raise memory_too_small_error(job, pipeline_rank, memory, held)
-
-
-def _candidates(job: Job) -> list[int]:
-    """From all microbatches to none. With virtual stages those that run again are whole groups: a
-    group in part would stall the others (see timeline.py)."""
-    microbatches, layout = job.plan.microbatches, job.layout
-    group = 1
-    if layout.virtual_pipeline > 1:
-        group = microbatch_group_size(microbatches, layout.pipeline)
-    return sorted({0, *range(microbatches, 0, -group)}, reverse=True)
-
-
-def _loss_bytes(job: Job) -> int:
-    """What the loss holds on the last stage, where no other stage helps it."""
-    settings, layout = job.config.loss, job.layout
-    sizes = job.plan.per_rank, job.architecture.embed_dim, layout.data, layout.tensor
-    return peak_loss_bytes(plan_exchange(settings.exchange, settings.tile, *sizes), *sizes)
+    raise memory_too_small_error(plan, pipeline_rank, limit, held)
 
 
 def memory_too_small_error(
-    job: Job, pipeline_rank: int, memory: int, held: RankMemory
+    plan: LayoutPlan, pipeline_rank: int, limit: str | int, held: RankMemory
 ) -> InputError:
-    least = held.state + peak_activations(job, pipeline_rank, 0, held)
-    if pipeline_rank == job.layout.pipeline - 1:
-        least += _loss_bytes(job)
+    least = _peak_bytes(plan, pipeline_rank, 0, held)
     return InputError(
-        f"parallel.memory {job.config.parallel.memory} is too little for stage {pipeline_rank}, "
+        f"parallel.memory {limit} is too little for stage {pipeline_rank}, "
         f"which fills {least / 1e9:.2f} GB with nothing stashed; lower batch.micro "
-        f"{job.plan.micro_batch}, set recompute to selective or full, or use more parallel.tensor "
-        "or parallel.pipeline ranks"
+        f"{plan.batch.micro_batch}, set recompute to selective or full, or use more "
+        "parallel.tensor or parallel.pipeline ranks"
     )
+
+
+def _orders(plan: LayoutPlan, stash: int) -> list:
+    layout = plan.layout
+    return step_orders(layout.pipeline, plan.batch.microbatches, stash, layout.virtual_pipeline)
+
+
+def _candidates(plan: LayoutPlan) -> list[int]:
+    """From all microbatches to none. With virtual stages those that run again are whole groups: a
+    group in part would stall the others (see timeline.py)."""
+    group = plan.microbatch_group or 1
+    return sorted({0, *range(plan.batch.microbatches, 0, -group)}, reverse=True)
+
+
+def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:
+    """All that is counted of a stage at its fullest, the loss on the last one included."""
+    layout = plan.layout
+    filled = held.state + peak_activations(plan, pipeline_rank, stash, held)
+    filled += peak_pictures(plan, stash, held)
+    if pipeline_rank == layout.pipeline - 1:
+        # Where no other stage helps: whether they do depends on the stash that is looked for.
+        sizes = plan.batch.per_rank, plan.embed_dim, layout.data, layout.tensor
+        filled += peak_loss_bytes(plan_exchange(plan.loss.exchange, plan.loss.tile, *sizes), *sizes)
+    return filled

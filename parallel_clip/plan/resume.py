@@ -19,17 +19,20 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where to go on: the newest complete checkpoint (None: from the beginning) and its facts."""
+    """The newest complete checkpoint (None: train from the beginning) and what it says of the run.
+
+    data: the fingerprint of the data that its order of samples was computed from.
+    """
 
     checkpoint: Path | None = None
     step: int = 0
     bad_samples: int = 0
     source_samples: tuple[int, ...] = ()
-    data: dict[str, Any] | None = None  # what the order of its samples was made of
+    data: dict[str, Any] | None = None
 
 
 def find_resume_point(config: Config, architecture: Architecture) -> ResumePoint:
-    """See what is in `run_dir` and whether this config may go on with it. Writes nothing.
+    """Look into `run_dir` and check that this config may resume what is there. Writes nothing.
 
     Raises:
         InputError: the folder belongs to a run of another config or model, or to something else.
@@ -76,9 +79,9 @@ def _check_writable(run_dir: Path) -> None:
         )
 
 
-def _require_same_data(resume: ResumePoint, data_fingerprint: dict[str, Any]) -> None:
-    """A run goes on only over the samples that it began with: others would be another order, and
-    some would come twice and some never.
+def require_same_data(resume: ResumePoint, data_fingerprint: dict[str, Any]) -> None:
+    """Check that a run resumes over the samples that it began with: with others the order would be
+    another one, and some would come twice and some never.
 
     Raises:
         InputError: a source has other shards than when the checkpoint was written.

@@ -1,178 +1,186 @@
-"""What a config comes to on a number of processes, found out before anything is started.
+"""Resolve a config into the plan of a run: one value, found on rank 0 and handed to all ranks.
 
-The same checks serve `train` and `train --dry-run`, so both find the same errors.
+The same function serves `train` and `train --dry-run`, so both find the same errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallel_clip.config import Config
 from parallel_clip.convert.open import open_source
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
-from parallel_clip.data.feeding.open import check_first_samples, open_training_data
-from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.index.shard_table import ShardTable
+from parallel_clip.data.feeding.open import (
+    RunShards,
+    build_order,
+    check_held_out_samples,
+    check_training_samples,
+    data_fingerprint,
+    find_run_shards,
+)
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.data.storage.progress import Print
 from parallel_clip.errors import InputError
-from parallel_clip.evaluate.held_out import check_held_out
-from parallel_clip.layout import (
-    BatchPlan,
-    Layout,
-    check_microbatches,
-    check_model,
-    plan_batch,
-    training_steps,
-)
+from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
+from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.known_models import load_architecture, with_logit_defaults
-from parallel_clip.optimizer.train_state import stages_of
-from parallel_clip.plan.layout_plan import choose_stash
-from parallel_clip.plan.resume import ResumePoint, _require_same_data, find_resume_point
-from parallel_clip.stages.stage import Stage
-
-Print = Callable[[str], None]
-
-# Pairs of a global batch from which on a loss shared by two stages is quicker, its features and
-# gradients passed about included: `python benchmarks/loss.py`, on a CPU.
-LARGE_LOSS = 1024
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
+from parallel_clip.plan.memory import RankMemory, count_stages, fit_stash_to_memory
+from parallel_clip.plan.resume import ResumePoint, find_resume_point, require_same_data
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked config: the model, who does what, and where to begin."""
+class TokenizerSource:
+    """Which tokenizer a run uses, as data: each rank builds it. As `build_tokenizer`."""
+
+    choice: str | None
+    folder: Path | None
+
+    def build(self, architecture: Architecture) -> Tokenizer:
+        return build_tokenizer(self.choice, architecture.text, self.folder)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does, on which ranks, from where and how long. Data only: no open files.
+
+    tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
+    data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
+    epoch; prompts: of `evaluate.zero_shot`; memory: what each pipeline stage holds, None where it
+    was not counted.
+    """
 
     config: Config
     architecture: Architecture
-    layout: Layout
-    plan: BatchPlan
+    layout_plan: LayoutPlan
     resume: ResumePoint
     preprocess: Preprocess
-    tokenizer: Tokenizer
-    initial: ModelWeights | None
-    stages: tuple[Stage, ...]
-    stash: int  # microbatches of a step that keep their graphs, see pipeline/schedule.py
+    tokenizer: TokenizerSource
+    tokenizer_name: str | None
+    steps: int
+    data_fingerprint: dict[str, Any]
+    epoch_pairs: tuple[int, ...]
+    prompts: ClassPrompts | None
+    memory: tuple[RankMemory, ...] | None
 
     @property
-    def loss_on_all_stages(self) -> bool:
-        """Whether all stages work on the loss. Where microbatches run forward again, the other
-        stages have begun with that while the last one is at the loss; where none does, they wait.
-        """
-        asked = self.config.loss.stages
-        if self.layout.pipeline == 1 or asked == "last":
-            return False
-        waiting = self.stash == self.plan.microbatches
-        return asked == "all" or waiting and self.plan.global_batch >= LARGE_LOSS
+    def layout(self) -> Layout:
+        return self.layout_plan.layout
+
+    @property
+    def batch(self) -> BatchPlan:
+        return self.layout_plan.batch
 
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
 
     @property
-    def tokenizer_choice(self) -> str | None:
-        """What a checkpoint notes as `data.tokenizer`."""
-        if self.tokenizer.folder is not None:
-            return str(Path(self.tokenizer.folder).absolute())
-        return self.config.data.tokenizer
+    def is_finished(self) -> bool:
+        return self.resume.step >= self.steps
 
 
-def make_run_plan(config: Config, world_size: int) -> Job:
-    """Check everything but the data. Reads files, writes none, starts nothing.
+def make_run_plan(
+    config: Config, world_size: int, print_: Print = print, *, dry_run: bool = False
+) -> tuple[RunPlan, RunShards]:
+    """Resolve a config into a RunPlan for `world_size` ranks, and the shards that it trains on.
+
+    Checks everything, data included; reads files, writes none, starts nothing. The index of shards
+    that had none is in the second value, still to be saved. Memory is counted where
+    `parallel.memory` limits it, and in a dry run; that takes seconds a stage, and a process that
+    has joined no process group. A dry run also takes counts from a `sizes.json` for an index.
 
     Raises:
         InputError: whatever is wrong, with the way out.
     """
-    parallel = config.parallel
-    architecture = with_logit_defaults(load_architecture(config.model.name), config.loss.kind)
-    check_model(parallel.tensor, architecture)  # before a world is asked for that cannot help
-    layout = Layout(
-        world_size,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.virtual_pipeline,
-        parallel.sequence,
-    )
-    stages = stages_of(config, architecture, layout)
-    plan = plan_batch(layout, config.batch.global_, config.batch.micro)
-    check_microbatches(layout, plan)
-    stash = choose_stash(parallel, plan.microbatches)
+    architecture = load_architecture(config.model.name, config.loss.kind)
+    layout_plan = make_layout_plan(architecture.costs, world_size, config)
     resume = find_resume_point(config, architecture)
-    facts, initial = initial_weights_source(config, architecture, resume)
+    metadata = _source_metadata(config, architecture, resume)
+    preprocess = _preprocess(config, architecture, metadata)
+    tokenizer = TokenizerSource(
+        config.data.tokenizer or (metadata.tokenizer if metadata else None),
+        metadata.folder if metadata else None,
+    )
+    tokenizer_folder = tokenizer.build(architecture).folder
 
+    memory, limit = None, config.parallel.memory
+    if dry_run or limit is not None:
+        memory = count_stages(config, architecture, layout_plan)
+    if limit is not None:
+        layout_plan = fit_stash_to_memory(layout_plan, memory, limit)
+
+    shards = find_run_shards(config, print_, counts_suffice=dry_run)
+    order = build_order(config, shards)
+    steps = _steps(config, order.samples_per_epoch)
+    fingerprint = data_fingerprint(shards)
+    if resume.step < steps:  # else there is nothing to resume
+        require_same_data(resume, fingerprint)
+    check_training_samples(config, shards)
+    prompts = read_class_prompts(config.evaluate.zero_shot)
+    check_held_out_samples(config, shards)
+    plan = RunPlan(
+        config,
+        architecture,
+        layout_plan,
+        resume,
+        preprocess,
+        tokenizer,
+        str(Path(tokenizer_folder).absolute()) if tokenizer_folder else config.data.tokenizer,
+        steps,
+        fingerprint,
+        tuple(order.source_samples),
+        prompts,
+        memory,
+    )
+    return plan, shards
+
+
+def open_initial_weights(plan: RunPlan) -> ModelWeights | None:
+    """The weights of `init.from`; None where a run begins with random ones, or resumes."""
+    if plan.resume.checkpoint is not None or plan.config.init.from_ is None:
+        return None
+    return _initial_weights(plan.config, plan.architecture)
+
+
+def _initial_weights(config: Config, architecture: Architecture) -> ModelWeights:
+    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
+    return ModelWeights(open_source(config.init.from_), architecture, optional=("logit_bias",))
+
+
+def _source_metadata(
+    config: Config, architecture: Architecture, resume: ResumePoint
+) -> SourceMetadata | None:
+    """What the checkpoint to resume, else `init.from`, says of preprocessing and tokenizer."""
+    if resume.checkpoint is not None:
+        return open_source(resume.checkpoint).metadata
+    if config.init.from_ is None:
+        return None
+    return _initial_weights(config, architecture).metadata
+
+
+def _preprocess(
+    config: Config, architecture: Architecture, metadata: SourceMetadata | None
+) -> Preprocess:
     chosen = {
         key: getattr(config.data, key) for key in ("mean", "std", "interpolation", "resize_mode")
     }
-    preprocess = Preprocess.from_openclip(
-        architecture.vision.image_size, facts.preprocess if facts else None, chosen
-    )
-    tokenizer = build_tokenizer(
-        config.data.tokenizer or (facts.tokenizer if facts else None),
-        architecture.text,
-        facts.folder if facts else None,
-    )
-    return Job(
-        config, architecture, layout, plan, resume, preprocess, tokenizer, initial, stages, stash
+    return Preprocess.from_openclip(
+        architecture.vision.image_size, metadata.preprocess if metadata else None, chosen
     )
 
 
-def open_data(
-    job: Job, say: Print, *, check: bool = True, counts_suffice: bool = False
-) -> tuple[TrainingData, int]:
-    """The training pairs, and the number of steps that the run has over them. The index of shards
-    that have none is made and not kept; the rest is as in `index_shards`.
-
-    Raises:
-        InputError: no or broken shards, or a run shorter than one step or than its schedule.
-    """
-    config = job.config
-    data = open_training_data(
-        config,
-        job.preprocess,
-        job.tokenizer,
-        say,
-        check=check,
-        save_index=False,
-        counts_suffice=counts_suffice,
-    )
-    steps = training_steps(config.train, data.samples_per_epoch, config.batch.global_)
+def _steps(config: Config, samples_per_epoch: int) -> int:
+    """The length of the run; InputError where it is shorter than one step or its schedule."""
+    steps = training_steps(config.train, samples_per_epoch, config.batch.global_)
     schedule = config.schedule
     if schedule.kind == "wsd" and schedule.warmup + schedule.cooldown > steps:
         raise InputError(
             f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
             f"than the run's {steps} steps; shorten one, or train longer"
         )
-    return data, steps
-
-
-def check_data(
-    job: Job, say: Print, *, counts_suffice: bool = False
-) -> tuple[int, list[ShardTable]]:
-    """Look into the training and the held-out shards. Writes nothing: the index of the shards that
-    are returned is still to be kept. Also returns the number of steps.
-
-    Raises:
-        InputError: as `open_data` and `check_held_out`, or shards that are of another kind.
-    """
-    data, steps = open_data(job, say, counts_suffice=counts_suffice)
-    if job.resume.step < steps:  # else there is nothing to go on with
-        _require_same_data(job.resume, data.data_fingerprint)
-    for source, shards in zip(job.config.data.train, data.sources, strict=True):
-        check_first_samples(shards, "captions", source.caption_key or job.config.data.caption_key)
-    return steps, [*data.sources, *check_held_out(job.config, say)]
-
-
-def initial_weights_source(
-    config: Config, architecture: Architecture, resume: ResumePoint
-) -> tuple[SourceMetadata | None, ModelWeights | None]:
-    """Where preprocessing, tokenizer and weights come from: the checkpoint that the run goes on
-    from, else `init.from`, else nowhere (random weights)."""
-    if resume.checkpoint is not None:
-        return open_source(resume.checkpoint).facts, None
-    if config.init.from_ is None:
-        return None, None
-    source = open_source(config.init.from_)
-    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
-    return source.facts, ModelWeights(source, architecture, optional=("logit_bias",))
+    return steps

@@ -1,65 +1,56 @@
-"""What the parts of a CLIP model cost: FLOPs of one forward pass of one pair, in training.
+"""What a model costs: FLOPs of one forward pass of one pair, in training; all that arithmetic on
+layouts knows of a model.
 
 Matrix products alone are counted, two operations to a multiply-add; norms, activation functions,
 softmax and table look-ups are negligible beside them. The backward pass multiplies each product's
 gradient by both of its factors, hence costs twice the forward (Narayanan et al., "Efficient
 Large-Scale Language Model Training on GPU Clusters", arXiv 2104.04473, appendix).
-
-h width, m MLP width, s tokens that pass through the blocks, D embedding width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from parallel_clip.model.architecture import Architecture
-    from parallel_clip.model.towers.vision import VisionConfig
-    from parallel_clip.stages.stage import LayerRange, Stage
+from parallel_clip.stages.stage import LayerRange, Stage
 
 
 @dataclass(frozen=True)
 class TowerCosts:
-    """FLOPs, forward, of one picture or one text: before the first block, in each block, after the
-    last block."""
+    """A tower of `layers` equal blocks. FLOPs, forward, of one picture or one text: `embedding`
+    before the first block, `block` in each block, `head` after the last one.
 
+    tensor_sizes: what tensor parallelism splits and must divide, each with its name in messages,
+    such as ("heads", 12).
+    """
+
+    layers: int
     embedding: int
     block: int
     head: int
+    tensor_sizes: tuple[tuple[str, int], ...]
 
-    def of(self, layers: LayerRange) -> int:
-        """Those of one stage's part of the tower."""
+    def of(self, held: LayerRange) -> int:
+        """FLOPs of one stage's part of the tower."""
         return (
-            layers.layers * self.block
-            + layers.has_embedding * self.embedding
-            + layers.heads * self.head
+            held.layers * self.block
+            + held.has_embedding * self.embedding
+            + held.has_head * self.head
         )
 
 
-def vision_costs(architecture: Architecture) -> TowerCosts:
-    """The patch convolution, blocks on the patches that patch dropout keeps, the projection."""
-    vision = architecture.vision
-    return TowerCosts(
-        embedding=2 * vision.patches * _values_in_a_patch(vision) * vision.width,
-        block=block_flops(1 + vision.patches_kept, vision.width, vision.mlp_width),
-        head=2 * vision.width * architecture.embed_dim,
-    )
+@dataclass(frozen=True)
+class ModelCosts:
+    """Both towers of the model called `name`; `embed_dim` is the width of a feature."""
 
-
-def text_costs(architecture: Architecture) -> TowerCosts:
-    """Its embedding is a look-up and costs nothing; only the pooled token is projected."""
-    text = architecture.text
-    return TowerCosts(
-        embedding=0,
-        block=block_flops(text.context_length, text.width, text.mlp_width),
-        head=2 * text.width * architecture.embed_dim,
-    )
+    name: str
+    embed_dim: int
+    vision: TowerCosts
+    text: TowerCosts
 
 
 def block_flops(tokens: int, width: int, mlp_width: int) -> int:
-    """A transformer block's 8sh² (query, key, value and output), 4s²h (scores, and their weighted
-    sum of values) and 4shm (MLP).
+    """FLOPs, forward, of a transformer block: with s tokens, width h and MLP width m, 8sh² (query,
+    key, value and output), 4s²h (scores, and their weighted sum of values) and 4shm (MLP).
 
     Causal attention counts in full: kernels differ in how much of the masked half they skip, and
     at 77 tokens of width 512 that half is 1.2% of a block.
@@ -70,12 +61,6 @@ def block_flops(tokens: int, width: int, mlp_width: int) -> int:
     return projections + attention + mlp
 
 
-def stage_cost(stage: Stage, architecture: Architecture) -> int:
+def stage_cost(stage: Stage, costs: ModelCosts) -> int:
     """FLOPs, forward, that one pair costs on `stage`."""
-    vision, text = vision_costs(architecture), text_costs(architecture)
-    return vision.of(stage.vision) + text.of(stage.text)
-
-
-def _values_in_a_patch(vision: VisionConfig) -> int:
-    height, width = vision.patch_size
-    return 3 * height * width
+    return costs.vision.of(stage.vision) + costs.text.of(stage.text)

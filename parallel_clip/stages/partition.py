@@ -15,12 +15,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from parallel_clip.errors import InputError
-from parallel_clip.stages.costs import TowerCosts, text_costs, vision_costs
+from parallel_clip.stages.costs import ModelCosts, TowerCosts
+from parallel_clip.stages.stage import LayerRange, Stage
 
 if TYPE_CHECKING:
     from parallel_clip.config import Stages
-    from parallel_clip.model.architecture import Architecture
-from parallel_clip.stages.stage import LayerRange, Stage
 
 # What evenness may cost: within so much of the least, layers are dealt as people would deal them,
 # and not 17, 14, 17 for a gain that no clock would show.
@@ -40,34 +39,28 @@ class LayerSplit(NamedTuple):
         return f"{{vision: {list(self.vision)}, text: {list(self.text)}}}"
 
 
-def whole_model(architecture: Architecture) -> Stage:
-    """The only stage of a pipeline of one."""
-    (stage,) = partition(architecture, 1)
-    return stage
-
-
 def partition(
-    architecture: Architecture, pipeline: int, virtual: int = 1, manual_split: Stages | None = None
+    costs: ModelCosts, pipeline: int, virtual: int = 1, manual_split: Stages | None = None
 ) -> tuple[Stage, ...]:
     """The `pipeline` × `virtual` stages in the order in which data pass through them.
 
     Args:
-        by_hand: numbers of layers for each stage in order; None: balanced by cost.
+        manual_split: numbers of layers for each stage in order; None: balanced by cost.
 
     Raises:
         InputError: there are more stages than layers, or `manual_split` does not fit the model.
     """
     count = pipeline * virtual
-    _check_count(architecture, pipeline, virtual)
+    _check_count(costs, pipeline, virtual)
     if manual_split is None:
-        deal = balanced_split(architecture, count)
+        split = balanced_split(costs, count)
     else:
-        deal = LayerSplit(manual_split.vision, manual_split.text)
-        for problem in _problems(deal, architecture, pipeline, virtual):
-            balanced = balanced_split(architecture, count)
+        split = LayerSplit(manual_split.vision, manual_split.text)
+        for problem in _problems(split, costs, pipeline, virtual):
+            balanced = balanced_split(costs, count)
             raise InputError(f"{problem}; balanced by cost it is {balanced}, as with null")
-    vision = _ranges(deal.vision, architecture.vision.layers)
-    text = _ranges(deal.text, architecture.text.layers)
+    vision = _ranges(split.vision, costs.vision.layers)
+    text = _ranges(split.text, costs.text.layers)
     return tuple(Stage(n, count, v, t) for n, (v, t) in enumerate(zip(vision, text, strict=True)))
 
 
@@ -82,20 +75,20 @@ def _ranges(counts: Iterable[int], total: int) -> list[LayerRange]:
     return [LayerRange(f, s, total) for f, s in zip([0, *stops], stops, strict=False)]
 
 
-def balanced_split(architecture: Architecture, count: int) -> LayerSplit:
+@cache  # a search over layouts asks for the same few again and again
+def balanced_split(costs: ModelCosts, count: int) -> LayerSplit:
     """The most even split whose slowest stage costs at most `COST_TOLERANCE` above the minimum.
 
     Evenest: the least sum of squared costs of each tower on each stage; of equals, the fewest
     (vision, then text) layers on the first stage, on the second, and so on, because early stages
     keep the activations of more microbatches. Bounds on the cost of a stage are tried from the
     least that could do; the least that does is soon found, since costs are close together and
-    deals many.
+    splits many.
     """
-    vision = _range_costs(vision_costs(architecture), architecture.vision.layers)
-    text = _range_costs(text_costs(architecture), architecture.text.layers)
-    whole = vision[0, architecture.vision.layers] + text[0, architecture.text.layers]
-    costs = {v + t for v in vision.values() for t in text.values()}
-    bounds = sorted(cost for cost in costs if cost * count >= whole)
+    vision, text = _range_costs(costs.vision), _range_costs(costs.text)
+    whole = vision[0, costs.vision.layers] + text[0, costs.text.layers]
+    sums = {v + t for v in vision.values() for t in text.values()}
+    bounds = sorted(cost for cost in sums if cost * count >= whole)
     least = next(
         bound for bound in bounds if min_variance_split(vision, text, count, bound) is not None
     )
@@ -105,7 +98,8 @@ def balanced_split(architecture: Architecture, count: int) -> LayerSplit:
 def min_variance_split(
     vision: _RangeCosts, text: _RangeCosts, count: int, bound: int
 ) -> LayerSplit | None:
-    """The deal of least squared costs among those in which no stage costs more than `bound`.
+    """The split of least squared costs among those in which no stage costs more than `bound`; None
+    where there is none.
 
     A dynamic program over (stage, layers dealt of each tower). The bound keeps its states few:
     where too little has been dealt, the stages to come cannot hold the rest.
@@ -148,7 +142,8 @@ def _stops(dealt: int, total: int, may_wait: bool) -> range:
     return range(dealt + 1, total + 1)
 
 
-def _range_costs(costs: TowerCosts, total: int) -> _RangeCosts:
+def _range_costs(costs: TowerCosts) -> _RangeCosts:
+    total = costs.layers
     return {
         (first, stop): costs.of(LayerRange(first, stop, total))
         for first in range(total + 1)
@@ -156,8 +151,8 @@ def _range_costs(costs: TowerCosts, total: int) -> _RangeCosts:
     }
 
 
-def _check_count(architecture: Architecture, pipeline: int, virtual: int) -> None:
-    vision, text = architecture.vision.layers, architecture.text.layers
+def _check_count(costs: ModelCosts, pipeline: int, virtual: int) -> None:
+    vision, text = costs.vision.layers, costs.text.layers
     layers = vision + text
     if pipeline * virtual <= layers:
         return
@@ -169,17 +164,15 @@ def _check_count(architecture: Architecture, pipeline: int, virtual: int) -> Non
     remedy = " or ".join(ways) or f"their product to at most {layers}"
     raise InputError(
         f"{_in_words(pipeline, virtual)} are more than the {layers} layers of "
-        f"{architecture.name} (vision {vision} + text {text}); set {remedy}"
+        f"{costs.name} (vision {vision} + text {text}); set {remedy}"
     )
 
 
-def _problems(
-    deal: LayerSplit, architecture: Architecture, pipeline: int, virtual: int
-) -> Iterator[str]:
-    """What is wrong with a deal by hand; a problem makes no sense before those above are gone."""
+def _problems(split: LayerSplit, costs: ModelCosts, pipeline: int, virtual: int) -> Iterator[str]:
+    """What is wrong with a manual split; a problem makes no sense before those above are gone."""
     towers = {
-        "vision": (list(deal.vision), architecture.vision.layers),
-        "text": (list(deal.text), architecture.text.layers),
+        "vision": (list(split.vision), costs.vision.layers),
+        "text": (list(split.text), costs.text.layers),
     }
     for tower, (counts, total) in towers.items():
         given = f"parallel.stages.{tower} {counts}"
@@ -189,7 +182,7 @@ def _problems(
             yield f"{given} has a number below 0"
         if sum(counts) != total:
             yield (
-                f"{given} deals {sum(counts)} layers and the {tower} tower of {architecture.name} "
+                f"{given} deals {sum(counts)} layers and the {tower} tower of {costs.name} "
                 f"has {total}"
             )
         held = [stage for stage, layers in enumerate(counts) if layers]

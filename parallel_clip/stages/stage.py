@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -23,22 +19,22 @@ class LayerRange:
 
     @property
     def has_embedding(self) -> bool:
-        """Holds the tower's first layer, so its embedding too."""
+        """Whether it holds the tower's first layer, and so its embedding."""
         return self.layers > 0 and self.first == 0
 
     @property
-    def heads(self) -> bool:
-        """Holds the tower's last layer, so its pooling, final norm and projection too."""
+    def has_head(self) -> bool:
+        """Whether it holds the tower's last layer, and so its final norm, pooling, projection."""
         return self.layers > 0 and self.is_finished
 
     @property
     def has_started(self) -> bool:
-        """Something of the tower is handed on to the next stage."""
+        """Whether something of the tower is handed on to the next stage."""
         return self.stop > 0
 
     @property
     def is_finished(self) -> bool:
-        """What is handed on are features and not hidden states."""
+        """Whether features are handed on, and not hidden states."""
         return self.stop == self.total
 
 
@@ -58,3 +54,9 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.number == self.count - 1
+
+
+def whole_model(vision_layers: int, text_layers: int) -> Stage:
+    """The only stage of a pipeline of one."""
+    vision, text = (LayerRange(0, layers, layers) for layers in (vision_layers, text_layers))
+    return Stage(0, 1, vision, text)

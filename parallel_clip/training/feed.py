@@ -1,13 +1,15 @@
-"""From the loader to the device: one rank of each copy of the model reads, and shares what it read.
+"""From the loader to the device: one rank of each copy of the model reads, and broadcasts it.
 
-Pictures go to the tensor ranks of the first stage; tokens to all ranks of all stages, as texts are
-pooled where the end-of-text token is.
+Tokens go to all ranks of all stages when a step begins, as texts are pooled where the end-of-text
+token is. Pictures go to the tensor ranks of the first stage, one microbatch ahead of the schedule,
+in each pass anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,15 +23,15 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import BatchPlan
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
-from parallel_clip.pipeline.forward_backward import MicrobatchInputs
+from parallel_clip.pipeline.inputs import Pictures, StepInputs
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A data rank's share of one global batch. `read` and what comes of it is there on the rank
-    that read it, and empty on the others that share the model with it."""
+    """A data rank's share of one global batch. `read`, `bad` and the counts are those of the rank
+    that reads (`Groups.reads_data`), and empty on the others that share the model with it."""
 
-    inputs: list[MicrobatchInputs]
+    inputs: StepInputs
     read: Sequence[Microbatch]
 
     @property
@@ -37,15 +39,15 @@ class StepBatch:
         return [sample for microbatch in self.read for sample in microbatch.bad]
 
     def of_sources(self, sources: int) -> list[int]:
-        """How many pairs of each source were read."""
+        """The number of pairs read from each source."""
         read = [address.source for microbatch in self.read for address in microbatch.addresses]
         return np.bincount(np.array(read, np.int64), minlength=sources).tolist()
 
 
 class DeviceFeed:
-    """Yields the batch of each step from `first_step` (counted from 0) on.
+    """Broadcasts the loader's microbatches to the ranks that share a copy of the model.
 
-    loader: given where `groups.reads_data`, None on the others.
+    loader: given where `groups.reads_data`, None on the others; dtype: of the pictures.
     """
 
     def __init__(
@@ -65,45 +67,43 @@ class DeviceFeed:
         self._seed = seed
 
     def batches(self, first_step: int, steps: int) -> Iterator[StepBatch]:
+        """The batch of each step from `first_step` (counted from 0) on."""
         source = iter(self._loader) if self._loader is not None else None
         for step in range(first_step, steps):
             read = next(source) if source is not None else []
-            inputs = [
-                self._share(step, read[i] if source is not None else None)
-                for i in range(self._plan.microbatches)
+            tokens = [
+                self._share_tokens(read[number] if read else None)
+                for number in range(self._plan.microbatches)
             ]
-            yield StepBatch(inputs, read)
+            yield StepBatch(StepInputs(tokens, partial(self._share_pictures, step, read)), read)
 
-    def _share(self, step: int, microbatch: Microbatch | None) -> MicrobatchInputs:
-        """Put a microbatch on the device of every rank that works on it."""
-        pairs, text = self._plan.micro_batch, self._architecture.text
+    def _share_tokens(self, microbatch: Microbatch | None) -> Tensor:
+        """A microbatch's tokens, on every rank that shares the model."""
+        pairs, context = self._plan.micro_batch, self._architecture.text.context_length
+        groups = self._groups
         if microbatch is None:
-            tokens = torch.empty(pairs, text.context_length, dtype=torch.int64)
+            tokens = torch.empty(pairs, context, dtype=torch.int64, device=groups.device)
         else:
             tokens = microbatch.tokens
-        groups = self._groups
         if groups.pipeline_rank == 0:
             tokens = self._broadcast(tokens, groups.tensor)
-        tokens = self._broadcast(tokens, groups.pipeline)
-        if groups.pipeline_rank > 0:
-            return MicrobatchInputs(None, tokens)
-        images, positions = self._share_pictures(microbatch)
-        return MicrobatchInputs(images, tokens, self._kept_patches(step, positions))
+        return self._broadcast(tokens, groups.pipeline)
 
-    def _share_pictures(self, microbatch: Microbatch | None) -> tuple[Tensor, Tensor]:
-        """Pictures and their positions in the order, on every tensor rank of the first stage."""
-        if microbatch is None:
-            pairs, size = self._plan.micro_batch, self._architecture.vision.image_size
-            images = torch.empty(pairs, 3, *size, dtype=self._dtype)
-            positions = torch.empty(pairs, dtype=torch.int64)
+    def _share_pictures(self, step: int, read: Sequence[Microbatch], number: int) -> Pictures:
+        """A microbatch's pictures, on every tensor rank of the first stage."""
+        group, device = self._groups.tensor, self._groups.device
+        if read:
+            images, positions = read[number].images.to(self._dtype), read[number].positions
         else:
-            images, positions = microbatch.images.to(self._dtype), microbatch.positions
-        group = self._groups.tensor
-        return self._broadcast(images, group), self._broadcast(positions, group)
+            pairs, size = self._plan.micro_batch, self._architecture.vision.image_size
+            images = torch.empty(pairs, 3, *size, dtype=self._dtype, device=device)
+            positions = torch.empty(pairs, dtype=torch.int64, device=device)
+        images = self._broadcast(images, group)
+        return Pictures(images, self._kept_patches(step, self._broadcast(positions, group)))
 
     def _kept_patches(self, step: int, positions: Tensor) -> Tensor | None:
         vision = self._architecture.vision
-        if not vision.patch_dropout:
+        if vision.patches_kept == vision.patches:
             return None
         kept = kept_patches_of_batch(
             self._seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept

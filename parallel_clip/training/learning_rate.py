@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from parallel_clip.config import Schedule
+from parallel_clip.config import LearningRateSchedule
 
 
-def learning_rate(step: int, total: int, peak: float, schedule: Schedule) -> float:
+def learning_rate(step: int, total: int, peak: float, schedule: LearningRateSchedule) -> float:
     """The learning rate of step `step`, counted from 0, of a run of `total` steps.
 
     Linear warmup to `peak`; then a cosine to `min_lr` (Loshchilov and Hutter, arXiv 1608.03983),

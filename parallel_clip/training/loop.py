@@ -1,153 +1,147 @@
-"""`parallel-clip train`: from a config to a trained run folder."""
+"""Train a planned run: from its plan to a trained run folder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from parallel_clip.checkpoint.checkpointer import save_checkpoint
-from parallel_clip.checkpoint.load import load_checkpoint
+from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.index.shard_table import ShardTable, save_index
+from parallel_clip.data.feeding.open import (
+    RunShards,
+    build_held_out_data,
+    build_training_data,
+    data_fingerprint,
+    reopen_run_shards,
+)
+from parallel_clip.data.feeding.training_data import TrainingData
+from parallel_clip.data.storage.progress import Print, print_nothing
 from parallel_clip.engine import device
-from parallel_clip.engine.groups import Groups, open_groups
+from parallel_clip.engine.groups import Groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
-from parallel_clip.errors import BadDataError
+from parallel_clip.errors import InputError
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.parameters import local_slice
-from parallel_clip.optimizer.train_state import TrainState, build_train_state
-from parallel_clip.plan.describe import describe_data, describe_job
-from parallel_clip.plan.run_plan import Job, check_data, open_data
-from parallel_clip.training import run_folder
+from parallel_clip.optimizer.train_state import TrainState
+from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.describe import describe_data, describe_run
+from parallel_clip.plan.run_plan import RunPlan, open_initial_weights
 from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
-from parallel_clip.training.run_log import MetricsLog, StepRecord, StepTimer
-from parallel_clip.training.sample_log import _Ledger
-from parallel_clip.training.step import build_loss, training_step
+from parallel_clip.training.run_folder import prepare_run_folder
+from parallel_clip.training.run_log import RunLog, StepRecord, StepTimer
+from parallel_clip.training.sample_log import SampleLog
+from parallel_clip.training.step import TrainStep, build_loss
 
 
-def train(job: Job, launch: Launch) -> None:
-    """Run, or go on with, a training. Called by every process.
+def train(plan: RunPlan, launch: Launch, shards: RunShards | None = None) -> None:
+    """Run, or resume, a training. Called by every process with the same plan.
+
+    shards: what rank 0 found when it made the plan; None: they are looked up.
 
     Raises:
         InputError: the input is wrong; nothing has been written.
         BadDataError: more of the samples are bad than `data.max_bad_fraction`.
     """
-    config = job.config
+    print_ = print if launch.is_rank_zero else print_nothing
+    if plan.is_finished:
+        print_(f"{plan.run_dir} is finished: {plan.resume.step} of {plan.steps} steps done")
+        return
+    config = plan.config
     if config.deterministic:
         device.make_deterministic()
-    groups = open_groups(job.layout, launch)
-    say = print if groups.is_rank_zero else _say_nothing
-    shards: list[ShardTable] = []  # on rank 0, whose index is still to be kept
-
-    def look_into_data() -> int:
-        steps, found = check_data(job, say)
-        shards.extend(found)
-        return steps
-
-    steps = groups.run_on_rank_zero(look_into_data)
-    if job.resume.step >= steps:
-        say(f"{job.run_dir} is finished: {job.resume.step} of {steps} steps done")
-        return
-    built = build_train_state(config, job.architecture, groups)
-    groups.run_on_all_ranks(lambda: _set_weights(built, job, groups))
-
-    def write_first_files() -> None:  # nothing before this writes anything
-        run_folder.prepare_run_folder(config, job.layout, device.describe_device(), job.resume)
-        for table in shards:
-            save_index(table, say)
-
-    groups.run_on_rank_zero(write_first_files)
-    data, _ = groups.run_on_all_ranks(lambda: open_data(job, _say_nothing, check=False))
-    encoder = ModelEncoder(built.chunks, job.preprocess, job.tokenizer, groups)
-    held_out = groups.run_on_all_ranks(
-        lambda: HeldOutEvaluation(config, encoder, groups, _say_nothing)
+    join_world(launch)
+    groups = make_groups(plan.layout)
+    state = build_planned_state(config, plan.architecture, plan.layout_plan, groups)
+    checkpointer = Checkpointer(plan.run_dir, groups, config.checkpoint.keep)
+    groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups))
+    # Nothing before this writes anything.
+    groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
+    shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
+    tokenizer = plan.tokenizer.build(plan.architecture)
+    encoder = ModelEncoder(state.chunks, plan.preprocess, tokenizer, groups)
+    held_out = HeldOutEvaluation(
+        build_held_out_data(
+            config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
+        ),
+        plan.prompts,
+        encoder,
+        groups,
+        loss_kind=config.loss.kind,
+        batch=config.evaluate.batch,
     )
-    say(describe_job(job, steps))
-    say(describe_data(job, data))
-
-    loader = None
-    if groups.reads_data:
-        part = RankBatchSlice(
-            job.plan.global_batch, job.plan.micro_batch, groups.data_rank, job.layout.data
-        )
-        loader = TrainingLoader(
-            data,
-            part,
-            job.resume.step,
-            steps,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-            patience=config.data.worker_patience,
-        )
+    data = build_training_data(config, shards, plan.preprocess, tokenizer)
+    print_(describe_run(plan))
+    print_(describe_data(plan))
     feed = DeviceFeed(
-        loader, job.architecture, job.plan, groups, DTYPES[config.precision], config.seed
+        _loader(plan, data, groups) if groups.reads_data else None,
+        plan.architecture,
+        plan.batch,
+        groups,
+        DTYPES[config.precision],
+        config.seed,
     )
-    _Run(job, groups, built, held_out, steps, data.data_fingerprint).run(feed)
-    say(f"finished: {steps} steps, {job.run_dir}")
+    TrainingLoop(plan, groups, state, checkpointer, held_out).run(feed)
+    print_(f"finished: {plan.steps} steps, {plan.run_dir}")
 
 
-class _Run:
-    """The loop over steps and what happens between them."""
+class TrainingLoop:
+    """The loop over steps, and what happens between them: metrics, checkpoints, evaluations."""
 
     def __init__(
         self,
-        job: Job,
+        plan: RunPlan,
         groups: Groups,
-        built: TrainState,
+        state: TrainState,
+        checkpointer: Checkpointer,
         held_out: HeldOutEvaluation,
-        steps: int,
-        data_fingerprint: dict[str, Any],
     ):
-        self.job = job
-        self.config = job.config
+        self.plan = plan
+        self.config = plan.config
         self.groups = groups
-        self.built = built
+        self.state = state
+        self.checkpointer = checkpointer
         self.held_out = held_out
-        self.steps = steps
-        self.data_fingerprint = data_fingerprint
-        self.bad_samples = job.resume.bad_samples
-        seen = job.resume.source_samples or [0] * len(job.config.data.train)
-        self.source_samples = torch.tensor(seen)
-        self.stopwatch = StepTimer()
-        self.log: MetricsLog | None = None
+        settings, on_all_stages = plan.config.loss, plan.layout_plan.loss_on_all_stages
+        loss = build_loss(settings.kind, settings.exchange, settings.tile, groups, on_all_stages)
+        stash = plan.layout_plan.stash
+        self.step = TrainStep(state, loss, stash, groups.pipeline, on_all_stages)
+        self.timer = StepTimer()
+        self.log: RunLog | None = None
         if groups.is_rank_zero:
-            self.log = MetricsLog(job.run_dir, steps, job.plan.global_batch, job.resume.step)
-        self.ledger = _Ledger(job, groups) if self.config.log.ledger else None
+            self.log = RunLog(plan.run_dir, plan.steps, plan.batch.global_batch, plan.resume.step)
+        self.samples = SampleLog(
+            plan.run_dir,
+            groups,
+            plan.batch.global_batch,
+            plan.config.data.max_bad_fraction,
+            plan.resume.bad_samples,
+            plan.resume.source_samples or [0] * len(plan.epoch_pairs),
+        )
 
     def run(self, feed: DeviceFeed) -> None:
-        config, settings = self.config, self.config.optimizer
-        loss = build_loss(config, self.groups, self.job.loss_on_all_stages)
-        first = self.job.resume.step
-        for step, (batch, data_seconds) in enumerate(
-            _timed(feed.batches(first, self.steps)), start=first + 1
-        ):
-            self._account_for_samples(step, batch)
-            lr = learning_rate(step - 1, self.steps, settings.lr, config.schedule)
+        """Train from the step resumed from to the last one."""
+        settings, first = self.config.optimizer, self.plan.resume.step
+        batches = _timed(feed.batches(first, self.plan.steps))
+        for step, (batch, data_seconds) in enumerate(batches, start=first + 1):
+            self.samples.count(step, batch)
+            lr = learning_rate(step - 1, self.plan.steps, settings.lr, self.config.schedule)
             try:
-                record = training_step(
-                    self.built,
-                    loss,
-                    batch.inputs,
-                    self.job.stash,
-                    lr,
-                    self.groups.pipeline,
-                    self.job.loss_on_all_stages,
-                )
+                record = self.step(batch.inputs, lr)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
-            self.stopwatch.add_step(data_seconds)
-            if self.ledger is not None:
-                self.ledger.write(step, batch)
-            if step == 1 or step % config.log.every == 0:
+            self.timer.add_step(data_seconds)
+            if self.config.log.ledger:
+                self.samples.write_ledger(step, batch)
+            if step == 1 or step % self.config.log.every == 0:
                 self._write_metrics(step, record)
             self.save_and_evaluate(step)
         if self.log is not None:
@@ -156,89 +150,90 @@ class _Run:
     def _write_metrics(self, step: int, record: StepRecord) -> None:
         memory = torch.tensor(device.peak_memory_bytes(), device=self.groups.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        means = self.stopwatch.read(self.job.plan.global_batch)
+        means = self.timer.read(self.plan.batch.global_batch)
         if self.log is not None:
-            self.log.write_step(
-                step, record, means, int(memory), self.bad_samples, self.source_samples.tolist()
-            )
+            bad, of_sources = self.samples.bad_samples, self.samples.source_samples
+            self.log.write_step(step, record, means, int(memory), bad, of_sources)
 
     def save_and_evaluate(self, step: int) -> None:
+        """Save and evaluate where the config asks for it after `step`, and after the last one."""
         began = time.perf_counter()
-        last = step == self.steps
+        last = step == self.plan.steps
         evaluate, checkpoint = self.config.evaluate.every, self.config.checkpoint.every
         # Saved first: held-out shards that turn out to be bad must not cost the training.
         if (checkpoint and step % checkpoint == 0) or last:
-            self._save(step)
+            self.checkpointer.save(self._meta(step), self.state)
         if evaluate and (step % evaluate == 0 or last):
             results = self.held_out.evaluate()
             if self.log is not None:
                 self.log.write_evaluation(step, results)
-        self.stopwatch.leave_out(time.perf_counter() - began)
+        self.timer.leave_out(time.perf_counter() - began)
 
-    def _save(self, step: int) -> None:
-        job = self.job
-        meta = Meta(
+    def _meta(self, step: int) -> Meta:
+        plan = self.plan
+        model = Meta.of_model(plan.architecture, plan.preprocess.to_openclip(), plan.tokenizer_name)
+        return replace(
+            model,
             step=step,
-            position=step * job.plan.global_batch,
-            bad_samples=self.bad_samples,
-            source_samples=tuple(self.source_samples.tolist()),
-            data=self.data_fingerprint,
-            model_name=job.architecture.name,
-            model=job.architecture.json,
-            preprocess=job.preprocess.to_openclip(),
-            tokenizer=job.tokenizer_choice,
-        )
-        save_checkpoint(
-            job.run_dir,
-            meta,
-            self.built.chunks,
-            self.built.optimizer,
-            self.groups,
-            self.config.checkpoint.keep,
+            position=step * plan.batch.global_batch,
+            bad_samples=self.samples.bad_samples,
+            source_samples=tuple(self.samples.source_samples),
+            data=plan.data_fingerprint,
         )
 
-    def _account_for_samples(self, step: int, batch: StepBatch) -> None:
-        """Count over all ranks those of each source, and the bad ones, which are listed in the run
-        folder and end the run when they are too many."""
-        sources = len(self.source_samples)
-        found = torch.tensor([len(batch.bad), *batch.of_sources(sources)])
-        found = found.to(self.groups.device)
-        dist.all_reduce(found)
-        bad_ones, *of_sources = found.tolist()
-        self.source_samples += torch.tensor(of_sources)
-        if not bad_ones:
-            return
-        bad: list = [None] * self.job.layout.world
-        dist.all_gather_object(bad, [sample._asdict() for sample in batch.bad])
-        samples = [sample for of_rank in bad for sample in of_rank]
-        self.bad_samples += len(samples)
-        if self.log is not None:
-            self.log.write_bad_samples(step, samples)
-        seen = step * self.job.plan.global_batch
-        limit = self.config.data.max_bad_fraction
-        if self.bad_samples > limit * seen:
-            worst = samples[0]
-            raise BadDataError(
-                f"{self.bad_samples} of the {seen} samples seen by step {step} are bad, more than "
-                f"data.max_bad_fraction {limit:g} allows; the first of this step: "
-                f"{worst['key']} of {worst['shard']}: {worst['reason']}. All are listed in "
-                f"{self.job.run_dir / run_folder.BAD_SAMPLES_FILE}; `parallel-clip data check` "
-                "finds the rest"
-            )
+
+def _write_first_files(plan: RunPlan, shards: RunShards | None, print_: Print) -> None:
+    prepare_run_folder(plan.config, plan.layout, device.describe_device(), plan.resume.step)
+    if shards is not None:
+        shards.save_index(print_)
 
 
-def _set_weights(built: TrainState, job: Job, groups: Groups) -> None:
-    """From the checkpoint to go on from, else from `init.from`, else random."""
-    if job.resume.checkpoint is not None:
-        load_checkpoint(job.resume.checkpoint, built.chunks, built.optimizer, groups)
+def _find_planned_shards(plan: RunPlan, groups: Groups) -> RunShards:
+    """The shards of the run as this rank sees them.
+
+    Raises:
+        InputError: they are not those of the plan, as where this node sees another state of a
+            shared file system than rank 0.
+    """
+    shards = reopen_run_shards(plan.config)
+    if data_fingerprint(shards) != plan.data_fingerprint:
+        raise InputError(
+            f"rank {groups.rank} on {device.host_name()} sees other training shards than rank 0; "
+            "see that data.train names the same files on every node, or make their index first: "
+            "parallel-clip data index"
+        )
+    return shards
+
+
+def _loader(plan: RunPlan, data: TrainingData, groups: Groups) -> TrainingLoader:
+    batch, settings = plan.batch, plan.config.data
+    return TrainingLoader(
+        data,
+        RankBatchSlice(batch.global_batch, batch.micro_batch, groups.data_rank, plan.layout.data),
+        plan.resume.step,
+        plan.steps,
+        workers=settings.workers,
+        prefetch=settings.prefetch,
+        patience=settings.worker_patience,
+        pin_memory=groups.device.type == "cuda",
+    )
+
+
+def _set_weights(
+    state: TrainState, plan: RunPlan, checkpointer: Checkpointer, groups: Groups
+) -> None:
+    """From the checkpoint to resume, else from `init.from`, else random."""
+    if plan.resume.checkpoint is not None:
+        checkpointer.load(plan.resume.checkpoint, state)
         return
+    initial = open_initial_weights(plan)
     rank, size = groups.tensor_rank, groups.layout.tensor
-    for parameter, tensor in built.global_parameters():
-        whole = job.initial.read(parameter.name) if job.initial is not None else None
+    for parameter, tensor in state.global_parameters():
+        whole = initial.read(parameter.name) if initial is not None else None
         if whole is None:
-            whole = initial_value(parameter, job.architecture, job.config.seed)
+            whole = initial_value(parameter, plan.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)
-        built.optimizer.set_weight(tensor, part)
+        state.optimizer.set_weight(tensor, part)
 
 
 def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
@@ -249,7 +244,3 @@ def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
         if batch is None:
             return
         yield batch, time.perf_counter() - began
-
-
-def _say_nothing(_: str) -> None:
-    pass

@@ -1,7 +1,4 @@
-"""The run folder: whose it is, what has been done in it, and what may go on in it.
-
-Everything here happens on rank 0; nothing is ever overwritten silently.
-"""
+"""The files of a run folder, and how they are prepared. All of it happens on rank 0."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from parallel_clip import __version__
 from parallel_clip.config import Config
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
-from parallel_clip.plan.resume import CONFIG_FILE, ResumePoint
+from parallel_clip.plan.resume import CONFIG_FILE
 
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
@@ -23,8 +20,8 @@ LEDGER_FOLDER = "ledger"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def prepare_run_folder(config: Config, layout: Layout, device: str, resume: ResumePoint) -> None:
-    """Write the config and the environment, and cut the logs back to the step resumed from."""
+def prepare_run_folder(config: Config, layout: Layout, device: str, resumed_step: int) -> None:
+    """Write the config and the environment, and truncate the logs to the step resumed from."""
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -39,11 +36,11 @@ def prepare_run_folder(config: Config, layout: Layout, device: str, resume: Resu
     logs += sorted((run_dir / LEDGER_FOLDER).glob("*.jsonl"))
     for log in logs:
         if log.is_file():
-            truncate_log(log, resume.step)
+            truncate_log(log, resumed_step)
 
 
 def truncate_log(log: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; a last line that a crash cut short goes too."""
+    """Keep the lines of steps up to `step`; drop those that a crash left incomplete."""
     kept = []
     for line in log.read_text().splitlines():
         try:

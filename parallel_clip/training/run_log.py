@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, and a progress line on rank 0."""
+"""Log a run on rank 0: metrics.jsonl, TensorBoard, and a progress line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from parallel_clip.training.run_folder import (
-    BAD_SAMPLES_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
@@ -60,7 +59,7 @@ class StepTimer:
         return means
 
 
-class MetricsLog:
+class RunLog:
     """Rank 0's record of the run. On other ranks there is none."""
 
     def __init__(self, run_dir: Path, total_steps: int, global_batch: int, resumed_from: int):
@@ -110,11 +109,6 @@ class MetricsLog:
             if name.endswith(("loss", "recall@1", "top1"))
         )
         print(f"held out at step {step}: {shown}", flush=True)
-
-    def write_bad_samples(self, step: int, samples: list[dict]) -> None:
-        with (self._run_dir / BAD_SAMPLES_FILE).open("a") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **sample}) + "\n")
 
     def close(self) -> None:
         self._metrics.close()

@@ -1,32 +1,90 @@
-"""Which samples each step saw, and how many of them were bad."""
+"""Counts of the samples that a run has used, the list of bad ones, and the ledger of all."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from parallel_clip.engine.groups import Groups
-from parallel_clip.plan.run_plan import Job
-from parallel_clip.training import run_folder
+from parallel_clip.errors import BadDataError
 from parallel_clip.training.feed import StepBatch
+from parallel_clip.training.run_folder import BAD_SAMPLES_FILE, LEDGER_FOLDER
 
 
-@dataclass
-class _Ledger:
-    """Which samples each step saw: one file for each rank that reads."""
+class SampleLog:
+    """Counts samples over all ranks, and writes to the run folder which were bad.
 
-    job: Job
-    groups: Groups
+    bad_samples: bad ones so far, on every rank; source_samples: pairs so far of each source.
+    """
 
-    def write(self, step: int, batch: StepBatch) -> None:
-        if not self.groups.reads_data:
+    def __init__(
+        self,
+        run_dir: Path,
+        groups: Groups,
+        global_batch: int,
+        max_bad_fraction: float,
+        bad_samples: int,
+        source_samples: Sequence[int],
+    ):
+        self.bad_samples = bad_samples
+        self.source_samples = list(source_samples)
+        self._run_dir = run_dir
+        self._groups = groups
+        self._global_batch = global_batch
+        self._max_bad_fraction = max_bad_fraction
+
+    def count(self, step: int, batch: StepBatch) -> None:
+        """Count a step's samples. Called by all ranks.
+
+        Raises:
+            BadDataError: more of the samples seen so far are bad than `max_bad_fraction`.
+        """
+        own = torch.tensor([len(batch.bad), *batch.of_sources(len(self.source_samples))])
+        counts = own.to(self._groups.device)
+        dist.all_reduce(counts)
+        bad_of_step, *of_sources = counts.tolist()
+        self.source_samples = [
+            before + new for before, new in zip(self.source_samples, of_sources, strict=True)
+        ]
+        if not bad_of_step:
             return
-        folder = self.job.run_dir / run_folder.LEDGER_FOLDER
+        self.bad_samples += bad_of_step
+        of_ranks: list = [None] * self._groups.layout.world
+        dist.all_gather_object(of_ranks, [sample._asdict() for sample in batch.bad])
+        samples = [sample for of_rank in of_ranks for sample in of_rank]
+        bad_file = self._run_dir / BAD_SAMPLES_FILE
+        if self._groups.is_rank_zero:
+            _append(bad_file, ({"step": step, **sample} for sample in samples))
+        seen = step * self._global_batch
+        if self.bad_samples > self._max_bad_fraction * seen:
+            worst = samples[0]
+            raise BadDataError(
+                f"{self.bad_samples} of the {seen} samples seen by step {step} are bad, more than "
+                f"data.max_bad_fraction {self._max_bad_fraction:g} allows; the first of this step: "
+                f"{worst['key']} of {worst['shard']}: {worst['reason']}. All are listed in "
+                f"{bad_file}; `parallel-clip data check` finds the rest"
+            )
+
+    def write_ledger(self, step: int, batch: StepBatch) -> None:
+        """Write where each sample of a step lies: one file for each rank that reads."""
+        if not self._groups.reads_data:
+            return
+        folder = self._run_dir / LEDGER_FOLDER
         folder.mkdir(exist_ok=True)
-        with (folder / f"rank_{self.groups.data_rank:05d}.jsonl").open("a") as file:
-            for microbatch in batch.read:
-                for position, address in zip(
-                    microbatch.positions.tolist(), microbatch.addresses, strict=True
-                ):
-                    line = {"step": step, "position": position, **address._asdict()}
-                    file.write(json.dumps(line) + "\n")
+        _append(
+            folder / f"rank_{self._groups.data_rank:05d}.jsonl",
+            (
+                {"step": step, "position": position, **address._asdict()}
+                for read in batch.read
+                for position, address in zip(read.positions.tolist(), read.addresses, strict=True)
+            ),
+        )
+
+
+def _append(file: Path, lines: Iterable[dict]) -> None:
+    with file.open("a") as opened:
+        opened.writelines(json.dumps(line) + "\n" for line in lines)

@@ -9,6 +9,7 @@ import pytest
 from parallel_clip.layout import Layout
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.layout_plan import make_layout_plan
 from parallel_clip.plan.memory import dry_run
 from tests.small_models import small_model
 
@@ -20,7 +21,7 @@ def test_the_quick_run_prints_tables():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "real processes" in done.stdout
-    assert "ViT-B-32" in done.stdout and "vision.patch_embedding" in done.stdout
+    assert "ViT-B-32" in done.stdout and "vision.post_norm" in done.stdout
     assert "at pipeline 2 the stages have 6, 6 vision layers and 6, 6 text layers" in done.stdout
 
 
@@ -35,7 +36,8 @@ def test_memory_of_the_bars_model_shrinks_with_the_tensor_size(memory_scaling):
 
     def held(tensor: int):
         layout = Layout(tensor, tensor=tensor, sequence=tensor > 1)
-        return dry_run(memory_scaling.config_for(layout, "none", pairs=2), architecture, layout)
+        config = memory_scaling.config_for(layout, "none", pairs=2)
+        return dry_run(config, architecture, make_layout_plan(architecture.costs, tensor, config))
 
     unsplit = held(1)
     rows = [
@@ -61,7 +63,8 @@ def test_what_is_counted_once_is_what_each_stage_holds(memory_scaling, recompute
     counts.held(layout, "none")  # of state, what is counted for another recompute serves
     config = memory_scaling.config_for(layout, recompute, pairs=3)
     for stage in range(layout.pipeline):
-        alone = dry_run(config, architecture, layout, rank=2 * stage)
+        plan = make_layout_plan(architecture.costs, layout.world, config)
+        alone = dry_run(config, architecture, plan, rank=2 * stage)
         assert counts.held(layout, recompute, stage) == alone
 
 

@@ -1,4 +1,4 @@
-"""What ranks do in test_save_and_load.py."""
+"""What ranks do in test_checkpointer.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel_clip.checkpoint.checkpointer import save_checkpoint
-from parallel_clip.checkpoint.load import load_checkpoint
+from parallel_clip.checkpoint.checkpointer import Checkpointer
+from parallel_clip.checkpoint.collect import collect_pieces
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.optimizer.train_state import TrainState, build_train_state
-from parallel_clip.training.step import training_step
-from tests.ranks import config_of, loaded_training, own_microbatches
+from parallel_clip.optimizer.train_state import TrainState
+from parallel_clip.training.step import TrainStep
+from tests.ranks import config_of, empty_training, loaded_training, own_microbatches
 from tests.training.step_cases import Task
 
 LR = 1e-3
@@ -37,7 +37,7 @@ def load_and_save(groups: Groups, task: Task, sources: dict[str, Path], target: 
     held = {}
     for name, source in sources.items():
         built = _empty(groups, task)
-        meta = load_checkpoint(source, built.chunks, built.optimizer, groups)
+        meta = Checkpointer(target / name, groups).load(source, built)
         _save(groups, task, built, meta.step, target / name)
         held[name] = _tensors(built)
     return held
@@ -51,19 +51,28 @@ def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bo
 
     first = _loaded(groups, task)
     _train(groups, task, first, 2)
-    folder = _save(groups, task, first, 2, run_dir)
+    _save(groups, task, first, 2, run_dir)
     second = _empty(groups, task)
-    load_checkpoint(folder, second.chunks, second.optimizer, groups)
+    checkpointer = Checkpointer(run_dir, groups)
+    checkpointer.load(checkpointer.newest(), second)
     records = _train(groups, task, second, 2)
     equal = all(map(torch.equal, _state(whole), _state(second)))
     return records, expected, equal
 
 
-def start_from_weights(groups: Groups, task: Task, checkpoint: Path) -> list[dict]:
-    """Load a checkpoint without moments and take one step."""
-    built = _empty(groups, task)
-    load_checkpoint(checkpoint, built.chunks, built.optimizer, groups)
-    return _train(groups, task, built, 1)
+def collect_and_go_on(groups: Groups, task: Task) -> list[tuple[str, bool, bool]]:
+    """Pieces collected before a step and still held after it: their keys, whether they are what
+    they were, and whether the step changed what they were copied from."""
+    state = _loaded(groups, task)
+    _train(groups, task, state, 1)
+    held = list(collect_pieces(state, groups))
+    before = [piece.values.clone() for piece in held]
+    _train(groups, task, state, 1)
+    now = collect_pieces(state, groups)
+    return [
+        (piece.key, torch.equal(piece.values, values), not torch.equal(values, after.values))
+        for piece, values, after in zip(held, before, now, strict=True)
+    ]
 
 
 def _loaded(groups: Groups, task: Task) -> TrainState:
@@ -75,7 +84,7 @@ def _loaded(groups: Groups, task: Task) -> TrainState:
 def _empty(groups: Groups, task: Task) -> TrainState:
     """Model and optimizer full of other numbers, which loading must leave nothing of."""
     config = config_of(groups.layout, **task.settings)
-    built = build_train_state(config, architecture_from_json(task.model_cfg, "small"), groups)
+    built = empty_training(groups, config, architecture_from_json(task.model_cfg, "small"))
     for _, tensor in built.global_parameters():
         built.optimizer.set_weight(tensor, torch.full(tensor.shape, 7.0))
     return built
@@ -84,13 +93,13 @@ def _empty(groups: Groups, task: Task) -> TrainState:
 def _train(groups: Groups, task: Task, built: TrainState, steps: int) -> list[dict]:
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
-    loss = ClipLoss(group=groups.data)
-    return [asdict(training_step(built, loss, batch, 0, LR, groups.pipeline)) for _ in range(steps)]
+    step = TrainStep(built, ClipLoss(group=groups.data), 0, groups.pipeline)
+    return [asdict(step(batch, LR)) for _ in range(steps)]
 
 
-def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> Path:
+def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> None:
     meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {})
-    return save_checkpoint(run_dir, meta, built.chunks, built.optimizer, groups, keep=None)
+    Checkpointer(run_dir, groups).save(meta, built)
 
 
 def _tensors(built: TrainState) -> dict[str, Tensor]:

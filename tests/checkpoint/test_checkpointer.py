@@ -6,10 +6,15 @@ import torch
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.pieces import PieceReader
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 from tests import reference
-from tests.checkpoint.checkpoint_cases import interrupt, load_and_save, train_and_save
+from tests.checkpoint.checkpoint_cases import (
+    collect_and_go_on,
+    interrupt,
+    load_and_save,
+    train_and_save,
+)
 from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch
 from tests.training.step_cases import Task
@@ -17,6 +22,7 @@ from tests.training.step_cases import Task
 STEPS, BATCH = 3, 8
 MODEL = small_model({"ls_init_value": 0.3})  # its vocabulary of 101 is padded at tensor 2 and 4
 TABLE = parameter_table(architecture_from_json(MODEL, "small"))
+KEYS = {f"{kind}:{p.name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for p in TABLE}
 
 LAYOUTS = {
     # name: layout, precision, ZeRO-1
@@ -70,9 +76,7 @@ def saved(processes, tmp_path_factory):
 def test_a_checkpoint_holds_the_model(saved, name):
     folder, model = saved[name]
     content = read_all(folder)
-    assert content.keys() == {
-        f"{kind}:{p.name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for p in TABLE
-    }
+    assert content.keys() == KEYS
     for parameter in TABLE:
         weight = content[f"weight:{parameter.name}"]
         assert weight.dtype == torch.float32 and weight.shape == parameter.shape
@@ -130,3 +134,13 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_break(processes, tmp_path, 
     ):
         assert records == expected
         assert equal
+
+
+def test_collected_pieces_can_be_written_while_training_goes_on(processes):
+    name = "data2-tensor2-zero"
+    keys = set()
+    for pieces in processes.run(LAYOUTS[name][0], collect_and_go_on, task=task(name)):
+        assert pieces and all(kept for _, kept, _ in pieces)
+        assert any(changed for _, _, changed in pieces)
+        keys |= {key for key, _, _ in pieces}
+    assert keys == KEYS

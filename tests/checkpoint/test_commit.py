@@ -8,7 +8,10 @@ from parallel_clip.errors import InputError
 
 def write(run_dir, step, keep=None):
     (commit.begin(run_dir, step) / "content").write_text(f"of step {step}")
-    return commit.commit(run_dir, step, keep)
+    folder = commit.commit(run_dir, step)
+    if keep is not None:
+        commit.prune(run_dir, keep)
+    return folder
 
 
 def steps_kept(run_dir) -> list[int]:

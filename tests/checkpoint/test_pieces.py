@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from parallel_clip.checkpoint import pieces
-from parallel_clip.checkpoint.pieces import PieceReader, PieceWriter, write_index
+from parallel_clip.checkpoint.pieces import Piece, PieceReader, PieceWriter, host_copy, write_index
 from parallel_clip.errors import InputError
 
 
@@ -23,7 +23,8 @@ def write(folder: Path, tensors: dict[str, tuple[torch.Tensor, int, list[int]]],
         ends = [*cuts, tensor.shape[axis] if tensor.ndim else 0]
         for start, end in zip([0, *cuts], ends, strict=True):
             piece = tensor.narrow(axis, start, end - start) if tensor.ndim else tensor
-            hands[turn % writers].add(key, piece, tuple(tensor.shape), axis, start)
+            piece = Piece(key, host_copy(piece), tuple(tensor.shape), axis, start)
+            hands[turn % writers].add(piece)
             turn += 1
     for hand in hands:
         hand.flush()
@@ -68,7 +69,7 @@ def test_single_numbers_views_and_several_files(tmp_path, monkeypatch):
 def test_a_piece_is_a_copy(tmp_path):
     tensor = torch.zeros(4)
     writer = PieceWriter(tmp_path, 0)
-    writer.add("weight:a", tensor, (4,), 0, 0)
+    writer.add(Piece("weight:a", host_copy(tensor), (4,)))
     tensor.fill_(1)
     writer.flush()
     write_index(tmp_path, writer.entries)

@@ -408,7 +408,7 @@ def test_a_longer_run_on_resume(kind, before, after, allowed):
 
 
 def test_the_documentation_holds_todays_keys():
-    page = Path(__file__).parents[1].joinpath("docs/configuration.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2].joinpath("docs/configuration.md").read_text(encoding="utf-8")
     assert with_key_table(page) == page, (
         "run: python -m parallel_clip.config_docs docs/configuration.md"
     )

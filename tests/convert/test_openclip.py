@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parallel_clip.convert.native import write_run
 from parallel_clip.convert.open import open_source
-from parallel_clip.convert.openclip import write_openclip, write_run
+from parallel_clip.convert.openclip import write_openclip
 from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.errors import InputError
 from parallel_clip.model.openclip_json import architecture_from_json
@@ -26,9 +27,7 @@ def weights_of(folder, model_cfg=MODEL) -> ModelWeights:
 
 
 def to_openclip(source, target, model_cfg=MODEL, **options) -> dict[str, torch.Tensor]:
-    architecture = architecture_from_json(model_cfg, "small")
-    weights = weights_of(source, model_cfg)
-    write_openclip(target, weights, architecture, PREPROCESS, **options)
+    write_openclip(target, weights_of(source, model_cfg), PREPROCESS, **options)
     return load_file(target / "open_clip_model.safetensors")
 
 
@@ -47,14 +46,16 @@ def test_there_and_back_to_the_last_bit(tmp_path, kind):
     model_cfg = KINDS[kind]
     theirs = reference.make_checkpoint(model_cfg, seed=1, folder=tmp_path / "original")
     source = open_source(tmp_path / "original")
-    architecture = source.facts.architecture
+    architecture = source.metadata.architecture
     assert architecture == architecture_from_json(model_cfg, kind)
-    write_run(
-        tmp_path / "run", ModelWeights(source, architecture), architecture, PREPROCESS, "simple"
-    )
+    write_run(tmp_path / "run", ModelWeights(source, architecture), PREPROCESS, "simple")
     run = open_source(tmp_path / "run")
-    assert run.facts.architecture == architecture
-    assert (run.facts.preprocess, run.facts.tokenizer, run.facts.step) == (PREPROCESS, "simple", 0)
+    assert run.metadata.architecture == architecture
+    assert (run.metadata.preprocess, run.metadata.tokenizer, run.metadata.step) == (
+        PREPROCESS,
+        "simple",
+        0,
+    )
     assert same(to_openclip(tmp_path / "run", tmp_path / "back", model_cfg), theirs)
 
 
@@ -95,7 +96,7 @@ def test_the_state_dict_of_openclips_trainer(tmp_path, original):
     state["module.logit_scale"] = original["logit_scale"].reshape(1)
     torch.save({"epoch": 3, "state_dict": state, "optimizer": {}}, tmp_path / "epoch_3.pt")
     source = open_source(tmp_path / "epoch_3.pt")
-    assert source.facts.architecture is None
+    assert source.metadata.architecture is None
     weights = ModelWeights(source, architecture_from_json(MODEL, "small"))
     assert same(dict(pairs(weights)), original)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from parallel_clip.data.index.shard_table import ShardTable, find_checked_shards, save_index
+
 Files = Mapping[str, bytes]
 
 
@@ -43,3 +45,10 @@ def write_shards(folder: Path, counts: Sequence[int]) -> list[Path]:
         paths.append(write_shard(folder / f"{shard:06d}.tar", samples))
         first += count
     return paths
+
+
+def index_shards(patterns: str | Sequence[str], say=lambda line: None) -> ShardTable:
+    """Find and check shards, and save their index, as a command does."""
+    table = find_checked_shards(patterns, say)
+    save_index(table, say)
+    return table

@@ -36,10 +36,11 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(config) -> Path:
-    """A run of two processes with tensor parallelism, evaluated on its way."""
+    """A run of two processes with tensor parallelism, evaluated on its way by workers."""
     folder = config.parent
     overrides = [
         "parallel.tensor=2", "parallel.sequence=true", "evaluate.every=4",
+        "evaluate.workers=1", "data.workers=1",
         f"evaluate.loss={folder}/held_out.tar", f"evaluate.retrieval={folder}/held_out.tar",
         f"evaluate.zero_shot={{shards: {folder}/held_out.tar, classes: {folder}/classes.txt}}",
     ]  # fmt: skip
@@ -86,7 +87,7 @@ def test_figures_do_not_depend_on_the_layout_nor_the_kind_of_checkpoint(
     others = [
         figures(kind, trained, *data, processes=2),
         figures(kind, trained, *data, "--tensor", 2, processes=2),
-        figures(kind, trained / "checkpoints/step_00000006", *data),
+        figures(kind, trained / "checkpoints/step_00000006", *data, "--workers", 2),
         figures(kind, converted, *data),
         figures(kind, converted / "open_clip_model.safetensors", *data),
         figures(kind, converted / "open_clip_pytorch_model.bin", *data),

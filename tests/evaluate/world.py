@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from parallel_clip.data.feeding.evaluation_data import EvaluationBatch, open_evaluation_data
+from parallel_clip.data.feeding.evaluation_data import EvaluationBatch, EvaluationData
+from parallel_clip.data.index.shard_table import find_checked_shards
 from parallel_clip.data.samples.transforms import Preprocess
 
 WIDTH, CONTEXT = 8, 40
@@ -79,15 +80,14 @@ def batches_of(
     """This rank's part of the samples, five at a time."""
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     encoder = ArithmeticEncoder()
-    data = open_evaluation_data(
-        str(shard),
+    data = EvaluationData(
+        find_checked_shards(str(shard), lambda text: None),
         encoder.preprocess,
         encoder.tokenizer,
         rank=rank,
         ranks=ranks,
         batch=5,
         need=need,
-        say=lambda text: None,
     )
     return list(data)
 

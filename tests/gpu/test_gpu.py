@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel_clip.engine.groups import close_groups, open_groups
+from parallel_clip.engine.groups import close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from tests import reference
@@ -19,7 +19,8 @@ BATCH, STEPS, LR = 8, 5, 1e-3
 @pytest.fixture
 def groups():
     layout = Layout(1)
-    yield open_groups(layout, Launch(0, 0, 1))
+    join_world(Launch(0, 0, 1))
+    yield make_groups(layout)
     close_groups()
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_clip.engine.groups import Groups
-from parallel_clip.loss import exchange
+from parallel_clip.loss import ALONE, exchange
 
 
 class TwoLinears(nn.Module):
@@ -62,6 +62,12 @@ def in_half_precision(groups: Groups, loss: type[nn.Module], features: Tensor) -
     value = loss(group=groups.data)(mine, mine, torch.tensor(50.0), torch.tensor(-1.0))
     value.backward()
     return value.item(), value.dtype, mine.grad.dtype
+
+
+def alone_in_a_group(groups: Groups, loss: type[nn.Module], images: Tensor, texts: Tensor) -> float:
+    """The loss of this process's pairs: 5 of the 12 on rank 0, 7 on rank 1."""
+    own = slice(5) if groups.rank == 0 else slice(5, 12)
+    return loss(group=ALONE)(images[own], texts[own], 10.0).item()
 
 
 class Case(NamedTuple):

@@ -12,10 +12,10 @@ import torch
 
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.layout import Layout
+from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.loss.contrastive import LossCall
 from parallel_clip.loss.exchange import LossGroups, TextShards
 from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
-from parallel_clip.loss.infonce import _infonce
-from parallel_clip.loss.sigmoid import _sigmoid
 from parallel_clip.plan.peak_bytes import PeakBytes
 
 FP32 = 4
@@ -26,10 +26,7 @@ SIZES = [
     for ranks in (2, 8, 64)
     for width in (512, 1280)
 ]
-LOSSES = {
-    "infonce": _infonce,
-    "sigmoid": lambda images, texts, scale, *rest: _sigmoid(images, texts, scale, scale, *rest),
-}
+LOSSES = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
 
 
 @contextmanager
@@ -50,7 +47,8 @@ def peak_bytes(loss: str, pairs: int, ranks: int, width: int, plan: ExchangePlan
         images, texts = (torch.empty(pairs, width, dtype=dtype) for _ in range(2))
         scale = torch.tensor(100.0)
         with PeakBytes(images, texts, scale) as counted:
-            answer = LOSSES[loss](images, texts, scale, LossGroups(groups.data), plan, True)
+            call = LossCall(LossGroups(groups.data), plan, want_gradients=True)
+            answer = LOSSES[loss]()._compute(images, texts, scale, scale, call)
         assert answer[1].images.shape == (pairs, width)
     return counted.peak
 

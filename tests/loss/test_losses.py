@@ -7,7 +7,12 @@ import torch.nn.functional as F
 
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss, SigLipLoss
-from tests.loss.loss_cases import TwoLinears, gradients_under_ddp, in_half_precision
+from tests.loss.loss_cases import (
+    TwoLinears,
+    alone_in_a_group,
+    gradients_under_ddp,
+    in_half_precision,
+)
 from tests.small_models import distance
 
 OPENCLIPS = {ClipLoss: open_clip.loss.ClipLoss, SigLipLoss: open_clip.loss.SigLipLoss}
@@ -53,6 +58,14 @@ def test_alone_and_without_a_process_group(loss):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         assert distance(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("loss", OPENCLIPS)
+def test_alone_among_other_processes(processes, loss):
+    images, texts = (F.normalize(side, dim=-1) for side in (IMAGES, TEXTS))
+    expected = [loss()(images[own], texts[own], 10.0).item() for own in (slice(5), slice(5, 12))]
+    found = processes.run(Layout(2), alone_in_a_group, loss=loss, images=images, texts=texts)
+    assert found == expected
 
 
 def test_infonce_with_a_bias_is_openclips():

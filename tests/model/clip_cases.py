@@ -11,13 +11,12 @@ from torch import Tensor
 from parallel_clip.convert.open import open_source
 from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.engine.groups import Groups
-from parallel_clip.model.clip import CLIPModel
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.parameters import load_slice
-from tests.ranks import Weights, loaded_model, sum_over_tokens
+from tests.ranks import Weights, loaded_model, sum_over_tokens, unsplit_model
 
 
 class Example(NamedTuple):
@@ -77,7 +76,7 @@ def features_of_file(
     architecture = load_architecture(model_name)
     source = ModelWeights(open_source(weights), architecture)
     options = ModelOptions(sequence=groups.layout.sequence)
-    model = CLIPModel(architecture, options, groups.tensor)
+    model = unsplit_model(architecture, options, groups.tensor)
     for parameter, tensor in model.global_parameters():
         load_slice(tensor, parameter, source.read(parameter.name), groups.tensor)
     with torch.no_grad():
@@ -87,14 +86,14 @@ def features_of_file(
 def initial_weights(groups: Groups, model_cfg: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """This rank's slices of freshly initialised weights, by name."""
     architecture = architecture_from_json(model_cfg, "small")
-    model = CLIPModel(architecture, ModelOptions(), groups.tensor)
+    model = unsplit_model(architecture, ModelOptions(), groups.tensor)
     for parameter, tensor in model.global_parameters():
-        value = initial_value(parameter, model.architecture, seed)
+        value = initial_value(parameter, seed)
         load_slice(tensor, parameter, value, model.tensor_group)
     return {parameter.name: tensor.detach() for parameter, tensor in model.global_parameters()}
 
 
 def dtypes(groups: Groups, model_cfg: dict[str, Any]) -> dict[str, torch.dtype]:
     architecture = architecture_from_json(model_cfg, "small")
-    model = CLIPModel(architecture, ModelOptions(precision="bf16"), groups.tensor)
+    model = unsplit_model(architecture, ModelOptions(precision="bf16"), groups.tensor)
     return {parameter.name: tensor.dtype for parameter, tensor in model.global_parameters()}

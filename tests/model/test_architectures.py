@@ -1,6 +1,7 @@
 """Our table and reading of model configs against OpenCLIP's own files and dataclasses."""
 
 import json
+import math
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -249,6 +250,25 @@ def test_files_of_both_forms(tmp_path):
     assert load_architecture(str(nested)).name == "my-run"
     assert load_architecture(str(nested)).json == small()
     assert load_architecture(str(nested)) == load_architecture(str(plain))
+
+
+def test_sigmoid_gives_logit_defaults_before_what_the_json_says(tmp_path):
+    """The order too: it is written to checkpoints."""
+    plain, given = tmp_path / "plain.json", tmp_path / "given.json"
+    plain.write_text(json.dumps(small()))
+    config = {"output_dict": None, "init_logit_bias": None, **small(), "init_logit_scale": 2.0}
+    given.write_text(json.dumps(config))
+
+    ours = load_architecture(str(plain), "sigmoid")
+    assert (ours.init_logit_scale, ours.init_logit_bias) == (math.log(10), -10.0)
+    assert list(ours.json) == ["init_logit_scale", "init_logit_bias", *small()]
+    ours = load_architecture(str(given), "sigmoid")
+    assert (ours.init_logit_scale, ours.init_logit_bias) == (2.0, -10.0)
+    assert list(ours.json) == ["init_logit_scale", "init_logit_bias", *small()]
+    assert list(load_architecture(str(given), "infonce").json) == list(config)
+    given.write_text(json.dumps(small() | {"no_such_key": None}))
+    with pytest.raises(InputError, match="no_such_key"):
+        load_architecture(str(given), "sigmoid")
 
 
 def test_unreadable_files(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 from tests import reference
 from tests.model.clip_cases import initial_weights
 from tests.ranks import whole_tensor
@@ -36,7 +36,7 @@ SIGLIP = small_model(
 
 def ours(model_cfg: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     architecture = architecture_from_json(model_cfg, "model")
-    return {p.name: initial_value(p, architecture, seed) for p in parameter_table(architecture)}
+    return {p.name: initial_value(p, seed) for p in parameter_table(architecture)}
 
 
 def by_kind(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

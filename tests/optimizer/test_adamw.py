@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.known_models import known_names, load_architecture
-from parallel_clip.model.parameters import is_decayed, parameter_table
 from tests import reference
 from tests.small_models import image_batch, small_model, token_batch
 from tests.training.step_cases import Task, masters
@@ -16,8 +16,8 @@ def test_decayed_as_in_openclips_trainer(name):
     table = parameter_table(load_architecture(name))
     for parameter in table:
         theirs = reference.decayed(parameter.name, torch.empty(parameter.shape, device="meta"))
-        assert is_decayed(parameter.name, parameter.shape) == theirs, parameter.name
-    assert {is_decayed(p.name, p.shape) for p in table} == {True, False}
+        assert parameter.decayed == theirs, parameter.name
+    assert {p.decayed for p in table} == {True, False}
 
 
 @pytest.mark.parametrize("zero", [True, False], ids=["zero", "whole"])

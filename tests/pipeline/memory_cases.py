@@ -16,9 +16,10 @@ from parallel_clip.loss import ClipLoss
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.pipeline.forward_backward import TwoPassStep, forward_backward
+from parallel_clip.plan.layout_plan import make_layout_plan
 from parallel_clip.plan.memory import measure_rank_memory
 from parallel_clip.plan.saved_activations import storage_id
-from tests.pipeline.schedule_cases import Way
+from tests.pipeline.forward_backward_cases import Way
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
 
@@ -50,10 +51,10 @@ class LivingTensors:
     def counting(self):
         through = TwoPassStep.run_forward
 
-        def noted(step, chunk, number):
+        def noted(step, chunk, number, stop):
             self._running = chunk.module, number
             try:
-                return through(step, chunk, number)
+                return through(step, chunk, number, stop)
             finally:
                 self._running = None
 
@@ -123,12 +124,12 @@ def peaks(
     for way in ways:
         batch = {"global": len(tokens), "micro": pairs // way.microbatches}
         config = config_of(groups.layout, batch=batch, **settings)
-        counted[way] = measure_rank_memory(config, architecture, groups).saved_by_chunk
+        plan = make_layout_plan(architecture.costs, groups.layout.world, config)
+        counted[way] = measure_rank_memory(config, architecture, plan, groups).saved_by_chunk
         built = loaded_training(groups, config, architecture, weights)
         microbatches = own_microbatches(groups, images, tokens, way.microbatches)
-        inputs = [x for microbatch in microbatches for x in (microbatch.images, microbatch.tokens)]
         parameters = [p for chunk in built.chunks for p in chunk.parameters()]
-        living = [x for x in (*parameters, *inputs) if x is not None]
+        living = [*parameters, images, tokens]
         measured[way] = [_step(groups, built, microbatches, way, living) for _ in range(2)]
     return measured, counted
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from tests import reference
-from tests.pipeline.schedule_cases import Way, steps
+from tests.pipeline.forward_backward_cases import Way, steps
 from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch
 

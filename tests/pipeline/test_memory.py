@@ -10,8 +10,8 @@ import pytest
 from parallel_clip.layout import Layout
 from parallel_clip.pipeline.orders import peak_graphs, step_orders
 from tests import reference
+from tests.pipeline.forward_backward_cases import Way
 from tests.pipeline.memory_cases import peaks
-from tests.pipeline.schedule_cases import Way
 from tests.small_models import image_batch, small_model, token_batch
 
 MODEL = small_model({"layers": 5}, {"layers": 4})

@@ -12,7 +12,6 @@ from parallel_clip.pipeline.orders import (
     OpKind,
     PipelineOp,
     microbatch_group_size,
-    one_pass_orders,
     peak_graphs,
     step_orders,
     warmup_forwards,
@@ -182,28 +181,27 @@ def test_the_order_of_a_small_step():
     ]
 
 
-@given(steps(), st.integers(1, 2))
-def test_a_step_holds_each_op_once(step, towers):
+@given(steps())
+def test_a_step_holds_each_op_once(step):
     ranks, microbatches, stash, chunks = step
-    for rank, order in enumerate(step_orders(*step, towers=towers)):
+    for rank, order in enumerate(step_orders(*step)):
         expected = Counter([PipelineOp(OpKind.LOSS)] * (rank == ranks - 1))
-        for tower in range(towers):
-            for chunk in range(chunks):
-                for microbatch in range(microbatches):
-                    if microbatch < microbatches - stash:
-                        kinds = OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_AGAIN, OpKind.BACKWARD
-                    else:
-                        kinds = OpKind.FORWARD_KEEPING_GRAPH, OpKind.REPLAY, OpKind.BACKWARD
-                    expected.update(PipelineOp(kind, microbatch, chunk, tower) for kind in kinds)
+        for chunk in range(chunks):
+            for microbatch in range(microbatches):
+                if microbatch < microbatches - stash:
+                    kinds = OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_AGAIN, OpKind.BACKWARD
+                else:
+                    kinds = OpKind.FORWARD_KEEPING_GRAPH, OpKind.REPLAY, OpKind.BACKWARD
+                expected.update(PipelineOp(kind, microbatch, chunk) for kind in kinds)
         assert Counter(order) == expected
 
 
-@given(steps(), st.integers(1, 2))
-def test_a_backward_follows_the_forward_that_made_its_graph(step, towers):
-    for order in step_orders(*step, towers=towers):
+@given(steps())
+def test_a_backward_follows_the_forward_that_made_its_graph(step):
+    for order in step_orders(*step):
         graphs = set()
         for op in order:
-            where = (op.microbatch, op.chunk, op.tower)
+            where = (op.microbatch, op.chunk)
             if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
                 graphs.add(where)
             elif op.kind is OpKind.REPLAY:
@@ -211,13 +209,6 @@ def test_a_backward_follows_the_forward_that_made_its_graph(step, towers):
             elif op.kind is OpKind.BACKWARD:
                 graphs.remove(where)
         assert graphs == set()
-
-
-def test_towers_take_turns_around_the_loss():
-    order = step_orders(ranks=2, microbatches=2, towers=2)[-1]
-    loss = order.index(PipelineOp(OpKind.LOSS))
-    assert [op.tower for op in order[:loss]] == [0, 0, 1, 1]
-    assert [op.tower for op in order[loss + 1 :]] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_the_smallest_group_that_megatron_core_takes():
@@ -255,28 +246,13 @@ def test_peak_graphs_of_interleaved_two_pass(ranks, microbatches, chunks):
     assert peak_graphs(first) == ranks * chunks + ranks - 1
 
 
-def test_peak_graphs_of_two_towers_in_turn_are_of_one_at_a_time():
-    orders = step_orders(ranks=3, microbatches=6, towers=2)
-    assert [peak_graphs(order) for order in orders] == [3, 2, 1]
-
-
-def test_a_single_pass_is_forwards_and_backwards_only():
-    (order,) = one_pass_orders(ranks=1, microbatches=2)
-    assert [(op.kind.value, op.microbatch) for op in order] == [
-        ("forward keeping graph", 0),
-        ("backward", 0),
-        ("forward keeping graph", 1),
-        ("backward", 1),
-    ]
-
-
 @pytest.mark.parametrize(
     ("step", "message"),
     [
         ({"ranks": 2, "microbatches": 4, "stash": 5}, "a stash of 5"),
         ({"ranks": 2, "microbatches": 4, "stash": -1}, "a stash of -1"),
         ({"ranks": 0, "microbatches": 4}, "at least 1"),
-        ({"ranks": 1, "microbatches": 4, "chunks": 2}, "raise parallel.pipeline"),
+        ({"ranks": 1, "microbatches": 4, "chunks": 2}, "2 needs parallel.pipeline of at least 2"),
         ({"ranks": 4, "microbatches": 3, "chunks": 2}, "lower batch.micro"),
     ],
 )

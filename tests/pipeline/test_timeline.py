@@ -11,13 +11,10 @@ from parallel_clip.pipeline.orders import (
     OpKind,
     PipelineOp,
     microbatch_group_size,
-    one_pass_orders,
     step_orders,
 )
 from parallel_clip.pipeline.timeline import (
     Costs,
-    compare_towers,
-    ideal_one_pass_seconds,
     ideal_step_seconds,
     simulate,
 )
@@ -38,7 +35,7 @@ def uneven(layers, seconds_a_layer):
 
 @st.composite
 def simulations(draw):
-    """(ranks, microbatches, stash, chunks), costs of one or two towers, seconds of the loss."""
+    """(ranks, microbatches, stash, chunks), costs, seconds of the loss."""
     ranks = draw(st.integers(1, 4))
     chunks = draw(st.integers(1, 3)) if ranks > 1 else 1
     microbatches = draw(st.integers(ranks if chunks > 1 else 1, 8))
@@ -46,12 +43,11 @@ def simulations(draw):
     stages = ranks * chunks
     seconds = st.lists(st.integers(0, 9), min_size=stages, max_size=stages)
     costs = st.builds(Costs, seconds, seconds, st.integers(0, 4), st.none() | seconds)
-    towers = draw(st.lists(costs, min_size=1, max_size=2))
-    return (ranks, microbatches, stash, chunks), towers, draw(st.integers(0, 9))
+    return (ranks, microbatches, stash, chunks), draw(costs), draw(st.integers(0, 9))
 
 
 def test_a_timeline_drawn_by_hand():
-    timeline = simulate(step_orders(ranks=2, microbatches=2), [equal(2, 1, 2)], loss=1)
+    timeline = simulate(step_orders(ranks=2, microbatches=2), equal(2, 1, 2), loss=1)
     drawn = [(s.rank, s.op.kind.value, s.op.microbatch, s.start, s.end) for s in timeline.spans]
     assert drawn == [
         (0, "forward without graph", 0, 0, 1),
@@ -75,10 +71,10 @@ def test_a_timeline_drawn_by_hand():
 
 @given(simulations())
 def test_every_op_starts_as_early_as_its_rank_and_its_input_allow(simulation):
-    step, towers, loss = simulation
+    step, costs, loss = simulation
     ranks, stages = step[0], step[0] * step[3]
-    orders = step_orders(*step, towers=len(towers))
-    timeline = simulate(orders, towers, loss)
+    orders = step_orders(*step)
+    timeline = simulate(orders, costs, loss)
 
     def stage_of(span):
         return span.op.chunk * ranks + span.rank
@@ -89,7 +85,7 @@ def test_every_op_starts_as_early_as_its_rank_and_its_input_allow(simulation):
         return "pass 1" if op.kind in FIRST_PASS else "pass 2"
 
     made = {
-        (content_of(s.op), stage_of(s), s.op.microbatch, s.op.tower): s.end
+        (content_of(s.op), stage_of(s), s.op.microbatch): s.end
         for s in timeline.spans
         if s.op.kind is not OpKind.LOSS
     }
@@ -104,48 +100,46 @@ def test_every_op_starts_as_early_as_its_rank_and_its_input_allow(simulation):
                 done = [end for key, end in made.items() if key[:2] == ("pass 1", stages - 1)]
                 earliest = max(earliest, *done)
             elif 0 <= source < stages:
-                sent = made[content, source, span.op.microbatch, span.op.tower]
-                earliest = max(earliest, sent + towers[span.op.tower].message)
+                sent = made[content, source, span.op.microbatch]
+                earliest = max(earliest, sent + costs.message)
             assert span.start == earliest
             free = span.end
 
 
 @given(simulations())
 def test_no_step_beats_its_work_or_the_way_of_one_microbatch(simulation):
-    step, towers, loss = simulation
+    step, costs, loss = simulation
     ranks, microbatches, stash, chunks = step
-    timeline = simulate(step_orders(*step, towers=len(towers)), towers, loss)
+    timeline = simulate(step_orders(*step), costs, loss)
     work = [0.0] * ranks
     ways = []
-    for costs in towers:
-        without = costs.forward_without_graph or costs.forward
-        again = microbatches - stash
-        for stage, (f, b, w) in enumerate(zip(costs.forward, costs.backward, without, strict=True)):
-            work[stage % ranks] += again * (w + f + b) + stash * (f + b)
-        hops = 2 * (ranks * chunks - 1) * costs.message
-        if stash:
-            ways.append(sum(costs.forward) + loss + sum(costs.backward) + hops)
-        if again:
-            ways.append(sum(without) + loss + costs.forward[-1] + sum(costs.backward) + hops)
+    without = costs.forward_without_graph or costs.forward
+    again = microbatches - stash
+    for stage, (f, b, w) in enumerate(zip(costs.forward, costs.backward, without, strict=True)):
+        work[stage % ranks] += again * (w + f + b) + stash * (f + b)
+    hops = 2 * (ranks * chunks - 1) * costs.message
+    if stash:
+        ways.append(sum(costs.forward) + loss + sum(costs.backward) + hops)
+    if again:
+        ways.append(sum(without) + loss + costs.forward[-1] + sum(costs.backward) + hops)
     work[-1] += loss
     assert timeline.busy == work
     assert timeline.total >= max(*work, *ways)
     assert timeline.total == max(span.end for span in timeline.spans)
-    one_after_another = timeline.messages * max(costs.message for costs in towers)
-    assert timeline.total <= sum(work) + one_after_another
+    assert timeline.total <= sum(work) + timeline.messages * costs.message
     assert 0 <= timeline.bubble < 1
 
 
 @given(simulations())
 def test_messages_cross_every_border_in_both_passes(simulation):
-    (ranks, microbatches, stash, chunks), towers, _ = simulation
-    orders = step_orders(ranks, microbatches, stash, chunks, towers=len(towers))
+    (ranks, microbatches, stash, chunks), costs, _ = simulation
+    orders = step_orders(ranks, microbatches, stash, chunks)
     borders = ranks * chunks - 1
-    assert simulate(orders, towers).messages == len(towers) * 3 * microbatches * borders
+    assert simulate(orders, costs).messages == 3 * microbatches * borders
 
 
 def test_pass_2_begins_while_later_ranks_finish_pass_1():
-    timeline = simulate(step_orders(ranks=4, microbatches=4), [equal(4, 1, 2)], loss=5)
+    timeline = simulate(step_orders(ranks=4, microbatches=4), equal(4, 1, 2), loss=5)
     loss = next(span for span in timeline.spans if span.op.kind is OpKind.LOSS)
     again = [span for span in timeline.spans if span.op.kind is OpKind.FORWARD_AGAIN]
     assert min(span.start for span in again) == 4 < loss.start == 7
@@ -154,22 +148,11 @@ def test_pass_2_begins_while_later_ranks_finish_pass_1():
 
 @pytest.mark.parametrize(("forward", "backward"), PACES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("microbatches", [1, 2, 4, 9])
-def test_one_pass_of_equal_stages(ranks, microbatches, forward, backward):
-    timeline = simulate(one_pass_orders(ranks, microbatches), [equal(ranks, forward, backward)])
-    assert timeline.total == (microbatches + ranks - 1) * (forward + backward)
-    assert timeline.total == ideal_one_pass_seconds(ranks, microbatches, forward, backward)
-    # Narayanan et al., arXiv 2104.04473, section 2.2.1: bubble time over ideal time is (p - 1) / m.
-    assert 1 - timeline.bubble == pytest.approx(microbatches / (microbatches + ranks - 1))
-
-
-@pytest.mark.parametrize(("forward", "backward"), PACES)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 7])
 def test_a_step_of_equal_stages_for_every_stash(ranks, microbatches, forward, backward):
     costs, loss = equal(ranks, forward, backward), 4
     for stash in range(microbatches + 1):
-        total = simulate(step_orders(ranks, microbatches, stash), [costs], loss).total
+        total = simulate(step_orders(ranks, microbatches, stash), costs, loss).total
         ideal = ideal_step_seconds(ranks, microbatches, forward, backward, stash)
         assert total == ideal + loss
         fill_and_drain = (ranks - 1) * (forward + backward)
@@ -183,15 +166,9 @@ def test_a_step_of_equal_stages_for_every_stash(ranks, microbatches, forward, ba
 def test_interleaved_steps_of_equal_stages(ranks, microbatches, chunks, forward, backward):
     costs = equal(ranks * chunks, forward, backward)
     of_a_rank = (chunks * forward, chunks * backward)  # all its chunks together
-    one_pass = simulate(one_pass_orders(ranks, microbatches, chunks), [costs]).total
-    fill_and_drain = (ranks - 1) * (forward + backward)
-    assert one_pass == microbatches * sum(of_a_rank) + fill_and_drain
-    ideal = ideal_one_pass_seconds(ranks, microbatches, *of_a_rank, chunks=chunks)
-    assert one_pass == pytest.approx(ideal)
-
     group = microbatch_group_size(microbatches, ranks)
     for stash in range(microbatches + 1):
-        total = simulate(step_orders(ranks, microbatches, stash, chunks), [costs]).total
+        total = simulate(step_orders(ranks, microbatches, stash, chunks), costs).total
         ideal = ideal_step_seconds(ranks, microbatches, *of_a_rank, stash=stash, chunks=chunks)
         stall = total - ideal
         if (microbatches - stash) % group == 0:
@@ -201,57 +178,24 @@ def test_interleaved_steps_of_equal_stages(ranks, microbatches, chunks, forward,
 
 def test_a_stash_that_splits_a_group_stalls_an_interleaved_pipeline():
     costs = equal(8, 1, 2)
-    totals = [simulate(step_orders(4, 8, stash, chunks=2), [costs]).total for stash in (4, 7, 8)]
+    totals = [simulate(step_orders(4, 8, stash, chunks=2), costs).total for stash in (4, 7, 8)]
     ideals = [ideal_step_seconds(4, 8, 2, 4, stash, chunks=2) for stash in (4, 7, 8)]
     assert [total - ideal for total, ideal in zip(totals, ideals, strict=True)] == [0, 3, 0]
 
 
 def test_each_stashed_microbatch_saves_a_forward():
-    totals = [simulate(step_orders(3, 6, k), [equal(3, 2, 4)]).total for k in range(7)]
+    totals = [simulate(step_orders(3, 6, k), equal(3, 2, 4)).total for k in range(7)]
     assert [before - after for before, after in pairwise(totals)] == [2] * 6
 
 
 def test_a_forward_without_graph_has_its_own_cost():
     costs = Costs([5, 5], [7, 7], forward_without_graph=[3, 3])
-    assert simulate(step_orders(2, 4), [costs]).busy == [4 * (3 + 5 + 7)] * 2
-    assert simulate(step_orders(2, 4, stash=4), [costs]).busy == [4 * (5 + 7)] * 2
+    assert simulate(step_orders(2, 4), costs).busy == [4 * (3 + 5 + 7)] * 2
+    assert simulate(step_orders(2, 4, stash=4), costs).busy == [4 * (5 + 7)] * 2
 
 
 def test_a_step_that_takes_no_time_has_no_bubble():
-    assert simulate(step_orders(2, 2), [equal(2, 0, 0)]).bubble == 0
-
-
-@pytest.mark.parametrize("microbatches", [1, 3, 8])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_equal_towers_take_as_long_fused_as_in_turn(ranks, microbatches):
-    vision, text = equal(ranks, 3, 5), equal(ranks, 1, 2)
-    towers = compare_towers(vision, text, ranks, microbatches)
-    assert towers.fused.total == towers.separate.total
-    assert towers.speedup == 1
-    stashed = compare_towers(vision, text, ranks, microbatches, stash=microbatches)
-    assert stashed.fused.total - stashed.separate.total == (ranks - 1) * 1
-
-
-def test_fused_towers_even_out_what_separate_ones_cannot():
-    # A vision layer costs two text layers. 5 and 2 layers on 3 ranks: v + t is 4, 4, 4 fused; each
-    # by itself is at best 4, 4, 2 and 1, 1, 0.
-    fused_vision, fused_text = uneven([2, 2, 1], 2), uneven([0, 0, 2], 1)
-    towers = compare_towers(fused_vision, fused_text, ranks=3, microbatches=32)
-    assert towers.fused.total == ideal_step_seconds(3, 32, 4, 8)
-    assert towers.speedup > 1.4
-    assert towers.separate.messages == 2 * towers.fused.messages
-
-    best_apart = compare_towers(uneven([2, 2, 1], 2), uneven([1, 1, 0], 1), 3, 32).separate
-    assert 1.2 < best_apart.total / towers.fused.total < 1.25
-
-
-def test_fused_costs_are_the_towers_together():
-    vision = Costs([3], [5], message=1, forward_without_graph=[2])
-    towers = compare_towers(vision, Costs([10], [20], message=4), ranks=1, microbatches=1, loss=7)
-    assert towers.fused.total == (2 + 10) + 7 + (3 + 10) + (5 + 20)
-    across = compare_towers(equal(2, 1, 1), Costs([1, 1], [1, 1], message=4), 2, 1).fused
-    # One microbatch: there in pass 1, its forward again, and back; a message each way.
-    assert across.total == (2 + 4 + 2) + 2 + (2 + 4 + 2)
+    assert simulate(step_orders(2, 2), equal(2, 0, 0)).bubble == 0
 
 
 @pytest.mark.parametrize(
@@ -264,10 +208,10 @@ def test_fused_costs_are_the_towers_together():
 )
 def test_costs_for_another_pipeline(costs):
     with pytest.raises(InputError, match="for a pipeline of 2"):
-        simulate(step_orders(ranks=2, microbatches=1), [costs])
+        simulate(step_orders(ranks=2, microbatches=1), costs)
 
 
 def test_orders_that_wait_for_ever():
     orders = [[], [PipelineOp(OpKind.FORWARD_WITHOUT_GRAPH)]]
     with pytest.raises(ValueError, match="no rank can go on"):
-        simulate(orders, [equal(2, 1, 1)])
+        simulate(orders, equal(2, 1, 1))

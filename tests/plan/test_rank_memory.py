@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 
 from parallel_clip.config import config_from_dict
-from parallel_clip.engine.groups import close_groups, open_groups
+from parallel_clip.engine.groups import close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import dry_run, measure_rank_memory
 
 # Nothing divides by anything: 17 and 13 tokens, 101 words; there are 4 heads to split.
@@ -53,8 +54,14 @@ def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
     )
 
 
+def plan_for(config) -> LayoutPlan:
+    world = config.batch.global_ // PAIRS * config.parallel.tensor
+    return make_layout_plan(SMALL.costs, world, config)
+
+
 def held(layout: Layout, rank: int = 0, **settings):
-    return dry_run(config_for(layout, **settings), SMALL, layout, rank)
+    config = config_for(layout, **settings)
+    return dry_run(config, SMALL, plan_for(config), rank)
 
 
 def test_bytes_of_each_number():
@@ -126,7 +133,8 @@ def _count_for_real(rank, layout, recompute, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=layout.world
     )
-    groups = open_groups(layout, Launch(rank, rank, layout.world))
-    found = measure_rank_memory(config_for(layout, recompute=recompute), SMALL, groups)
+    join_world(Launch(rank, rank, layout.world))
+    config = config_for(layout, recompute=recompute)
+    found = measure_rank_memory(config, SMALL, plan_for(config), make_groups(layout))
     torch.save(found, folder / f"{rank}.pt")
     close_groups()

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.stages.costs import block_flops, stage_cost, text_costs, vision_costs
-from parallel_clip.stages.partition import partition, whole_model
-from parallel_clip.stages.stage import LayerRange, Stage
+from parallel_clip.stages.costs import ModelCosts, block_flops, stage_cost
+from parallel_clip.stages.partition import partition
+from parallel_clip.stages.stage import LayerRange, Stage, whole_model
 from tests import reference
 from tests.small_models import KINDS, image_batch, small_model, token_batch
 
@@ -35,17 +35,21 @@ def by_module(counter: FlopCounterMode) -> dict[str, int]:
     }
 
 
+def whole_cost(costs: ModelCosts) -> int:
+    return stage_cost(whole_model(costs.vision.layers, costs.text.layers), costs)
+
+
 @pytest.mark.parametrize("kind", KINDS_COUNTED)
 def test_the_whole_model_costs_what_torch_counts(kind):
     architecture = architecture_from_json(KINDS[kind], kind)
     total = counted(KINDS[kind]).get_total_flops()
-    assert PAIRS * stage_cost(whole_model(architecture), architecture) == total
+    assert PAIRS * whole_cost(architecture.costs) == total
 
 
 @pytest.mark.parametrize("kind", KINDS_COUNTED)
 def test_each_part_costs_what_torch_counts(kind):
     architecture = architecture_from_json(KINDS[kind], kind)
-    vision, text = vision_costs(architecture), text_costs(architecture)
+    vision, text = architecture.costs.vision, architecture.costs.text
     counts = by_module(counted(KINDS[kind]))
     assert PAIRS * vision.embedding == counts["CLIP.visual.conv1"]
     assert PAIRS * vision.block == counts["CLIP.visual.transformer.resblocks.1"]
@@ -56,8 +60,8 @@ def test_the_backward_costs_twice_the_forward():
     """But for the patch convolution, whose pictures need no gradient: it costs once."""
     model_cfg = small_model()
     architecture = architecture_from_json(model_cfg, "small")
-    forward = stage_cost(whole_model(architecture), architecture)
-    spared = vision_costs(architecture).embedding
+    forward = whole_cost(architecture.costs)
+    spared = architecture.costs.vision.embedding
     total = counted(model_cfg, backward=True).get_total_flops()
     assert total == PAIRS * (3 * forward - spared)
 
@@ -79,15 +83,15 @@ def test_a_block_whose_mlp_is_four_times_as_wide_as_it_costs_24sh2_and_4s2h():
 )
 def test_towers_against_open_clips_table(name, picture, text):
     """10⁹ FLOPs of a picture and of a text in docs/model_profile.csv of mlfoundations/open_clip."""
-    architecture = load_architecture(name)
-    whole = whole_model(architecture)
-    ours = vision_costs(architecture).of(whole.vision), text_costs(architecture).of(whole.text)
+    costs = load_architecture(name).costs
+    whole = whole_model(costs.vision.layers, costs.text.layers)
+    ours = costs.vision.of(whole.vision), costs.text.of(whole.text)
     assert [flops / 1e9 for flops in ours] == pytest.approx([picture, text], abs=0.0051)
 
 
 def test_patch_dropout_spares_the_blocks_and_not_the_patch_embedding():
     plain, dropping = (
-        vision_costs(architecture_from_json(small_model({"patch_dropout": rate}), "small"))
+        architecture_from_json(small_model({"patch_dropout": rate}), "small").costs.vision
         for rate in (0.0, 0.5)
     )
     assert dropping.embedding == plain.embedding
@@ -96,11 +100,11 @@ def test_patch_dropout_spares_the_blocks_and_not_the_patch_embedding():
 
 def test_a_stage_costs_its_layers_and_the_ends_that_it_holds():
     architecture = load_architecture("ViT-B-32")
-    vision, text = vision_costs(architecture), text_costs(architecture)
+    vision, text = architecture.costs.vision, architecture.costs.text
 
     def cost(vision_range: tuple[int, int], text_range: tuple[int, int]) -> int:
         stage = Stage(1, 3, LayerRange(*vision_range, 12), LayerRange(*text_range, 12))
-        return stage_cost(stage, architecture)
+        return stage_cost(stage, architecture.costs)
 
     assert cost((3, 5), (4, 4)) == 2 * vision.block
     assert cost((0, 1), (0, 0)) == vision.embedding + vision.block
@@ -110,6 +114,5 @@ def test_a_stage_costs_its_layers_and_the_ends_that_it_holds():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 24])
 def test_the_stages_together_cost_what_the_whole_costs(count):
-    architecture = load_architecture("ViT-B-32")
-    costs = [stage_cost(stage, architecture) for stage in partition(architecture, count)]
-    assert sum(costs) == stage_cost(whole_model(architecture), architecture)
+    costs = load_architecture("ViT-B-32").costs
+    assert sum(stage_cost(stage, costs) for stage in partition(costs, count)) == whole_cost(costs)

@@ -12,7 +12,7 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.layout_plan import choose_stash
-from parallel_clip.training.step import training_step
+from parallel_clip.training.step import TrainStep
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
 
@@ -36,9 +36,8 @@ def train(
     loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](group=groups.data)
     batch = own_microbatches(groups, task.images, task.tokens, microbatches)
     stash = choose_stash(config.parallel, microbatches)
-    records = [
-        asdict(training_step(built, loss, batch, stash, lr, groups.pipeline)) for _ in range(steps)
-    ]
+    step = TrainStep(built, loss, stash, groups.pipeline)
+    records = [asdict(step(batch, lr)) for _ in range(steps)]
     return records, {p.name: tensor.detach() for p, tensor in built.global_parameters()}
 
 
@@ -49,8 +48,9 @@ def masters(groups: Groups, task: Task) -> dict[str, tuple[Tensor, Tensor, list[
     architecture = architecture_from_json(task.model_cfg, "small")
     built = loaded_training(groups, config, architecture, task.weights)
     batch = own_microbatches(groups, task.images.bfloat16(), task.tokens, 2)
+    step = TrainStep(built, ClipLoss(group=groups.data), 0, groups.pipeline)
     for _ in range(2):
-        training_step(built, ClipLoss(group=groups.data), batch, 0, 1e-3, groups.pipeline)
+        step(batch, lr=1e-3)
     held = {}
     for parameter, tensor in built.global_parameters():
         owned = built.optimizer.owned_state(tensor)
@@ -71,7 +71,7 @@ def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
     batch = own_microbatches(groups, images, task.tokens, 1)
     before = [p.detach().clone() for _, p in built.global_parameters()]
     try:
-        training_step(built, ClipLoss(group=groups.data), batch, 1, 1e-3, groups.pipeline)
+        TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)(batch, lr=1e-3)
     except FloatingPointError as error:
         after = [p for _, p in built.global_parameters()]
         same = all(map(torch.equal, before, after))

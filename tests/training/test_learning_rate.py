@@ -2,7 +2,7 @@ import pytest
 import torch
 from open_clip_train import scheduler
 
-from parallel_clip.config import Schedule
+from parallel_clip.config import LearningRateSchedule
 from parallel_clip.training.learning_rate import learning_rate
 
 PEAK, TOTAL = 3e-3, 57
@@ -19,7 +19,9 @@ def openclips(make, *arguments) -> list[float]:
 
 
 def ours(**schedule) -> list[float]:
-    return [learning_rate(step, TOTAL, PEAK, Schedule(**schedule)) for step in range(TOTAL)]
+    return [
+        learning_rate(step, TOTAL, PEAK, LearningRateSchedule(**schedule)) for step in range(TOTAL)
+    ]
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10, 56, 57, 200])

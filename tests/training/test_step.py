@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import parameter_table
 from tests import reference
 from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch

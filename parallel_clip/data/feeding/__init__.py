@@ -1,1 +1,1 @@
-"""From the order of samples to batches: data sets, loader and workers."""
+"""The data sets of training and evaluation, and the workers that read them."""

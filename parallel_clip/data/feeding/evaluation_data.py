@@ -1,6 +1,6 @@
 """Held-out pictures in the order of their shards, with all captions or with their class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from parallel_clip.data.feeding.training_data import BadSample, StoredAddress
+from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
 from parallel_clip.data.feeding.workers import read_ahead, report_progress
-from parallel_clip.data.index.shard_table import ShardTable, index_shards
+from parallel_clip.data.index.shard_table import ShardTable
 from parallel_clip.data.samples.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import Preprocess, evaluation_transform
-from parallel_clip.data.storage.progress import Print
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
 
 
@@ -23,11 +22,11 @@ from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardI
 class EvaluationBatch:
     """n pictures on the CPU, with the m captions of all of them or with the label of each.
 
-    Bad samples are left out and told of in `bad`: n may be smaller than asked for, or 0.
+    Bad samples are left out and listed in `bad`: n may be smaller than asked for, or 0.
     """
 
     images: Tensor  # fp32 [n, 3, H, W]
-    positions: Tensor  # int64 [n]: place among all samples of the shards
+    positions: Tensor  # int64 [n]: number of the sample among all of the shards
     tokens: Tensor  # int64 [m, L]; m is 0 where labels were asked for
     owner: Tensor  # int64 [m]: the row of `images` that a caption belongs to, ascending
     labels: Tensor  # int64 [n]; [0] where captions were asked for
@@ -36,18 +35,33 @@ class EvaluationBatch:
 
 
 class EvaluationData:
-    """This rank's part of the samples, a contiguous one, in batches; iterate as often as needed."""
+    """The part of one of `ranks` of the samples of shards, in batches of `batch` pictures.
 
-    def __init__(self, data: "_EvaluationSamples", part: range, batch: int, workers: int):
-        self._data = data
-        self._part = part
+    Parts are contiguous and follow one another in the order of ranks. A sample without a picture
+    or without what is needed beside it is a bad one. May be iterated more than once; each time
+    `workers` processes decode (0: this one), and `patience` is as in `read_ahead`.
+    """
+
+    def __init__(
+        self,
+        shards: ShardTable,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        *,
+        need: Literal["captions", "labels"] = "captions",
+        caption_key: str | None = None,
+        batch: int = 64,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        patience: float = 25.0,
+    ):
+        self.samples = shards.samples  # over all ranks, bad ones included
+        self._data = _EvaluationSamples(shards, preprocess, tokenizer, need, caption_key)
+        self._part = range(self.samples * rank // ranks, self.samples * (rank + 1) // ranks)
         self._batch = batch
         self._workers = workers
-
-    @property
-    def samples(self) -> int:
-        """Samples in the shards, over all ranks, bad ones included."""
-        return len(self._data)
+        self._patience = patience
 
     def __len__(self) -> int:
         return -(-len(self._part) // self._batch)
@@ -55,46 +69,18 @@ class EvaluationData:
     def __iter__(self) -> Iterator[EvaluationBatch]:
         starts = range(0, len(self._part), self._batch)
         batches = (self._part[start : start + self._batch] for start in starts)
-        return read_ahead(self._data, batches, self._workers, prefetch=2)
-
-
-def open_evaluation_data(
-    patterns: str | Sequence[str],
-    preprocess: Preprocess,
-    tokenizer: Tokenizer,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    batch: int = 64,
-    need: Literal["captions", "labels"] = "captions",
-    caption_key: str | None = None,
-    workers: int = 0,
-    say: Print = print,
-    check: bool = True,
-) -> EvaluationData:
-    """The samples of shards, cut over `ranks`; with all their captions, or with their `.cls`.
-
-    A sample without what is needed is a bad one. InputError: missing or broken shards, which are
-    looked for unless `check` is False (see `index_shards`).
-    """
-    data = _EvaluationSamples(
-        index_shards(patterns, say, check=check),
-        preprocess,
-        tokenizer,
-        need == "captions",
-        caption_key,
-    )
-    part = range(len(data) * rank // ranks, len(data) * (rank + 1) // ranks)
-    return EvaluationData(data, part, batch, workers)
+        return read_ahead(self._data, batches, self._workers, prefetch=2, patience=self._patience)
 
 
 class _EvaluationSamples:
+    """What workers read: `data[range(0, 8)]` is an EvaluationBatch of 8 samples."""
+
     def __init__(
         self,
         shards: ShardTable,
         preprocess: Preprocess,
         tokenizer: Tokenizer,
-        with_captions: bool,
+        need: Literal["captions", "labels"],
         caption_key: str | None,
     ):
         self._shards = shards
@@ -102,12 +88,9 @@ class _EvaluationSamples:
         self._size = preprocess.image_size
         self._transform = evaluation_transform(preprocess)
         self._tokenizer = tokenizer
-        self._with_captions = with_captions
+        self._need = need
         self._caption_key = caption_key
         self._files = ShardFiles()
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
 
     def describe_position(self, shard: int, index: int, *_: int) -> str:
         return f"sample {index} of {self._shards.paths[shard]}"
@@ -125,7 +108,7 @@ class _EvaluationSamples:
             try:
                 sample = self._files.read(shard, index)
                 picture = decode_picture(sample)
-                if self._with_captions:
+                if self._need == "captions":
                     own = captions_of(sample, self._caption_key)
                     captions += own
                     owner += [len(images)] * len(own)

@@ -1,28 +1,24 @@
-"""From positions of the order to microbatches of tensors, read ahead by worker processes.
+"""The loader of training: microbatches of tensors, read ahead by worker processes.
 
-Any number of ranks, workers and microbatches gives the same bits: they only cut what
-`training_data.py` has at each position.
+Any number of ranks, workers and microbatches gives the same bits: each pair is that which
+`TrainingData` has at its position.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from parallel_clip.data.feeding.training_data import Microbatch, TrainingData
 from parallel_clip.data.feeding.workers import read_ahead
 
-if TYPE_CHECKING:
-    pass
-
-
 MAX_PIECE = 256  # samples one worker decodes at a time; larger microbatches are joined of these
 
 
 @dataclass(frozen=True)
 class RankBatchSlice:
-    """Which part of every global batch a data-parallel rank reads, and in what portions."""
+    """The part of every global batch that a data-parallel rank reads, and its microbatches (sizes
+    in pairs)."""
 
     global_batch: int
     micro_batch: int
@@ -54,6 +50,7 @@ class TrainingLoader:
         workers: int = 0,
         prefetch: int = 2,
         patience: float = 25.0,
+        pin_memory: bool = False,
     ):
         self.data = data
         self.step_slice = step_slice
@@ -62,12 +59,12 @@ class TrainingLoader:
         self._workers = workers
         self._prefetch = prefetch
         self._patience = patience
+        self._pin = pin_memory
 
     def __len__(self) -> int:
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
-        pin = torch.cuda.is_available()
         steps = range(self.first_step, self.steps)
         ranges = (
             piece
@@ -75,10 +72,12 @@ class TrainingLoader:
             for positions in self.step_slice.microbatches(step)
             for piece in _pieces(positions)
         )
-        pieces = read_ahead(self.data, ranges, self._workers, self._prefetch, pin, self._patience)
+        pieces = read_ahead(
+            self.data, ranges, self._workers, self._prefetch, self._pin, self._patience
+        )
         for step in steps:
             yield [
-                _join([next(pieces) for _ in _pieces(positions)], pin)
+                _join([next(pieces) for _ in _pieces(positions)], self._pin)
                 for positions in self.step_slice.microbatches(step)
             ]
 

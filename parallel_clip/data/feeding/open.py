@@ -1,20 +1,38 @@
-"""Open the data of a run: find its shards, check their first samples, build the order."""
+"""Open the data of a run: its shards, then the data sets over them.
+
+Rank 0 finds and checks all shards (`find_run_shards`, `check_*_samples`) and saves their index; the
+other ranks open them by that index (`reopen_run_shards`). Order, length and fingerprint of a run
+follow from the shards and the config alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from parallel_clip.config import parse_bytes
+from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.index.shard_table import index_shards
+from parallel_clip.data.index.index_folder import FolderIndex
+from parallel_clip.data.index.shard_table import (
+    ShardTable,
+    check_shards,
+    counts_from_json,
+    find_shards,
+    open_shards,
+    save_index,
+    scan_unindexed,
+)
+from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
 from parallel_clip.data.order.sample_order import Order, OrderSource
 from parallel_clip.data.samples.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import (
     Preprocess,
+    check_augment_options,
     evaluation_shrink,
     evaluation_transform,
     training_shrink,
@@ -28,35 +46,87 @@ from parallel_clip.errors import InputError
 if TYPE_CHECKING:
     from parallel_clip.config import Config
 
+Need = Literal["captions", "labels"]
 
-_FIRST = 64  # samples of which one must be good
+HELD_OUT_NEEDS: dict[str, Need] = {
+    "loss": "captions",
+    "retrieval": "captions",
+    "zero_shot": "labels",
+}
+
+_FIRST_SAMPLES = 64  # of which one must be good
 
 
 @dataclass(frozen=True)
-class BadItem:
-    """A sample that cannot be used; a whole shard, or the rest of one, where `key` is None."""
+class RunShards:
+    """The shards that a config names."""
 
-    shard: str
-    key: str | None
-    reason: str
+    train: list[ShardTable]  # of each entry of `data.train`
+    held_out: dict[str, ShardTable]  # of the keys of HELD_OUT_NEEDS that `evaluate` has set
 
-    def __str__(self) -> str:
-        return f"{self.shard}, {self.key}: {self.reason}" if self.key is not None else self.reason
+    def save_index(self, say: Print = print) -> None:
+        """Save the index of what was scanned when the shards were found."""
+        for table in (*self.train, *self.held_out.values()):
+            save_index(table, say)
+
+
+def find_run_shards(
+    config: Config, say: Print = print, *, counts_suffice: bool = False
+) -> RunShards:
+    """Find and check all shards of a run, on rank 0 for all ranks. Writes nothing.
+
+    Scans shards that no saved index has, which is said; counts_suffice: not those whose number of
+    samples a `sizes.json` beside them has, which is enough where no sample is read.
+
+    Raises:
+        InputError: no shards, missing, changed or broken ones, or wrong settings of `data`.
+    """
+    settings = config.data
+    if not settings.train:
+        raise InputError("data.train names no shards; give a list of {shards: ...}")
+    if settings.augment == "train":
+        check_augment_options(settings.augment_options)
+    parse_bytes(settings.cache, "data.cache")
+
+    def find(patterns: str | Sequence[str], folders: dict[str, FolderIndex]) -> ShardTable:
+        table = find_shards(patterns, say, folders)
+        check_shards(table)  # before a scan that may take hours
+        if counts_suffice:
+            table = counts_from_json(table)
+        return scan_unindexed(table, say)
+
+    return _run_shards(config, find)
+
+
+def reopen_run_shards(config: Config) -> RunShards:
+    """Find the shards of a run on another rank, after rank 0 has checked them and saved their
+    index. Looks at no shard that has one."""
+    return _run_shards(config, open_shards)
+
+
+def check_training_samples(config: Config, shards: RunShards) -> None:
+    """`check_first_samples` of each source of training pairs."""
+    for source, table in zip(config.data.train, shards.train, strict=True):
+        check_first_samples(table, "captions", source.caption_key or config.data.caption_key)
+
+
+def check_held_out_samples(config: Config, shards: RunShards) -> None:
+    """`check_first_samples` of each held-out set."""
+    for name, table in shards.held_out.items():
+        check_first_samples(table, HELD_OUT_NEEDS[name], config.data.caption_key)
 
 
 def check_first_samples(
-    shards: Sequence[ShardIndex],
-    need: Literal["captions", "labels"],
-    caption_key: str | None = None,
+    shards: Sequence[ShardIndex], need: Need, caption_key: str | None = None
 ) -> None:
-    """See that the shards hold what is needed beside pictures: read until a sample is good.
+    """Check that shards hold what is needed beside pictures: read samples until one is good.
 
-    InputError: none of the first is. Shards of the wrong kind are found so before a run begins,
-    where single bad samples are met, and counted, on its way.
+    InputError: none of the first 64 is. This finds shards of the wrong kind before a run begins;
+    single bad samples are counted when the run meets them.
     """
     files, first, tried = ShardFiles(), None, 0
     samples = ((shard, index) for shard in shards for index in range(shard.samples))
-    for shard, index in islice(samples, _FIRST):
+    for shard, index in islice(samples, _FIRST_SAMPLES):
         tried += 1
         try:
             sample = files.read(shard, index)
@@ -66,7 +136,7 @@ def check_first_samples(
             else:
                 label_of(sample)
         except BadSampleError as error:
-            first = first or BadItem(shard.path, error.key, error.reason)
+            first = first or f"{shard.path}, {error.key}: {error.reason}"
         except OSError as error:
             raise InputError(f"{shard.path} cannot be read: {error}") from None
         else:
@@ -81,46 +151,43 @@ def check_first_samples(
     )
 
 
-def open_training_data(
-    config: Config,
-    preprocess: Preprocess,
-    tokenizer: Tokenizer,
-    say: Print = print,
-    *,
-    check: bool = True,
-    save_index: bool = True,
-    counts_suffice: bool = False,
-) -> TrainingData:
-    """The training data of a run; shards without an index get one, kept unless `save_index` is
-    False (see `index_shards`, for `check` and `counts_suffice` too).
+def build_order(config: Config, shards: RunShards) -> Order:
+    """The order of the training samples. InputError: an epoch has none."""
+    sources = [
+        OrderSource(table.counts, source.weight, source.samples)
+        for source, table in zip(config.data.train, shards.train, strict=True)
+    ]
+    return Order(sources, config.seed)
 
-    InputError: no shards, missing or broken ones, an augmentation that there is not.
-    """
+
+def data_fingerprint(shards: RunShards) -> dict[str, Any]:
+    """What the order follows from beside the config, ready for JSON: a run may only be resumed, and
+    ranks may only work together, where it is equal."""
+    sources = [
+        {
+            "shards": len(table),
+            "samples": table.samples,
+            "checksum": zlib.crc32(table.counts.tobytes()),
+        }
+        for table in shards.train
+    ]
+    return {"order": ORDER_VERSION, "sources": sources}
+
+
+def build_training_data(
+    config: Config, shards: RunShards, preprocess: Preprocess, tokenizer: Tokenizer
+) -> TrainingData:
+    """The training pairs of a run. Raises InputError as `find_run_shards` and `build_order` do."""
     settings = config.data
-    if not settings.train:
-        raise InputError("data.train names no shards; give a list of {shards: ...}")
     augment = settings.augment == "train"
     if augment:
         transform = training_transform(preprocess, settings.augment_options)
         shrink = training_shrink(preprocess, settings.augment_options)
     else:
         transform, shrink = evaluation_transform(preprocess), evaluation_shrink(preprocess)
-    sources = [
-        index_shards(
-            source.shards, say, check=check, save=save_index, counts_suffice=counts_suffice
-        )
-        for source in settings.train
-    ]
-    order = Order(
-        [
-            OrderSource(shards.counts, source.weight, source.samples)
-            for source, shards in zip(settings.train, sources, strict=True)
-        ],
-        config.seed,
-    )
     return TrainingData(
-        sources,
-        order,
+        shards.train,
+        build_order(config, shards),
         transform,
         tokenizer,
         any_caption=augment,
@@ -128,3 +195,49 @@ def open_training_data(
         shrink=shrink if settings.decode == "fast" else None,
         cache=RemoteCache(parse_bytes(settings.cache, "data.cache")),
     )
+
+
+def build_held_out_data(
+    config: Config,
+    shards: RunShards,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    rank: int = 0,
+    ranks: int = 1,
+) -> dict[str, EvaluationData]:
+    """The part of data-parallel rank `rank` of each held-out set, by its name in `shards.held_out`;
+    names that have the same table share one object."""
+    built: dict[int, EvaluationData] = {}
+    for name, table in shards.held_out.items():
+        if id(table) not in built:
+            built[id(table)] = EvaluationData(
+                table,
+                preprocess,
+                tokenizer,
+                need=HELD_OUT_NEEDS[name],
+                caption_key=config.data.caption_key,
+                batch=config.evaluate.batch,
+                rank=rank,
+                ranks=ranks,
+                workers=config.evaluate.workers,
+                patience=config.data.worker_patience,
+            )
+    return {name: built[id(table)] for name, table in shards.held_out.items()}
+
+
+def _run_shards(
+    config: Config,
+    find: Callable[[str | Sequence[str], dict[str, FolderIndex]], ShardTable],
+) -> RunShards:
+    """Find the shards of each source and held-out set; each folder's index is opened once."""
+    folders: dict[str, FolderIndex] = {}
+    train = [find(source.shards, folders) for source in config.data.train]
+    wanted, held_out = config.evaluate, {}
+    if wanted.loss is not None:
+        held_out["loss"] = find(wanted.loss, folders)
+    if wanted.retrieval is not None:  # one set for both is encoded once
+        same = wanted.retrieval == wanted.loss
+        held_out["retrieval"] = held_out["loss"] if same else find(wanted.retrieval, folders)
+    if wanted.zero_shot is not None:
+        held_out["zero_shot"] = find(wanted.zero_shot.shards, folders)
+    return RunShards(train, held_out)

@@ -1,22 +1,20 @@
-"""The training pairs at positions of the order: read, decoded, augmented, and replaced where bad.
+"""The training pairs at positions of the order: read, decoded, augmented; bad ones replaced.
 
-What stands at a position follows from the seed and the position alone.
+The pair at a position is a function of the shards, the seed and the position alone.
 """
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
 from parallel_clip.data.feeding.workers import heartbeat, report_progress
 from parallel_clip.data.index.shard_table import ShardTable
-from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
 from parallel_clip.data.order.sample_order import Order, SampleAddress
 from parallel_clip.data.samples.decode import DraftScale, captions_of, decode_picture
 from parallel_clip.data.samples.tokenizer import Tokenizer
@@ -27,34 +25,13 @@ from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardI
 from parallel_clip.errors import BadDataError
 
 MAX_SUBSTITUTES = 64  # samples tried in place of a bad one
-RECENT_SHARDS = 1024  # whose samples' places a worker keeps at hand: 80 KB each at 10,000 samples
-
-
-class StoredAddress(NamedTuple):
-    """Where a sample lies: number of its source, path of its shard, key therein."""
-
-    source: int
-    shard: str
-    key: str
-
-
-class BadSample(NamedTuple):
-    """A sample that could not be used at a position of the order, and why."""
-
-    position: int
-    source: int
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"sample {self.key} of {self.shard} (position {self.position}): {self.reason}"
+RECENT_SHARDS = 1024  # whose index a worker keeps in memory: 80 KB each at 10,000 samples
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """b pairs on the CPU. `addresses` says what was read at each position: its own sample, or the
-    substitute where `bad` tells of it."""
+    """b pairs on the CPU. `addresses` has the sample that was read at each position: its own, or
+    the substitute where `bad` lists its own."""
 
     images: Tensor  # fp32 [b, 3, H, W]
     tokens: Tensor  # int64 [b, L]
@@ -75,8 +52,8 @@ class Microbatch:
 class TrainingData:
     """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
 
-    caption_keys: of each source; shrink: how far a picture may be shrunk while it is decoded, None:
-    not at all.
+    caption_keys: of each source; any_caption: draw one of several captions, else take the first;
+    shrink: how far a picture may be shrunk while it is decoded (None: not at all).
     """
 
     def __init__(
@@ -106,19 +83,6 @@ class TrainingData:
     @property
     def samples_per_epoch(self) -> int:
         return self.order.samples_per_epoch
-
-    @property
-    def data_fingerprint(self) -> dict[str, Any]:
-        """What the order follows from, beside the config: a run goes on where this is alike."""
-        sources = [
-            {
-                "shards": len(shards),
-                "samples": shards.samples,
-                "checksum": zlib.crc32(shards.counts.tobytes()),
-            }
-            for shards in self.sources
-        ]
-        return {"order": ORDER_VERSION, "sources": sources}
 
     def __getitem__(self, positions: range) -> Microbatch:
         """Read the pairs at `positions`; BadDataError where no substitute of a bad one is good."""
@@ -168,7 +132,7 @@ class TrainingData:
 
 
 class _RecentShards:
-    """Where the samples are of the shards last read from."""
+    """A least-recently-used cache of the indexes of shards."""
 
     def __init__(self, sources: Sequence[ShardTable]):
         self._sources = sources

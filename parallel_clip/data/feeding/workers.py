@@ -1,7 +1,7 @@
-"""Processes that read ahead, watched: one that is killed or stuck is an error that says where.
+"""Worker processes that read ahead; one that is killed or stuck is an error that names its sample.
 
-A worker notes what it is about to read in memory that it shares with the trainer. When its next
-batch does not come, the trainer looks whether the worker still gets on.
+A worker writes what it is about to read to memory that it shares with the rank's process. When its
+next batch does not come, that process looks there how long the worker has been at it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from parallel_clip.errors import BadDataError, InputError, WorkerError
 
 _SECONDS_BETWEEN_LOOKS = 5
-_PID, _BUSY, _SINCE = range(3)  # of a worker's notes; behind them the numbers that say where
-_PLACES = 3
+_PID, _BUSY, _SINCE = range(3)  # of a worker's row; behind them the numbers of its position
+_POSITION_NUMBERS = 3
+_ROW = _SINCE + 1 + _POSITION_NUMBERS
 _FORK = multiprocessing.get_context("fork")
 _ENDS = (BadDataError, InputError, WorkerError)
 
-_notes: memoryview | None = None  # in a worker: its own
-_watch: WorkerMonitor | None = None  # in the trainer: that of its workers
+_own_row: memoryview | None = None  # in a worker
+# In the rank's process: of those that read now, as an evaluation does beside training.
+_monitors: list[WorkerMonitor] = []
 
 
 class WatchedData(Protocol):
@@ -35,22 +37,23 @@ class WatchedData(Protocol):
     def __getitem__(self, item: object) -> object: ...
 
     def describe_position(self, *numbers: int) -> str:
-        """In words, what `getting_on(*numbers)` told of."""
+        """In words for people, what `report_progress(*numbers)` said."""
         ...
 
 
 def report_progress(*numbers: int) -> None:
-    """To be called by data with what it is about to read, at least once a sample."""
-    if _notes is not None:
+    """Called by data, at least once a sample, with the numbers of what it is about to read (at most
+    three); does nothing outside a worker."""
+    if _own_row is not None:
         for number, value in enumerate(numbers):
-            _notes[_SINCE + 1 + number] = value
-        _notes[_SINCE] = time.monotonic()
+            _own_row[_SINCE + 1 + number] = value
+        _own_row[_SINCE] = time.monotonic()
 
 
 def heartbeat() -> None:
-    """To be called by data that waits and is not stuck, such as before a request is made again."""
-    if _notes is not None:
-        _notes[_SINCE] = time.monotonic()
+    """Called by data that waits and is not stuck, such as before each try of a request."""
+    if _own_row is not None:
+        _own_row[_SINCE] = time.monotonic()
 
 
 def read_ahead(
@@ -61,16 +64,18 @@ def read_ahead(
     pin: bool = False,
     patience: float = 25.0,
 ) -> Iterator:
-    """`data[item]` of each item in order, by `workers` processes (0: this one), each of which keeps
-    `prefetch` of them ready; `pin`: in page-locked memory.
+    """Yield `data[item]` of each item in order, read by `workers` processes (0: this one).
+
+    prefetch: items that each worker keeps ready; pin: hand them out in page-locked memory;
+    patience: seconds that a worker may take over one sample. Workers start with the first item and
+    end when the iterator is closed or exhausted.
 
     Raises:
         WorkerError: a worker has ended, or has been at one sample for `patience` seconds, or the
             file system fails.
         BadDataError, InputError: as `data[item]` does.
     """
-    global _watch
-    watch = WorkerMonitor(data, workers, patience) if workers else None
+    monitor = WorkerMonitor(data, workers, patience) if workers else None
     loader = DataLoader(
         _FailuresAsValues(data),
         sampler=items,
@@ -82,11 +87,12 @@ def read_ahead(
         pin_memory=pin,
         collate_fn=_unchanged,
         generator=torch.Generator(),
-        worker_init_fn=watch.begin_in_worker if watch else None,
-        timeout=_SECONDS_BETWEEN_LOOKS if watch else 0,
+        worker_init_fn=monitor.begin_in_worker if monitor else None,
+        timeout=_SECONDS_BETWEEN_LOOKS if monitor else 0,
     )
-    if watch:  # reading without workers, as evaluation does, leaves those of training watched
-        _watch = watch
+    if monitor:
+        # One that has ended is kept until the next begins: its workers' end may yet be reported.
+        _monitors[:] = [other for other in _monitors if other.running] + [monitor]
     values = iter(loader)
     try:
         while True:
@@ -95,50 +101,56 @@ def read_ahead(
             except StopIteration:
                 return
             except RuntimeError as error:
-                if watch is None:
+                if monitor is None:
                     raise
-                watch.look(error)
+                monitor.check_workers(error)
                 continue
             if isinstance(value, _ENDS):
                 raise value
             yield value
     finally:
-        if watch:
+        if monitor:
             # Not left to garbage collection: an error on its way refers to the iterator.
             values._shutdown_workers()
-            watch.kill_rest()
+            monitor.kill_rest()
+            monitor.running = False
 
 
 def worker_failure(error: Exception) -> str | None:
-    """What ended a worker, where that is what `error` says. torch raises it wherever the trainer
-    is when it learns of it."""
+    """How a worker ended, in words, if `error` is torch's that says so; else None.
+
+    torch raises it wherever the process is when it learns of it.
+    """
     ended = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\)", str(error))
-    if ended is None or _watch is None or not isinstance(error, RuntimeError):
+    if ended is None or not _monitors or not isinstance(error, RuntimeError):
         return None
-    return _watch.how_it_ended(int(ended[1].split(",")[0]), str(error))
+    pid = int(ended[1].split(",")[0])
+    its_own = (monitor for monitor in _monitors if monitor.has(pid))
+    return next(its_own, _monitors[-1]).how_it_ended(pid, str(error))
 
 
 class WorkerMonitor:
-    """The notes of all workers, and what they mean."""
+    """What the workers of one `read_ahead` are reading, in memory that they share."""
 
     def __init__(self, data: WatchedData, workers: int, patience: float):
         self._data = data
         self._patience = patience
-        self._width = _SINCE + 1 + _PLACES
-        self._notes = _FORK.RawArray("d", workers * self._width)
+        self.running = True
+        self._memory = _FORK.RawArray("d", workers * _ROW)
 
     def begin_in_worker(self, number: int) -> None:
-        """A worker's first act."""
-        global _notes, _watch
+        """Called first in each worker."""
+        global _own_row
         # A job that is told to end may still write a checkpoint; its workers end when it does.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _watch = None
-        start = number * self._width
-        _notes = memoryview(self._notes).cast("B").cast("d")[start : start + self._width]
-        _notes[_PID] = os.getpid()
+        _monitors.clear()
+        start = number * _ROW
+        _own_row = memoryview(self._memory).cast("B").cast("d")[start : start + _ROW]
+        _own_row[_PID] = os.getpid()
 
-    def look(self, error: RuntimeError) -> None:
-        """Whether the workers get on, after a batch has not come."""
+    def check_workers(self, error: RuntimeError) -> None:
+        """Raise WorkerError if one has ended or is stuck, after torch's `error` over a batch that
+        has not come; `error` itself if it is neither that nor a time-out."""
         failure = worker_failure(error)
         if failure is not None:
             raise WorkerError(failure) from None
@@ -149,12 +161,15 @@ class WorkerMonitor:
             if row[_BUSY] and waited > self._patience:
                 raise WorkerError(
                     f"data worker {row[_PID]:.0f} is stuck: for {waited:.0f} s at "
-                    f"{self._place(row)}. See whether that file can be read; data.worker_patience "
-                    "is how long a worker may take over one sample"
+                    f"{self._position(row)}. See whether that file can be read; "
+                    "data.worker_patience is how long a worker may take over one sample"
                 )
 
+    def has(self, pid: int) -> bool:
+        return any(row[_PID] == pid for row in self._rows())
+
     def how_it_ended(self, pid: int, message: str) -> str:
-        at = next((f" at {self._place(row)}" for row in self._rows() if row[_PID] == pid), "")
+        at = next((f" at {self._position(row)}" for row in self._rows() if row[_PID] == pid), "")
         by_signal = re.search(r"killed by signal: ([\w ]+)", message)
         how = f"was killed ({by_signal[1].strip()})" if by_signal else "has ended"
         return (
@@ -163,7 +178,7 @@ class WorkerMonitor:
         )
 
     def kill_rest(self) -> None:
-        """They ignore SIGTERM, and one that is stuck hears nothing else."""
+        """Kill the workers that still live: they ignore SIGTERM, and one may be stuck."""
         pids = {int(row[_PID]) for row in self._rows()}
         for process in multiprocessing.active_children():
             if process.pid in pids:
@@ -171,23 +186,24 @@ class WorkerMonitor:
                 process.join(1)
 
     def _rows(self) -> list[list[float]]:
-        notes = list(self._notes)
-        return [notes[i : i + self._width] for i in range(0, len(notes), self._width)]
+        values = list(self._memory)
+        return [values[i : i + _ROW] for i in range(0, len(values), _ROW)]
 
-    def _describe_position(self, row: list[float]) -> str:
+    def _position(self, row: list[float]) -> str:
         return self._data.describe_position(*(int(number) for number in row[_SINCE + 1 :]))
 
 
 class _FailuresAsValues(Dataset):
-    """Hands an error over as it is: a DataLoader would add a worker's traceback to its message."""
+    """Data that returns an error instead of raising it: a DataLoader would add the worker's
+    traceback to its message."""
 
     def __init__(self, data: WatchedData):
         self._data = data
 
     def __getitem__(self, item: object) -> object:
-        if _notes is not None:
-            _notes[_SINCE] = time.monotonic()
-            _notes[_BUSY] = 1
+        if _own_row is not None:
+            _own_row[_SINCE] = time.monotonic()
+            _own_row[_BUSY] = 1
         try:
             return self._data[item]
         except _ENDS as error:
@@ -195,8 +211,8 @@ class _FailuresAsValues(Dataset):
         except OSError as error:
             return WorkerError(f"a shard cannot be read: {error}")
         finally:
-            if _notes is not None:
-                _notes[_BUSY] = 0
+            if _own_row is not None:
+                _own_row[_BUSY] = 0
 
 
 def _unchanged(value: object) -> object:

@@ -1,1 +1,1 @@
-"""How many samples each shard has and where they lie."""
+"""The index of shards: how many samples each has, and where in the file each sample is."""

@@ -1,12 +1,12 @@
-"""The file that keeps the index of a folder of shards: safetensors, with a table of the shards and,
-behind it, where each of their samples lies.
+"""The file format of the index of a folder of shards: safetensors with a table of the shards and
+where in them each sample is.
 
 All shards: `names`, their file names in UTF-8, sorted, a line each. Each shard: `bytes`,
 `changed_ns` (its time of change), `samples`, and `checksums`, of its part of what follows. Each
 sample, shard after shard: `bounds`, which are `ShardIndex.bounds` and one more for each shard, and
 `headers`, which are `ShardIndex.checksums`.
 
-The tables are read at once, the rest only for shards that are read from.
+The tables are read when the file is opened, `bounds` and `headers` for one shard at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TABLES = {"bytes": np.int64, "changed_ns": np.int64, "samples": np.int64, "chec
 
 @dataclass(frozen=True)
 class IndexFile:
-    """An index as it is kept: tables in memory, samples on disk. Rows are shards, by name."""
+    """An open index file: tables in memory, bounds of samples on disk. Rows are shards by name."""
 
     path: Path
     names: np.ndarray  # bytes [shards], sorted
@@ -42,7 +42,7 @@ class IndexFile:
 
     @classmethod
     def read(cls, path: Path) -> IndexFile:
-        """Raises ValueError where it is damaged or of another kind, OSError."""
+        """Open a file. Raises ValueError if it is damaged or of another format, OSError."""
         try:
             with safe_open(path, framework="numpy") as file:
                 kind = (file.metadata() or {}).get("format")
@@ -50,7 +50,7 @@ class IndexFile:
                     raise ValueError(f"its format is {kind!r}")
                 text = file.get_tensor("names").tobytes()
                 tables = {name: file.get_tensor(name) for name in _TABLES}
-                held = {name: file.get_slice(name).get_shape() for name in ("bounds", "headers")}
+                shapes = {name: file.get_slice(name).get_shape() for name in ("bounds", "headers")}
         except SafetensorError as error:
             raise ValueError(str(error)) from None
         names = np.array(text.split(b"\n") if text else [], dtype=bytes)
@@ -59,7 +59,7 @@ class IndexFile:
         whole = (
             len(lengths) == 1
             and (counts > 0).all()
-            and held == {"bounds": [counts.sum() + len(counts)], "headers": [counts.sum()]}
+            and shapes == {"bounds": [counts.sum() + len(counts)], "headers": [counts.sum()]}
             and all(tables[name].dtype == kind for name, kind in _TABLES.items())
         )
         if not whole:
@@ -76,7 +76,7 @@ class IndexFile:
         return np.where(self.names[found] == names, found, -1) if len(self) else found - 1
 
     def shard(self, row: int, path: str) -> ShardIndex:
-        """The index of a shard. InputError where the file is damaged there."""
+        """The index of the shard in a row. InputError where the file is damaged there."""
         first, count = int(self._starts[row]), int(self.samples[row])
         bounds = self._file.get_slice("bounds")[first + row : first + row + count + 1]
         headers = self._file.get_slice("headers")[first : first + count]
@@ -101,10 +101,10 @@ class IndexFile:
 
 
 def write_index(path: Path, shards: Sequence[ShardIndex], changed_ns: Sequence[int]) -> None:
-    """Write the index of the shards of one folder, in one go or not at all. Raises OSError.
+    """Write the index of the shards of one folder, whole or not at all. Raises OSError.
 
-    Written piece by piece, since the samples of many shards are many; the file is that of
-    safetensors' own writer.
+    changed_ns: time of change of each shard. Written array by array, which needs no second copy of
+    them in memory; the bytes are those that safetensors' own writer would write.
     """
     by_name = sorted(zip([os.fsencode(os.path.basename(s.path)) for s in shards], shards,
                          changed_ns, strict=True), key=lambda entry: entry[0])  # fmt: skip
@@ -127,11 +127,11 @@ def write_index(path: Path, shards: Sequence[ShardIndex], changed_ns: Sequence[i
         ("names", "U8", len(names), [names]),
     ]
     header: dict[str, object] = {"__metadata__": {"format": FORMAT}}
-    place = 0
+    offset = 0
     for name, kind, length, _ in parts:
-        end = place + length * {"U8": 1, "U32": 4, "I64": 8}[kind]
-        header[name] = {"dtype": kind, "shape": [length], "data_offsets": [place, end]}
-        place = end
+        end = offset + length * {"U8": 1, "U32": 4, "I64": 8}[kind]
+        header[name] = {"dtype": kind, "shape": [length], "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

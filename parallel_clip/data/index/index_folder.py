@@ -1,7 +1,7 @@
-"""What is known of the shards of one folder: from index files, and what was scanned since.
+"""The index of one folder of shards: its saved files, and the shards scanned since.
 
-An index is `shards.index` beside the shards, or in the cache folder where theirs is not writable or
-is an address.
+It is saved as `shards.index` beside the shards, or in the cache folder where theirs is not writable
+or is an address.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from parallel_clip.data.index.index_file import IndexFile, write_index
 from parallel_clip.data.storage.files import parent_and_name
-from parallel_clip.data.storage.patterns import FileStat
 from parallel_clip.data.storage.progress import Print
 from parallel_clip.data.storage.remote import cache_folder, file_system, is_remote, with_retries
 from parallel_clip.data.storage.shards import ShardIndex, scan_shard
@@ -26,38 +26,60 @@ INDEX_NAME = "shards.index"
 SIZES_NAME = "sizes.json"  # OpenCLIP's: the samples of each shard, by file name
 
 
+class IndexedShards(NamedTuple):
+    """What an index has on n shards, int64 [n] each; -1 for a shard that it does not have."""
+
+    samples: np.ndarray
+    bytes: np.ndarray
+    changed_ns: np.ndarray  # time of change
+
+
 class FolderIndex:
-    def __init__(self, place: str, files: list[IndexFile]):
-        self._place = place
+    """The index of one folder of shards: rows of its saved files, and what was scanned since.
+
+    A shard is looked up among the scanned ones first, then in the file beside the shards, then in
+    that of the cache folder. `save` merges all of them into one file.
+    """
+
+    def __init__(self, folder: str, files: list[IndexFile]):
+        self._folder = folder
         self._files = files
-        self._scanned: dict[str, tuple[ShardIndex, int]] = {}  # with the time of change
+        self._scanned: dict[str, tuple[ShardIndex, int]] = {}  # by path, with the time of change
         self._sizes: dict[str, int] | None = None
 
     @classmethod
-    def load(cls, place: str, say: Print) -> FolderIndex:
+    def load(cls, folder: str, say: Print) -> FolderIndex:
+        """Read the saved files; one that is damaged is left out, which is said."""
         files = []
-        _fetch_remote_index(place)
-        for path in _index_files(place):
+        _fetch_remote_index(folder)
+        for path in _index_files(folder):
             if not path.is_file():
                 continue
             try:
                 files.append(IndexFile.read(path))
             except (OSError, ValueError) as error:
                 say(f"the index {path} is not readable ({error}): made again")
-        return cls(place, files)
+        return cls(folder, files)
 
-    def known(self, paths: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-        """(samples, bytes, time of change) of those of `paths` that an index has."""
-        found: dict[str, tuple[int, int, int]] = {}
+    def look_up(self, paths: Sequence[str]) -> IndexedShards:
+        """What is known of shards of this folder."""
+        table = np.full((3, len(paths)), -1, np.int64)
         names = np.array([os.fsencode(parent_and_name(path)[1]) for path in paths])
         for file in reversed(self._files):
-            for path, row in zip(paths, file.rows(names).tolist(), strict=True):
-                if row >= 0:
-                    facts = file.samples[row], file.bytes[row], file.changed_ns[row]
-                    found[path] = tuple(map(int, facts))
-        return found
+            rows = file.rows(names)
+            has = rows >= 0
+            for column, values in zip(
+                table, (file.samples, file.bytes, file.changed_ns), strict=True
+            ):
+                column[has] = values[rows[has]]
+        for number, path in enumerate(paths if self._scanned else ()):
+            if path in self._scanned:
+                shard, changed_ns = self._scanned[path]
+                table[:, number] = shard.samples, shard.bytes, changed_ns
+        return IndexedShards(*table)
 
     def shard(self, path: str) -> ShardIndex:
+        """The index of one shard; scanned where no file has it. Raises InputError."""
         if path in self._scanned:
             return self._scanned[path][0]
         name = np.array([os.fsencode(parent_and_name(path)[1])])
@@ -65,30 +87,32 @@ class FolderIndex:
             row = int(file.rows(name)[0])
             if row >= 0:
                 return file.shard(row, path)
-        self.add(scan_shard(path), None)  # only its count was asked for before
+        self.add(scan_shard(path), 0)  # its count came from sizes.json
         return self._scanned[path][0]
 
-    def add(self, shard: ShardIndex, stamp: FileStat | None) -> None:
-        self._scanned[shard.path] = shard, 0 if stamp is None else stamp.changed_ns
+    def add(self, shard: ShardIndex, changed_ns: int) -> None:
+        """Take in a scanned shard; `save` keeps it."""
+        self._scanned[shard.path] = shard, changed_ns
 
     def sizes_from_json(self) -> dict[str, int]:
-        """The counts of a `sizes.json` beside the shards."""
+        """The counts of a `sizes.json` beside the shards, by file name; InputError: damaged."""
         if self._sizes is None:
-            self._sizes = {} if is_remote(self._place) else _read_sizes(Path(self._place))
+            self._sizes = {} if is_remote(self._folder) else _read_sizes(Path(self._folder))
         return self._sizes
 
     def save(self, say: Print) -> None:
+        """Write what was scanned beside the shards, else to the cache folder; both may refuse."""
         if not self._scanned:
             return
         entries = dict(self._scanned)
         for file in self._files:
             for row, name in enumerate(file.names.tolist()):
-                path = _join(self._place, os.fsdecode(name))
+                path = _join(self._folder, os.fsdecode(name))
                 if path not in entries:
                     entries[path] = file.shard(row, path), int(file.changed_ns[row])
         shards, changed = zip(*entries.values(), strict=True)
         samples = sum(shard.samples for shard in shards)
-        for path in _index_files(self._place):
+        for path in _index_files(self._folder):
             try:
                 write_index(path, shards, changed)
                 self._files, self._scanned = [IndexFile.read(path)], {}
@@ -97,7 +121,7 @@ class FolderIndex:
             say(f"index of {len(shards):,} shards, {samples:,} samples, written to {path}")
             return
         say(
-            f"neither {self._place} nor the cache folder is writable: the index is not kept "
+            f"neither {self._folder} nor the cache folder is writable: the index is not kept "
             "(set PARALLEL_CLIP_CACHE to a folder that is)"
         )
 
@@ -113,33 +137,33 @@ def _read_sizes(folder: Path) -> dict[str, int]:
         raise InputError(f"{file} is not a table of counts by shard: {error}") from None
 
 
-def _index_files(place: str) -> list[Path]:
-    """Where the index of a folder may be, best first."""
-    name = hashlib.sha256(os.path.abspath(place).encode()).hexdigest()[:16]
-    if is_remote(place):
-        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+def _index_files(folder: str) -> list[Path]:
+    """The files that may hold the index of a folder, best first."""
+    name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    if is_remote(folder):
+        name = hashlib.sha256(folder.encode()).hexdigest()[:16]
         return [cache_folder() / f"{name}.index"]
-    return [Path(place) / INDEX_NAME, cache_folder() / f"{name}.index"]
+    return [Path(folder) / INDEX_NAME, cache_folder() / f"{name}.index"]
 
 
-def _fetch_remote_index(place: str) -> None:
-    """The `shards.index` that lies beside shards at an address, if there is one."""
-    if not is_remote(place):
+def _fetch_remote_index(folder: str) -> None:
+    """Copy the `shards.index` beside shards at an address, if there is one, to the cache folder."""
+    if not is_remote(folder):
         return
-    target = _index_files(place)[0]
+    target = _index_files(folder)[0]
     if target.is_file():
         return
     try:
-        system, path = file_system(f"{place}/{INDEX_NAME}")
-        if not with_retries(place, lambda: system.exists(path)):
+        system, path = file_system(f"{folder}/{INDEX_NAME}")
+        if not with_retries(folder, lambda: system.exists(path)):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with_retries(place, lambda: system.get_file(path, str(temporary)))
+        with_retries(folder, lambda: system.get_file(path, str(temporary)))
         temporary.replace(target)
     except OSError:
         return  # it is made here instead
 
 
-def _join(place: str, name: str) -> str:
-    return f"{place}/{name}" if is_remote(place) else os.path.normpath(os.path.join(place, name))
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if is_remote(folder) else os.path.normpath(os.path.join(folder, name))

@@ -1,1 +1,1 @@
-"""Which sample stands at which position of a run. No torch."""
+"""The order of the samples of a run: a pure function of seed and position. No torch."""

@@ -1,5 +1,5 @@
-"""Random permutations of whole numbers that are computed place by place: nothing is stored, however
-many there are.
+"""Random permutations of range(n), computed for single numbers: nothing is stored, however large n
+is.
 
 A Feistel network over pairs (high, low) with 0 <= high < a, 0 <= low < b and a * b just above n:
 each round adds to one of them a random function of the other, which can be undone, so the network
@@ -35,7 +35,7 @@ def subkey(key: np.ndarray | np.uint64, number: np.ndarray) -> np.ndarray:
 
 
 def permuted(places: np.ndarray, size: int | np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
-    """Where each of `places` goes in the permutation of range(size) that `key` names.
+    """The images of `places` under the permutation of range(size) that `key` names.
 
     places: int64 [n], 0 <= place < size; size and key: one for all, or one for each. -> int64 [n]
     """

@@ -1,7 +1,8 @@
-"""Which sample stands at which position of a run: a pure function of (seed, position).
+"""The order of the samples of a run: a pure function of (seed, position).
 
-An epoch is put together in four steps, each of which is computed place by place, so that memory is
-a few numbers a shard and starting takes no time, however many samples there are:
+A position counts from the begin of the run, a place from that of its epoch. An epoch is put
+together in four steps, each of which is computed for single places, so that memory is one integer a
+shard and starting takes no time, however many samples there are:
 
 1. All samples of the epoch in a row: each source's, shard after shard, as often as its weight says,
    then those that its weight's fraction chooses this time.
@@ -30,14 +31,15 @@ from parallel_clip.errors import InputError
 # The order's definition: other values are another order, and a resumed run would not match.
 SHUFFLE_BLOCK = 128  # consecutive samples of a shard that stay near one another
 CHUNK = 128  # consecutive positions of one stream
-MOST_STREAMS = 256
+MAX_STREAMS = 256
 WINDOW = 4096  # samples of a stream that are shuffled together
 VERSION = 2  # of all that follows; a checkpoint notes it
 
 
 @dataclass(frozen=True)
 class OrderSource:
-    """The samples of each shard, how often each sample comes, and a limit to the first so many."""
+    """A source of samples: their number in each shard, how often an epoch has each (`weight`), and
+    how many of the first are used (`samples`; None: all)."""
 
     shard_samples: Sequence[int] | np.ndarray
     weight: float = 1.0
@@ -45,7 +47,7 @@ class OrderSource:
 
 
 class SampleAddress(NamedTuple):
-    """A sample's place: source, shard within the source, sample within the shard, from 0 each."""
+    """Where a sample is: source, shard in the source, sample in the shard; each counts from 0."""
 
     source: int
     shard: int
@@ -54,7 +56,7 @@ class SampleAddress(NamedTuple):
 
 
 class Addresses(NamedTuple):
-    """The same of many samples, int64 [n] each."""
+    """`SampleAddress` of n samples, int64 [n] each."""
 
     source: np.ndarray
     shard: np.ndarray
@@ -128,7 +130,7 @@ class Order:
 
 @dataclass(frozen=True)
 class SourceEpoch:
-    """A source's part of an epoch: all its samples so many times, and some once more."""
+    """A source's part of an epoch: each sample `copies` times, and `extra` of them once more."""
 
     number: int
     starts: np.ndarray  # int64 [shards + 1], of each shard among the samples of the source
@@ -167,8 +169,8 @@ class SourceEpoch:
 
 @dataclass(frozen=True)
 class ReadStreams:
-    """How an epoch's places are dealt to streams: `rounds` whole rounds of a chunk each, then the
-    places left over, a chunk to each as far as they go."""
+    """How the places of an epoch are assigned to streams: in `rounds` rounds each stream gets a
+    chunk, and the `left` places after them go to the first streams, a chunk each."""
 
     streams: int
     rounds: int
@@ -176,9 +178,9 @@ class ReadStreams:
 
     @classmethod
     def of(cls, samples: int) -> "ReadStreams":
-        """So many streams that each has windows to shuffle in: one where samples are few."""
+        """The streams of an epoch of `samples`; several where each has two windows or more."""
         most = max(1, samples // (2 * WINDOW))
-        streams = min(MOST_STREAMS, 2 ** (most.bit_length() - 1))
+        streams = min(MAX_STREAMS, 2 ** (most.bit_length() - 1))
         rounds, left = divmod(samples, streams * CHUNK)
         return cls(streams, rounds, left)
 

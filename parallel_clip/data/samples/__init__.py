@@ -1,1 +1,1 @@
-"""From the bytes of a sample to a tensor and tokens."""
+"""Decode a sample: its picture to a tensor, its captions to tokens."""

@@ -1,4 +1,4 @@
-"""From a sample's files to a picture, captions and a label, refusing what is bad or too big."""
+"""Decode a sample's files to a picture, captions and a label, within limits of size."""
 
 import io
 import json
@@ -18,14 +18,14 @@ MAX_ASPECT = 100  # resizing the short side to size S makes a picture of S x 100
 MAX_JSON_BYTES = 2**20
 MAX_CAPTION_BYTES = 64 * 2**10
 
-DraftScale = Callable[[int, int], float]  # (width, height) -> part of them, more than 0
+DraftScale = Callable[[int, int], float]  # (width, height) -> fraction of both that is enough
 
 
 def decode_picture(sample: StoredSample, shrink: DraftScale | None = None) -> Image.Image:
     """The sample's picture, decoded to its end, in RGB (alpha is dropped, not blended).
 
-    shrink: what part of its width and height will do, by (width, height). A JPEG is then decoded at
-    an eighth, a fourth or half of its size where that is enough, in a fraction of the time.
+    shrink: by (width, height), the fraction of both that is enough; a JPEG is then decoded at 1/8,
+    1/4 or 1/2 of its size where it can be, in a fraction of the time. Raises BadSampleError.
     """
     extension = next((e for e in PICTURE_EXTENSIONS if e in sample.files), None)
     if extension is None:
@@ -53,7 +53,10 @@ def decode_picture(sample: StoredSample, shrink: DraftScale | None = None) -> Im
 
 
 def captions_of(sample: StoredSample, caption_key: str | None = None) -> list[str]:
-    """All captions, at least one: the lines of `.txt`, or what `.json` has at `caption_key`."""
+    """All captions, at least one: the lines of `.txt`, or what `.json` has at `caption_key`.
+
+    Raises BadSampleError.
+    """
     if caption_key is None:
         text = _text(sample, "txt", MAX_CAPTION_BYTES)
         captions = [line.removesuffix("\r") for line in text.split("\n")]
@@ -76,7 +79,7 @@ def captions_of(sample: StoredSample, caption_key: str | None = None) -> list[st
 
 
 def label_of(sample: StoredSample) -> int:
-    """The number of the sample's class, from `.cls`."""
+    """The number of the sample's class, from `.cls`. Raises BadSampleError."""
     text = _text(sample, "cls", 64).strip()
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise _bad(sample, f".cls is {text!r}, not the number of a class")

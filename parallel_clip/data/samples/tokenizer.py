@@ -1,4 +1,4 @@
-"""From captions to tokens, equal to OpenCLIP's tokenizers.
+"""Tokenizers of captions, equal to OpenCLIP's.
 
 Two kinds: CLIP's own byte-pair encoding, whose merges come with this package, and the folder of a
 Hugging Face tokenizer. Both run on the `tokenizers` library; neither needs a network.
@@ -31,7 +31,7 @@ _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 class Tokenizer(Protocol):
-    """Captions to tokens."""
+    """Turns captions into tokens."""
 
     context_length: int
     vocab_size: int  # every token is below
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 
 class TextSettings(Protocol):
-    """What a tokenizer must know of a text tower; see model/architectures.py."""
+    """The settings of a text tower that a tokenizer needs; see model/towers/text.py."""
 
     context_length: int
     vocab_size: int
@@ -61,9 +61,9 @@ def build_tokenizer(choice: str | None, text: TextSettings, folder: Path | None)
     if choice == "openclip" or (choice is None and text.tokenizer is None):
         tokenizer: Tokenizer = ClipTokenizer(text.context_length, **_known_options(text, "clean"))
     else:
-        place = Path(choice) if choice else _folder_of(text.tokenizer, folder)
+        chosen = Path(choice) if choice else _folder_of(text.tokenizer, folder)
         options = _known_options(text, "clean", "strip_sep_token") if text.tokenizer else {}
-        tokenizer = FolderTokenizer(place, text.context_length, **options)
+        tokenizer = FolderTokenizer(chosen, text.context_length, **options)
     if tokenizer.vocab_size > text.vocab_size:
         raise InputError(
             f"the tokenizer {tokenizer.folder or 'openclip'} has {tokenizer.vocab_size:,} tokens, "

@@ -1,4 +1,4 @@
-"""From an RGB picture to the tensor a model sees: OpenCLIP's transforms, to the bit."""
+"""Transforms of RGB pictures to the tensors that a model takes: OpenCLIP's, to the bit."""
 
 import math
 import random
@@ -34,7 +34,7 @@ Transform = Callable[[Image], Tensor]  # -> float32 [3, H, W]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pictures become tensors in evaluation. The names are those of OpenCLIP's preprocess_cfg.
+    """The settings of the evaluation transform, with the names of OpenCLIP's preprocess_cfg.
 
     `interpolation` "random" means bicubic here, as it does in OpenCLIP.
     """
@@ -117,7 +117,7 @@ def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Tr
     (brightness, contrast, saturation, hue) with color_jitter_prob, gray_scale_prob. Its training
     crop is always bicubic. Draws from torch's and Python's global generators: see `seeded`.
     """
-    options = _augment_options(options)
+    options = check_augment_options(options)
     steps: list[Callable] = [
         T.RandomResizedCrop(
             preprocess.image_size,
@@ -127,10 +127,7 @@ def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Tr
         )
     ]
     if "color_jitter" in options:
-        try:
-            jitter = T.ColorJitter(*options["color_jitter"])
-        except ValueError as error:
-            raise InputError(f"data.augment_options.color_jitter: {error}") from None
+        jitter = T.ColorJitter(*options["color_jitter"])
         steps.append(partial(_sometimes, options["color_jitter_prob"], jitter))
     if "gray_scale_prob" in options:
         grey = T.Grayscale(num_output_channels=3)
@@ -138,17 +135,56 @@ def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Tr
     return T.Compose([*steps, *_to_tensor(preprocess)])
 
 
+def check_augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `data.augment_options` that are set and not 0. InputError: unknown or wrong ones."""
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in ("use_timm", "re_prob", "re_count"):
+        if given.pop(key, None):
+            raise InputError(f"data.augment_options.{key} is not supported: leave it out")
+    known = {
+        "scale": 2,
+        "ratio": 2,
+        "color_jitter": 4,
+        "color_jitter_prob": 0,
+        "gray_scale_prob": 0,
+    }
+    for key, value in given.items():
+        if key not in known:
+            raise InputError(
+                f"data.augment_options.{key} is not supported; there are {', '.join(known)}"
+            )
+        if known[key]:
+            given[key] = _numbers(f"data.augment_options.{key}", value, known[key])
+        elif not _is_number(value) or not 0 <= value <= 1:
+            raise InputError(f"data.augment_options.{key} is {value!r}: expected 0 to 1")
+    for key in ("scale", "ratio"):
+        low, high = given.get(key, (1, 1))
+        if not 0 < low <= high:
+            raise InputError(f"data.augment_options.{key} is [{low}, {high}]: expected 0 < a <= b")
+    given = {key: value for key, value in given.items() if value != 0}
+    if ("color_jitter" in given) != ("color_jitter_prob" in given):
+        raise InputError(
+            "data.augment_options: color_jitter (four numbers: brightness, contrast, saturation, "
+            "hue) and color_jitter_prob go together; give both or neither"
+        )
+    try:
+        T.ColorJitter(*given.get("color_jitter", ()))
+    except ValueError as error:
+        raise InputError(f"data.augment_options.color_jitter: {error}") from None
+    return given
+
+
 def evaluation_shrink(preprocess: Preprocess) -> DraftScale:
-    """What part of a picture's width and height the evaluation transform makes use of."""
+    """The fraction of a picture's width and height that the evaluation transform needs."""
     height, width = preprocess.image_size
     fit = max if preprocess.resize_mode != "longest" else min
     return lambda w, h: fit(width / w, height / h)
 
 
 def training_shrink(preprocess: Preprocess, options: Mapping[str, Any]) -> DraftScale:
-    """What part of a picture's width and height is enough for the smallest crop that
-    `training_transform` may take."""
-    options = _augment_options(options)
+    """The fraction of a picture's width and height that the smallest crop of
+    `training_transform` needs."""
+    options = check_augment_options(options)
     smallest = options.get("scale", DEFAULT_SCALE)[0]
     narrowest, widest = options.get("ratio", DEFAULT_RATIO)
     height, width = preprocess.image_size
@@ -168,7 +204,7 @@ def sample_seed(seed: int, position: int, purpose: str) -> int:
 
 @contextmanager
 def seeded(number: int) -> Iterator[None]:
-    """Torch's CPU generator and Python's `random` start from `number`, and are then put back."""
+    """Seed torch's CPU generator and Python's `random` with `number`; restore both afterwards."""
     python_state, torch_state = random.getstate(), torch.default_generator.get_state()
     random.seed(number)
     torch.default_generator.manual_seed(number)
@@ -213,41 +249,6 @@ def _to_rgb(picture: Image) -> Image:
 def _to_tensor(preprocess: Preprocess) -> list[Callable]:
     # In place: a tensor that was just made has no other reader.
     return [_to_rgb, T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std, inplace=True)]
-
-
-def _augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are set, checked."""
-    given = {key: value for key, value in options.items() if value is not None}
-    for key in ("use_timm", "re_prob", "re_count"):
-        if given.pop(key, None):
-            raise InputError(f"data.augment_options.{key} is not supported: leave it out")
-    known = {
-        "scale": 2,
-        "ratio": 2,
-        "color_jitter": 4,
-        "color_jitter_prob": 0,
-        "gray_scale_prob": 0,
-    }
-    for key, value in given.items():
-        if key not in known:
-            raise InputError(
-                f"data.augment_options.{key} is not supported; there are {', '.join(known)}"
-            )
-        if known[key]:
-            given[key] = _numbers(f"data.augment_options.{key}", value, known[key])
-        elif not _is_number(value) or not 0 <= value <= 1:
-            raise InputError(f"data.augment_options.{key} is {value!r}: expected 0 to 1")
-    for key in ("scale", "ratio"):
-        low, high = given.get(key, (1, 1))
-        if not 0 < low <= high:
-            raise InputError(f"data.augment_options.{key} is [{low}, {high}]: expected 0 < a <= b")
-    given = {key: value for key, value in given.items() if value != 0}
-    if ("color_jitter" in given) != ("color_jitter_prob" in given):
-        raise InputError(
-            "data.augment_options: color_jitter (four numbers: brightness, contrast, saturation, "
-            "hue) and color_jitter_prob go together; give both or neither"
-        )
-    return given
 
 
 def _three_numbers(key: str, value: Any) -> tuple[float, ...]:

@@ -1,1 +1,1 @@
-"""The bytes of shards: files and addresses, tar headers, samples."""
+"""Read shards: local and remote files, tar headers, samples."""

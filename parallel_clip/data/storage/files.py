@@ -1,4 +1,4 @@
-"""The bytes of shards, wherever they lie: files of this machine, or addresses (`s3://...`)."""
+"""Open shards for reading: files of this machine, or addresses (`s3://...`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from parallel_clip.data.storage.remote import RemoteCache, RemoteFile, is_remote
 
-OPEN_FILES = 256  # per process: a stream of the order reads from 32 places at a time
+OPEN_FILES = 256  # per process; each read stream of the order needs 32 at a time
 
 
 class File(Protocol):
@@ -42,7 +42,7 @@ class LocalFile:
 
 
 class OpenFiles:
-    """Keeps the files last read from open, up to a number of them."""
+    """A least-recently-used cache of open files, at most `limit` of them."""
 
     def __init__(self, limit: int = OPEN_FILES, cache: RemoteCache | None = None):
         self._limit = limit

@@ -1,4 +1,4 @@
-"""Which shards a pattern names: files, folders, braces, wildcards, here or at an address."""
+"""Expand shard patterns (files, folders, braces, wildcards, addresses) and look at the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THREADS, _PART = 16, 512
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """The shards that patterns name, in order; whether all are there is not looked at.
+    """The paths of the shards that patterns name, in order, whether they exist or not.
 
     A pattern is a file, a folder (all its `.tar`), or has braces (`{000..099}`, `{a,b}`) or
     wildcards, on this machine or at an address such as s3://bucket/{00..99}.tar; several stand in a
@@ -33,20 +33,21 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
 
 
 class FileStat(NamedTuple):
-    """What the file system tells of a file: its bytes, and when it was last changed."""
+    """A file's bytes, and its time of change in ns."""
 
     size: int
     changed_ns: int
 
 
 def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
-    """The stamp of each path on this machine; InputError names the missing."""
+    """The `FileStat` of each path on this machine, addresses left out; InputError names the
+    missing."""
     local = list(dict.fromkeys(path for path in paths if not is_remote(path)))
     parts = [local[start : start + _PART] for start in range(0, len(local), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:  # it waits for the file system
-        stamps = [stamp for part in threads.map(_stamps, parts) for stamp in part]
-    found = dict(zip(local, stamps, strict=True))
-    missing = [path for path, stamp in found.items() if stamp is None]
+        stats = [status for part in threads.map(_file_stats, parts) for status in part]
+    found = dict(zip(local, stats, strict=True))
+    missing = [path for path, status in found.items() if status is None]
     if missing:
         shown = ", ".join(missing[:5])
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
@@ -57,16 +58,17 @@ def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
     return found
 
 
-def _stamps(paths: Sequence[str]) -> list[FileStat | None]:
-    return [_stamp(path) for path in paths]
-
-
-def _stamp(path: str) -> FileStat | None:
+def file_stat(path: str) -> FileStat | None:
+    """None where there is no file of this machine."""
     try:
         status = os.stat(path)
     except OSError:
         return None
     return FileStat(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def _file_stats(paths: Sequence[str]) -> list[FileStat | None]:
+    return [file_stat(path) for path in paths]
 
 
 def _expand(pattern: str) -> list[str]:

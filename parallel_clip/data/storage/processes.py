@@ -1,4 +1,4 @@
-"""Work on many shards, shared out to processes."""
+"""Work on many shards in several processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Result = TypeVar("Result")
 def parallel_map(
     work: Callable[[Any], Result], items: Sequence[Any], workers: int, chunksize: int = 1
 ) -> Iterator[Result]:
-    """`work(item)` of each in order; with one worker in this process."""
+    """Yield `work(item)` of each in order; processes take `chunksize` at a time. One worker is
+    this process."""
     if workers <= 1:
         yield from map(work, items)
         return

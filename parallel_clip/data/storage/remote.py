@@ -1,4 +1,4 @@
-"""Shards at addresses such as https:// and s3://, by way of fsspec, with a cache on this machine.
+"""Read shards at addresses such as https:// and s3:// through fsspec, with a cache on disk.
 
 A file is read in pages of `PAGE` bytes; the order reads neighbouring samples near one another, so a
 page serves many of them. All processes of a machine share the cache folder; where it grows beyond
@@ -40,8 +40,10 @@ def cache_folder() -> Path:
 
 
 class RemoteCache:
-    """Pages of remote files in a folder; limit: the most bytes it may hold, or a few pages more
-    for each process that writes at that moment. `on_try` is called before each request."""
+    """Pages of remote files, kept in a folder that all processes of a machine share.
+
+    limit: bytes that it may hold; each process that writes may exceed it by a few pages.
+    folder: None for `pages` in `cache_folder()`. `on_try` is called before each request."""
 
     def __init__(self, limit: int = 32 * 2**30, folder: Path | None = None):
         self.limit = limit
@@ -50,7 +52,7 @@ class RemoteCache:
         self._written = 0
 
     def page(self, name: str, fetch: Callable[[], bytes]) -> bytes:
-        """The page of this name; `fetch` is asked where it is not at hand."""
+        """The bytes of the page of this name: cached, else what `fetch()` returns."""
         file = (self.folder or cache_folder() / "pages") / name[:2] / name
         try:
             data = file.read_bytes()
@@ -180,8 +182,9 @@ def _do_nothing() -> None:
 def with_retries(
     address: str, request: Callable[[], Value], on_try: Callable[[], None] = _do_nothing
 ) -> Value:
-    """The request's answer, tried again where it fails for what may pass; OSError where it does
-    not."""
+    """The result of `request()`, called up to MAX_REQUESTS times with exponential waits between.
+
+    Raises OSError where all fail; FileNotFoundError and PermissionError at once."""
     for attempt in range(1, MAX_REQUESTS + 1):
         on_try()
         try:

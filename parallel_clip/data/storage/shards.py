@@ -1,4 +1,4 @@
-"""WebDataset shards: where the samples of one are, and reading a sample.
+"""WebDataset shards: scan one for its samples, and read a sample.
 
 A sample is a run of files with one key: the path up to the first dot of the file's name. The rest
 of the name, in lower case, says what the file is: `jpg`, `txt`, `json`, `cls`, ...
@@ -26,7 +26,7 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 
 class BadSampleError(Exception):
-    """A sample cannot be used; `key` tells its number where not even that could be read."""
+    """A sample cannot be used; `key` is "number N" where not even its key could be read."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(key, reason)
@@ -49,12 +49,12 @@ class ShardIndex:
         return len(self.checksums)
 
     def span(self, index: int) -> tuple[int, int]:
-        """The bytes of a sample: begin and end."""
+        """Offsets in bytes of a sample's begin and end."""
         return int(self.bounds[index]) * TAR_BLOCK, int(self.bounds[index + 1]) * TAR_BLOCK
 
     @property
     def table_checksum(self) -> int:
-        """That of all of the above but the path."""
+        """CRC-32 of all fields but the path."""
         return zlib.crc32(self.checksums.tobytes(), zlib.crc32(self.bounds.tobytes(), self.bytes))
 
 
@@ -97,7 +97,8 @@ def scan_shard(path: str, cache: RemoteCache | None = None) -> ShardIndex:
 
 
 def scan_headers(path: str, cache: RemoteCache | None = None) -> Scan:
-    """The same of a shard that may be damaged. InputError where it cannot be read at all."""
+    """The index of the whole samples of a shard that may be damaged, and what the damage is.
+    InputError where it cannot be read at all."""
     try:
         file = open_file(path, cache)
     except OSError as error:
@@ -127,7 +128,7 @@ def scan_headers(path: str, cache: RemoteCache | None = None) -> Scan:
 
 
 class _Found:
-    """The samples of a shard, file by file."""
+    """Collects the samples of a shard from its members in their order."""
 
     def __init__(self):
         self.starts: list[int] = []
@@ -147,7 +148,7 @@ class _Found:
         self._end = end
 
     def drop_last(self) -> None:
-        """The sample that is being read cannot be told to be whole."""
+        """Drop the sample that was being read, which may not be whole."""
         if self.starts:
             self._end = self.starts.pop()
             self.checksums.pop()
@@ -166,7 +167,7 @@ def _with_member(checksum: int, member: int) -> int:
 
 
 class ShardFiles:
-    """Reads samples."""
+    """Reads samples of shards through a cache of open files."""
 
     def __init__(self, files: OpenFiles | None = None):
         self._files = files or OpenFiles()

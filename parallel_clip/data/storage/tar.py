@@ -46,35 +46,35 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
     to its end; without, `read` gives a piece of an archive that closes behind some member.
     Raises TarError where the archive breaks off or is not a tar.
     """
-    place, header, long_name, extended, checksum = 0, None, None, {}, 0
-    while place < size or end_mark:
-        block = read(_BLOCK, place)
+    position, header, long_name, extended, checksum = 0, None, None, {}, 0
+    while position < size or end_mark:
+        block = read(_BLOCK, position)
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.EOFHeaderError:
             if end_mark:
-                _require_zeros(read, place, size)
+                _require_zeros(read, position, size)
             return
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
             raise TarError(
                 f"it breaks off at byte {size:,}, without the end mark of a tar"
             ) from None
         except tarfile.HeaderError as error:
-            raise TarError(f"no tar header at byte {place:,} ({error})") from None
+            raise TarError(f"no tar header at byte {position:,} ({error})") from None
         checksum = zlib.crc32(block, checksum)
-        header = place if header is None else header
+        header = position if header is None else header
         length = int(extended.get("size", info.size))
-        offset = place + _BLOCK
+        offset = position + _BLOCK
         if length < 0 or offset + length > size:
             raise TarError(
-                f"it breaks off: member {info.name!r} at byte {place:,} has {length:,} bytes, "
+                f"it breaks off: member {info.name!r} at byte {position:,} has {length:,} bytes, "
                 f"but {size - offset:,} follow"
             )
-        place = _padded(offset + length)
+        position = _padded(offset + length)
         if info.type in _NAME_PARTS:
             if length > MAX_NAME_BYTES:
                 raise TarError(f"a name of {length:,} bytes, at most {MAX_NAME_BYTES:,} are read")
-            padded = read(place - offset, offset)
+            padded = read(position - offset, offset)
             checksum = zlib.crc32(padded, checksum)
             part = padded[:length]
             if info.type == _LONG_NAME:
@@ -90,14 +90,14 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
         header, long_name, extended, checksum = None, None, {}, 0
 
 
-def _require_zeros(read: Read, place: int, size: int) -> None:
+def _require_zeros(read: Read, position: int, size: int) -> None:
     """Behind the end mark there is only padding: a header that was zeroed is no end."""
-    start = place
-    while place < size:
-        data = read(_STRETCH, place)
+    start = position
+    while position < size:
+        data = read(_STRETCH, position)
         if data.strip(b"\0"):
             raise TarError(f"an end mark at byte {start:,}, with more behind it")
-        place += len(data) or size
+        position += len(data) or size
 
 
 def _extended_header(data: bytes) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""`parallel-clip data check` and `pack`."""
+"""The commands `data check` and `data pack`."""

@@ -1,4 +1,4 @@
-"""Finding what is bad in shards before a run meets it."""
+"""Read and decode every sample of shards, and report the bad ones: `data check`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from parallel_clip.data.feeding.open import BadItem
-from parallel_clip.data.index.shard_table import load_saved_indexes
+from parallel_clip.data.index.shard_table import UNKNOWN, find_shards
 from parallel_clip.data.samples.decode import captions_of, decode_picture
-from parallel_clip.data.storage.patterns import expand_shards, require_files
+from parallel_clip.data.storage.patterns import require_files
 from parallel_clip.data.storage.processes import parallel_map
 from parallel_clip.data.storage.progress import Print, show_progress
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex, scan_headers
 from parallel_clip.errors import InputError
 
 
+@dataclass(frozen=True)
+class BadItem:
+    """A sample that cannot be used; a whole shard, or the rest of one, where `key` is None."""
+
+    shard: str
+    key: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}, {self.key}: {self.reason}" if self.key is not None else self.reason
+
+
 @dataclass
 class CheckReport:
-    """What `decode_all_shards` found.
+    """The counts and the bad items that `decode_all_shards` found.
 
     samples: those that were found, broken ones included. sides and caption_bytes: how many pictures
     have a shorter side, and captions a length, of at least 2^k pixels or bytes and below 2^(k + 1).
@@ -50,17 +61,19 @@ def decode_all_shards(
 ) -> CheckReport:
     """Read and decode every picture and caption, by `workers` processes.
 
-    Goes on behind broken samples and broken shards. Where a shard has an index that knows other
+    Continues after broken samples and broken shards. Where a shard has an index that knows other
     samples than are there, that is said, and the samples it knows are read. InputError only where
     shards are missing.
     """
-    paths = expand_shards(patterns)
-    require_files(paths)
-    known = load_saved_indexes(paths, say)
+    table = find_shards(patterns, say)
+    require_files(table.paths)
     check = partial(_check_known, caption_key=caption_key)
-    jobs = [(path, known.get(path)) for path in paths]
+    jobs = [
+        (path, None if count == UNKNOWN else table[number])
+        for number, (path, count) in enumerate(zip(table.paths, table.counts, strict=True))
+    ]
     total = CheckReport()
-    for report in show_progress(parallel_map(check, jobs, workers), len(paths), "checked", say):
+    for report in show_progress(parallel_map(check, jobs, workers), len(jobs), "checked", say):
         total.add(report)
     return total
 
@@ -68,7 +81,7 @@ def decode_all_shards(
 def check_shard(
     path: str, known: ShardIndex | None = None, caption_key: str | None = None
 ) -> CheckReport:
-    """The same for one shard; known: its saved index."""
+    """`decode_all_shards` for one shard; known: its saved index."""
     report = CheckReport(1)
     try:
         scan = scan_headers(path)

@@ -1,4 +1,4 @@
-"""What `data check` prints."""
+"""Print the report of `data check`, or turn it into JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BAR = 40  # characters of the longest
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """What is broken, a line each, then how large pictures and how long captions are."""
+    """Print a line for each bad item, then histograms of picture sizes and caption lengths."""
     for broken in report.broken:
         print(broken)
     console = console or Console()
@@ -29,7 +29,7 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
 
 
 def report_tree(report: CheckReport) -> dict[str, Any]:
-    """The same, ready for JSON; histograms by the least number of each class."""
+    """The report ready for JSON; histograms by the lower bound of each class."""
     return {
         "shards": report.shards,
         "samples": report.samples,

@@ -1,4 +1,4 @@
-"""Making shards of pictures and captions that lie in a folder or are listed in a table."""
+"""Write shards from pictures and captions in a folder or listed in a CSV: `data pack`."""
 
 import csv
 import json

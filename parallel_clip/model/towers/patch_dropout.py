@@ -22,7 +22,7 @@ def kept_patches(seed: int, step: int, position: int, patches: int, keep: int) -
             it adds nothing to the draw: any value gives the same patches.
         position: the sample's place in the global order, counted from 0 over all epochs.
         patches: patches of the whole picture; the class token is not one and always stays.
-        keep: how many stay: `VisionArchitecture.patches_kept`.
+        keep: how many stay: `VisionConfig.patches_kept`.
     """
     del step
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, position]))

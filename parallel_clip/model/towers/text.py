@@ -6,6 +6,7 @@ Shape letters as in layers.py; D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,39 +22,71 @@ from parallel_clip.model.layers import (
     leave_sequence_parallel,
     transformer_block,
 )
-from parallel_clip.model.towers.transformer import Activation
+from parallel_clip.model.parameters import VOCABULARY, Normal, Parameter
+from parallel_clip.model.towers.transformer import (
+    ZERO,
+    BlockInit,
+    TowerConfig,
+    block_parameters,
+    linear_parameters,
+    norm_parameters,
+)
+from parallel_clip.stages.costs import TowerCosts
 from parallel_clip.stages.stage import LayerRange
 
 
-@dataclass(frozen=True)
-class TextConfig:
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TowerConfig):
     """The text tower. `eos_id` matters for pool "eos" alone; `tokenizer` is the name of a Hugging
     Face tokenizer, or None for OpenCLIP's own."""
 
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
     context_length: int
     vocab_size: int
     pool: Literal["argmax", "last", "eos", "first"]
     causal: bool
     eos_id: int
     projection_bias: bool
-    layer_scale: float | None
-    activation: Activation
-    norm_eps: float
     tokenizer: str | None
     tokenizer_kwargs: dict[str, Any] = field(hash=False)
 
     @property
-    def head_width(self) -> int:
-        return self.width // self.heads
+    def tokens(self) -> int:
+        return self.context_length
+
+    def parameters(self, embed_dim: int) -> Iterator[Parameter]:
+        width = self.width
+        name, shape = "token_embedding.weight", (self.vocab_size, width)
+        yield Parameter(name, name, shape, Normal(0.02), decayed=True, placement=VOCABULARY)
+        name, shape = "positional_embedding", (self.context_length, width)
+        yield Parameter(name, name, shape, Normal(0.01), decayed=True)
+        output = Normal((2 * self.layers * width) ** -0.5)
+        init = BlockInit(
+            query_key_value=Normal(width**-0.5),
+            attention_output=output,
+            mlp_input=Normal((2 * width) ** -0.5),
+            mlp_output=output,
+        )
+        yield from block_parameters(self, init)
+        yield from norm_parameters("ln_final", "post_norm", width)
+        name, module, normal = "text_projection", "projection", Normal(width**-0.5)
+        if self.projection_bias:
+            shape = embed_dim, width
+            yield from linear_parameters(f"{name}.", f"{module}.", shape, normal, ZERO)
+        else:
+            yield Parameter(name, module, (width, embed_dim), normal, decayed=True)
+
+    def costs(self, embed_dim: int) -> TowerCosts:
+        """The embedding is a look-up and costs nothing; only the pooled token is projected."""
+        return self.tower_costs(embedding=0, head=2 * self.width * embed_dim)
+
+    @property
+    def module_class(self) -> type[nn.Module]:
+        return TextTower
 
 
 class TextTower(nn.Module):
-    """Token ids [b, s] -> features [b, D], not normalised; or the stretch of it that `held` says:
-    from token ids or hidden states [S, b, h], to hidden states or features."""
+    """Token ids [b, s] -> features [b, D], not normalised; or the layers of it that `layer_range`
+    says: from token ids or hidden states [S, b, h], to hidden states or features."""
 
     def __init__(
         self,
@@ -61,15 +94,16 @@ class TextTower(nn.Module):
         embed_dim: int,
         config: TransformerConfig,
         tensor_group: ProcessGroup,
-        held: LayerRange,
+        layer_range: LayerRange,
     ):
         super().__init__()
-        self.text, self.config, self.group, self.held = text, config, tensor_group, held
-        if held.has_embedding:
+        self.text, self.config, self.group = text, config, tensor_group
+        self.layer_range = layer_range
+        if layer_range.has_embedding:
             self._build_embedding()
-        tokens = SequenceLength(training=text.context_length, evaluation=text.context_length)
-        self.block = transformer_block(config, tokens, text.causal, text.layer_scale)
-        if held.heads:
+        tokens = SequenceLength(text.training_tokens, text.tokens)
+        self.block = transformer_block(config, tokens, text.causal, text.layer_scale, tensor_group)
+        if layer_range.has_head:
             self._build_head(embed_dim)
 
     def _build_embedding(self) -> None:
@@ -96,11 +130,11 @@ class TextTower(nn.Module):
             self.projection = nn.Parameter(torch.empty(width, embed_dim, dtype=dtype))
 
     def forward(self, x: Tensor, tokens_bs: Tensor) -> Tensor:
-        """x: the hidden states that this stretch goes on from; not used where it embeds itself."""
-        if self.held.has_embedding:
+        """x: the hidden states [S, b, h] to go on from; not used where the embedding is held."""
+        if self.layer_range.has_embedding:
             x = self.embed(tokens_bs)
         x = self.block(x, attention_mask=None)
-        return self.head(x, tokens_bs) if self.held.heads else x
+        return self.head(x, tokens_bs) if self.layer_range.has_head else x
 
     def embed(self, tokens_bs: Tensor) -> Tensor:
         """[b, s] -> [S, b, h]"""

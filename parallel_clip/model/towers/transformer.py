@@ -1,5 +1,182 @@
-"""What the transformer towers share: their shape, parameters, costs and initial values."""
+"""What the transformer towers share: their shape, block and norm parameters, costs of a block.
 
-from typing import Literal
+A tower is described by a TowerConfig (what it is) and built as a module (a rank's slice of one
+stage of it). A tower of another family is one new file here with both.
+
+Initial values follow OpenCLIP 3.3.0 (its own and torch's defaults); weight decay its trainer's
+rule: weights of two or more dimensions, no norms and no biases.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from parallel_clip.model.parameters import (
+    COLUMNS,
+    QUERY_KEY_VALUE,
+    ROWS,
+    WHOLE,
+    Constant,
+    Normal,
+    Parameter,
+    Placement,
+    Uniform,
+)
+from parallel_clip.stages.costs import TowerCosts, block_flops
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+ZERO = Constant(0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig(ABC):
+    """A tower of `layers` pre-norm transformer blocks: its shape, and all that others ask of it.
+
+    `layer_scale` is the initial value of the scale on each residual branch (None: there is none).
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    layer_scale: float | None
+    activation: Activation
+    norm_eps: float
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """How many tokens pass through the blocks in evaluation."""
+
+    @property
+    def training_tokens(self) -> int:
+        """How many tokens pass through the blocks in training."""
+        return self.tokens
+
+    @abstractmethod
+    def parameters(self, embed_dim: int) -> Iterator[Parameter]:
+        """The tower's parameters, without the names' prefixes that say which tower it is."""
+
+    @abstractmethod
+    def costs(self, embed_dim: int) -> TowerCosts: ...
+
+    @property
+    @abstractmethod
+    def module_class(self) -> type[nn.Module]:
+        """Builds a rank's slice of the layers of a LayerRange, with the embedding and the head
+        where it holds them: (this config, embed_dim, TransformerConfig of these layers, tensor
+        group, layer range). Weights are not set. The blocks are at `block.layers`, counted from 0.
+
+        forward(x, kept) of an image tower, forward(x, tokens) of a text tower: x is what the tower
+        starts from (images fp32 [b, 3, height, width]; None for texts) or the hidden states
+        [S, b, h] that the stage before hands on. It returns hidden states, or features [b, D].
+        """
+
+    def tower_costs(self, embedding: int, head: int) -> TowerCosts:
+        """Its costs, given the FLOPs of embedding and head."""
+        block = block_flops(self.training_tokens, self.width, self.mlp_width)
+        split = (("heads", self.heads), ("MLP channels", self.mlp_width))
+        return TowerCosts(self.layers, embedding, block, head, split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig(TowerConfig):
+    """An image tower that works on patches: what others ask of it beside TowerConfig.
+
+    Sizes in pixels are (height, width).
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across; pixels that do not fill a patch are left out."""
+        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
+        return height // patch_height, width // patch_width
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patches_kept(self) -> int:
+        """Patches of a picture that pass through the blocks in training; where they are fewer than
+        `patches`, the tower is told which (patch dropout)."""
+        return self.patches
+
+    @property
+    def patch_flops(self) -> int:
+        """FLOPs of the patch convolution."""
+        return 2 * self.patches * 3 * math.prod(self.patch_size) * self.width
+
+
+class BlockInit(NamedTuple):
+    """Initial values of the four weights of each block."""
+
+    query_key_value: Normal | Uniform
+    attention_output: Normal | Uniform
+    mlp_input: Normal | Uniform
+    mlp_output: Normal | Uniform
+
+
+def linear_init(fan_in: int) -> Uniform:
+    """torch's default for the weight and the bias of a linear layer or a convolution: uniform up to
+    1/sqrt(fan_in)."""
+    return Uniform(fan_in**-0.5)
+
+
+def linear_parameters(
+    name: str,
+    module: str,
+    shape: tuple[int, int],
+    weight: Normal | Uniform,
+    bias: Uniform | Constant,
+    placement: Placement = WHOLE,
+) -> Iterator[Parameter]:
+    """Weight [out, in] and bias [out] of a linear layer, with their initial values. `placement` is
+    the weight's, and the bias follows where the outputs are split. `name` and `module` end before
+    "weight" and "bias"."""
+    yield Parameter(f"{name}weight", f"{module}weight", shape, weight, True, placement)
+    of_bias = placement if placement.axis == 0 else WHOLE
+    yield Parameter(f"{name}bias", f"{module}bias", shape[:1], bias, False, of_bias)
+
+
+def norm_parameters(name: str, module: str, width: int) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", f"{module}.weight", (width,), Constant(1.0), decayed=False)
+    yield Parameter(f"{name}.bias", f"{module}.bias", (width,), ZERO, decayed=False)
+
+
+def block_parameters(tower: TowerConfig, init: BlockInit) -> Iterator[Parameter]:
+    """Those of all blocks, in order; biases of the MLP begin as torch's, those of attention at
+    zero."""
+    width, mlp_width = tower.width, tower.mlp_width
+    qkv = (3 * width, width), init.query_key_value, ZERO, QUERY_KEY_VALUE
+    output = (width, width), init.attention_output, ZERO, COLUMNS
+    mlp_input = (mlp_width, width), init.mlp_input, linear_init(width), ROWS
+    mlp_output = (width, mlp_width), init.mlp_output, linear_init(mlp_width), COLUMNS
+    for layer in range(tower.layers):
+        name, module = f"transformer.resblocks.{layer}", f"block.layers.{layer}"
+        attention, mlp = f"{module}.self_attention", f"{module}.mlp"
+        yield from norm_parameters(f"{name}.ln_1", f"{attention}.norm", width)
+        yield from linear_parameters(f"{name}.attn.in_proj_", f"{attention}.linear_qkv.", *qkv)
+        yield from linear_parameters(f"{name}.attn.out_proj.", f"{attention}.linear_proj.", *output)
+        yield from norm_parameters(f"{name}.ln_2", f"{mlp}.norm", width)
+        yield from linear_parameters(f"{name}.mlp.c_fc.", f"{mlp}.linear_fc1.", *mlp_input)
+        yield from linear_parameters(f"{name}.mlp.c_proj.", f"{mlp}.linear_fc2.", *mlp_output)
+        if tower.layer_scale is not None:
+            scale = Constant(tower.layer_scale)
+            for gamma, ours in (("ls_1.gamma", "self_attn_bda"), ("ls_2.gamma", "mlp_bda")):
+                gamma, ours = f"{name}.{gamma}", f"{module}.{ours}.gamma"
+                yield Parameter(gamma, ours, (width,), scale, decayed=False)

@@ -1,11 +1,13 @@
-"""The image tower: a vision transformer, its blocks split over the tensor-parallel ranks and its
-layers over the stages of a pipeline.
+"""The image tower of OpenCLIP: a vision transformer, its blocks split over the tensor-parallel
+ranks and its layers over the stages of a pipeline.
 
 Shape letters as in layers.py; p patches, k kept patches, D embedding width.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,60 +24,74 @@ from parallel_clip.model.layers import (
     leave_sequence_parallel,
     transformer_block,
 )
-from parallel_clip.model.towers.transformer import Activation
+from parallel_clip.model.parameters import Normal, Parameter, Uniform
+from parallel_clip.model.towers.transformer import (
+    BlockInit,
+    ImageTowerConfig,
+    block_parameters,
+    linear_init,
+    norm_parameters,
+)
+from parallel_clip.stages.costs import TowerCosts
 from parallel_clip.stages.stage import LayerRange
 
 
-@dataclass(frozen=True)
-class VisionConfig:
-    """The image tower: patches and a class token through pre-norm transformer blocks.
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(ImageTowerConfig):
+    """OpenCLIP's image tower: patches and a class token; `pre_norm`: a LayerNorm before the first
+    block."""
 
-    Sizes in pixels are (height, width). `layer_scale` is the initial value of the scale on each
-    residual branch (None: there is none); `pre_norm` a LayerNorm before the first block.
-    """
-
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    image_size: tuple[int, int]
-    patch_size: tuple[int, int]
     pool: Literal["tok", "avg"]
     final_norm_after_pool: bool
     pre_norm: bool
-    layer_scale: float | None
     patch_dropout: float
-    activation: Activation
-    norm_eps: float
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across; pixels that do not fill a patch are left out."""
-        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
-        return height // patch_height, width // patch_width
-
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
 
     @property
     def patches_kept(self) -> int:
-        """Patches of a picture that pass through the blocks in training, by OpenCLIP's rounding."""
+        """By OpenCLIP's rounding."""
         return max(1, int(self.patches * (1 - self.patch_dropout)))
 
     @property
     def tokens(self) -> int:
-        """Sequence length without patch dropout: the patches and the class token."""
-        return self.patches + 1
+        return 1 + self.patches
+
+    @property
+    def training_tokens(self) -> int:
+        return 1 + self.patches_kept
+
+    def parameters(self, embed_dim: int) -> Iterator[Parameter]:
+        width, patch_size = self.width, self.patch_size
+        normal = Normal(width**-0.5)
+        yield Parameter("class_embedding", "class_embedding", (width,), normal, decayed=False)
+        name, shape = "positional_embedding", (self.tokens, width)
+        yield Parameter(name, name, shape, normal, decayed=True)
+        shape, init = (width, 3, *patch_size), linear_init(3 * math.prod(patch_size))
+        yield Parameter("conv1.weight", "patch_embedding.weight", shape, init, decayed=True)
+        if self.pre_norm:
+            yield from norm_parameters("ln_pre", "pre_norm", width)
+        init = BlockInit(
+            query_key_value=Uniform(math.sqrt(6 / (4 * width))),  # Glorot and Bengio (2010)
+            attention_output=linear_init(width),
+            mlp_input=linear_init(width),
+            mlp_output=linear_init(self.mlp_width),
+        )
+        yield from block_parameters(self, init)
+        yield from norm_parameters("ln_post", "post_norm", width)
+        yield Parameter("proj", "projection", (width, embed_dim), normal, decayed=True)
+
+    def costs(self, embed_dim: int) -> TowerCosts:
+        """Patch dropout spares the blocks, not the patch convolution; only the pooled token is
+        projected."""
+        return self.tower_costs(embedding=self.patch_flops, head=2 * self.width * embed_dim)
+
+    @property
+    def module_class(self) -> type[nn.Module]:
+        return VisionTower
 
 
 class VisionTower(nn.Module):
-    """Pictures [b, 3, height, width] -> features [b, D], not normalised; or the stretch of it that
-    `held` says: from pictures or hidden states [S, b, h], to hidden states or features."""
+    """Pictures [b, 3, height, width] -> features [b, D], not normalised; or the layers of it that
+    `layer_range` says: from pictures or hidden states [S, b, h], to hidden states or features."""
 
     def __init__(
         self,
@@ -83,15 +99,16 @@ class VisionTower(nn.Module):
         embed_dim: int,
         config: TransformerConfig,
         tensor_group: ProcessGroup,
-        held: LayerRange,
+        layer_range: LayerRange,
     ):
         super().__init__()
-        self.vision, self.config, self.group, self.held = vision, config, tensor_group, held
-        self.tokens = SequenceLength(training=1 + vision.patches_kept, evaluation=vision.tokens)
-        if held.has_embedding:
+        self.vision, self.config, self.group = vision, config, tensor_group
+        self.layer_range = layer_range
+        self.tokens = SequenceLength(vision.training_tokens, vision.tokens)
+        if layer_range.has_embedding:
             self._build_embedding()
-        self.block = transformer_block(config, self.tokens, False, vision.layer_scale)
-        if held.heads:
+        self.block = transformer_block(config, self.tokens, False, vision.layer_scale, tensor_group)
+        if layer_range.has_head:
             width, dtype = vision.width, config.params_dtype
             self.post_norm = nn.LayerNorm(width, eps=vision.norm_eps, dtype=dtype)
             self.projection = nn.Parameter(torch.empty(width, embed_dim, dtype=dtype))
@@ -108,10 +125,10 @@ class VisionTower(nn.Module):
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """`kept` [b, k]: the patches to work on (patch dropout); None: all of them."""
-        if self.held.has_embedding:
+        if self.layer_range.has_embedding:
             x = self.embed(x, kept)
         x = self.block(x, attention_mask=None)
-        return self.head(x) if self.held.heads else x
+        return self.head(x) if self.layer_range.has_head else x
 
     def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """[b, 3, height, width] -> [S, b, h]"""

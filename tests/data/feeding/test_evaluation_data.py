@@ -1,10 +1,11 @@
 import pytest
+import torch
 
-from parallel_clip.data.feeding.evaluation_data import open_evaluation_data
+from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
-from tests.data.shard_files import picture, sample, write_shard
+from tests.data.shard_files import index_shards, picture, sample, write_shard
 
 PREPROCESS = Preprocess((16, 16))
 TOKENIZER = ClipTokenizer(12)
@@ -26,7 +27,7 @@ def shards(tmp_path):
 
 
 def open_data(shards, **options):
-    return open_evaluation_data(shards, PREPROCESS, TOKENIZER, say=lambda line: None, **options)
+    return EvaluationData(index_shards(shards), PREPROCESS, TOKENIZER, **options)
 
 
 @pytest.mark.parametrize("ranks, batch, workers", [(1, 4, 0), (1, 64, 1), (2, 3, 0), (3, 2, 2)])
@@ -53,6 +54,15 @@ def test_every_picture_comes_once_with_all_its_captions(shards, ranks, batch, wo
         for number in positions
         for letter in "abc"[: number % 3 + 1]
     ]
+
+
+@pytest.mark.parametrize("need", ["captions", "labels"])
+def test_workers_give_the_same_bits(shards, need):
+    alone, by_workers = (open_data(shards, batch=4, need=need, workers=n) for n in (0, 2))
+    for one, other in zip(alone, by_workers, strict=True):
+        for name in ("images", "positions", "tokens", "owner", "labels"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert (one.addresses, one.bad) == (other.addresses, other.bad)
 
 
 def test_labels(shards):

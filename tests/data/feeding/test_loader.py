@@ -9,15 +9,15 @@ from PIL import Image
 
 from parallel_clip.data.feeding import loader as loader_module
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import open_training_data
+from parallel_clip.data.feeding.open import build_training_data, find_run_shards
 from parallel_clip.data.feeding.training_data import BadSample, Microbatch
-from parallel_clip.data.index.shard_table import index_shards
 from parallel_clip.data.samples.decode import captions_of, decode_picture
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import Preprocess, evaluation_transform
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.data.storage.shards import ShardFiles
 from parallel_clip.errors import BadDataError, InputError
-from tests.data.shard_files import picture, sample, write_shard, write_shards
+from tests.data.shard_files import index_shards, picture, sample, write_shard, write_shards
 
 PREPROCESS = Preprocess((16, 16))
 TOKENIZER = ClipTokenizer(12)
@@ -38,8 +38,10 @@ def open_data(*sources, seed=0, augment="train", caption_key=None, decode="exact
         decode=decode,
         cache="1GB",
     )
-    config = SimpleNamespace(data=settings, seed=seed)
-    return open_training_data(config, PREPROCESS, TOKENIZER, say=lambda line: None)
+    held_out = SimpleNamespace(loss=None, retrieval=None, zero_shot=None)
+    config = SimpleNamespace(data=settings, evaluate=held_out, seed=seed)
+    shards = find_run_shards(config, print_nothing)
+    return build_training_data(config, shards, PREPROCESS, TOKENIZER)
 
 
 def load(data, global_batch, micro, rank=0, ranks=1, first_step=0, steps=5, **options):

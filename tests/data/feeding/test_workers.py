@@ -129,3 +129,23 @@ def test_reading_without_workers_in_between_leaves_the_others_watched():
     if not isinstance(caught.value, WorkerError):
         message = worker_failure(caught.value)
     assert "data worker" in message and "at item 5 of source 7" in message
+
+
+@pytest.mark.parametrize("killed_by", ["training", "evaluation"])
+def test_workers_of_an_evaluation_are_watched_beside_those_of_training(killed_by):
+    training = read_ahead(Data(at_5=killed), range(9), 1, 1)
+    assert next(training) == 0
+    happenings = {"at_2": killed} if killed_by == "evaluation" else {}
+
+    def read() -> None:
+        list(read_ahead(Data(**happenings), range(100, 103) if not happenings else range(3), 1, 1))
+        list(training)
+
+    with pytest.raises((WorkerError, RuntimeError)) as caught:
+        read()
+    message = str(caught.value)
+    if not isinstance(caught.value, WorkerError):
+        message = worker_failure(caught.value)
+    item = 2 if happenings else 5
+    assert f"at item {item} of source 7" in message
+    training.close()

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 from parallel_clip.data.index import shard_table
 from parallel_clip.data.index.index_file import IndexFile, write_index
 from parallel_clip.data.index.index_folder import INDEX_NAME
-from parallel_clip.data.index.shard_table import index_shards
+from parallel_clip.data.index.shard_table import (
+    UNKNOWN,
+    check_shards,
+    counts_from_json,
+    find_checked_shards,
+    find_shards,
+    renew_index,
+    save_index,
+    scan_unindexed,
+)
 from parallel_clip.data.storage.shards import ShardIndex
 from parallel_clip.errors import InputError
-from tests.data.shard_files import write_shards
+from tests.data.shard_files import index_shards, write_shards
 
 
 @pytest.fixture
@@ -64,10 +73,10 @@ def test_a_shard_of_another_size_than_indexed_is_an_error_until_the_index_is_ren
         index_shards(str(tmp_path), Said())
     assert f"shard {paths[0]} has {paths[0].stat().st_size:,} bytes, but had" in str(caught.value)
     assert "with 3 samples" in str(caught.value) and "data index" in str(caught.value)
-    assert counts(index_shards(str(tmp_path), Said(), check=False)) == [3, 2]
+    assert counts(find_shards(str(tmp_path), Said())) == [3, 2]
 
     said = Said()
-    assert counts(index_shards(str(tmp_path), said, renew=True)) == [5, 2]
+    assert counts(renew_index(str(tmp_path), said)) == [5, 2]
     assert "index of 1 of 2 shards" in said[0]
     assert counts(index_shards(str(tmp_path), Said())) == [5, 2]
 
@@ -79,7 +88,7 @@ def test_a_copy_has_another_time_and_needs_no_new_index(tmp_path, cache):
     said = Said()
     index_shards(str(tmp_path), said)
     assert not said
-    index_shards(str(tmp_path), said, renew=True)
+    renew_index(str(tmp_path), said)
     assert "index of 1 of 1 shards" in said[0]
 
 
@@ -100,7 +109,9 @@ def test_openclips_counts_suffice_where_nothing_is_read(tmp_path, cache):
     write_shards(tmp_path, [3, 2])
     (tmp_path / "sizes.json").write_text(json.dumps({"000000.tar": 3, "000001.tar": 7}))
     said = Said()
-    shards = index_shards(str(tmp_path), said, save=False, counts_suffice=True)
+    found = find_shards(str(tmp_path), said)
+    assert found.counts.tolist() == [UNKNOWN, UNKNOWN]
+    shards = scan_unindexed(counts_from_json(found), said)
     assert shards.counts.tolist() == [3, 7] and not said
     assert shards[0].samples == 3  # looked up when it is asked for
     with pytest.raises(InputError, match="holds 2 samples, but sizes.json beside it says 7"):
@@ -110,7 +121,8 @@ def test_openclips_counts_suffice_where_nothing_is_read(tmp_path, cache):
 def test_many_shards_are_scanned_by_processes(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(shard_table, "_FEW", 3)
     write_shards(tmp_path, [1, 2, 3, 4, 5])
-    assert counts(index_shards(str(tmp_path), Said(), workers=2)) == [1, 2, 3, 4, 5]
+    table = scan_unindexed(find_shards(str(tmp_path), Said()), Said(), workers=2)
+    assert counts(table) == [1, 2, 3, 4, 5]
     assert counts(index_shards(str(tmp_path), Said())) == [1, 2, 3, 4, 5]
 
 
@@ -234,3 +246,37 @@ def test_every_broken_shard_is_named(tmp_path, cache):
 def test_shards_may_be_named_twice(tmp_path, cache):
     path = str(write_shards(tmp_path, [2])[0])
     assert counts(index_shards([path, path], Said())) == [2, 2]
+
+
+def test_missing_and_changed_shards_are_found_before_any_is_scanned(tmp_path, cache):
+    paths = write_shards(tmp_path, [2, 2])
+    index_shards(str(paths[0]))
+    said = Said()
+    with pytest.raises(InputError, match="1 of 3 shards do not exist: .*000002.tar"):
+        find_checked_shards(f"{tmp_path}/{{000000..000002}}.tar", said)
+    paths[0].write_bytes(paths[0].read_bytes() + b"more")
+    with pytest.raises(InputError, match="but had"):
+        find_checked_shards(str(tmp_path), said)
+    assert not said
+
+
+def test_tables_that_share_an_index_scan_and_save_it_once(tmp_path, cache):
+    write_shards(tmp_path, [2, 3])
+    said, folders = Said(), {}
+    tables = [
+        find_checked_shards(f"{tmp_path}/{name}", said, folders)
+        for name in ("000000.tar", "000001.tar", "{000000..000001}.tar")
+    ]
+    for table in tables:
+        save_index(table, said)
+    assert [table.counts.tolist() for table in tables] == [[2], [3], [2, 3]]
+    assert [line.split()[0] for line in said] == ["making", "making", "index"]
+    assert find_shards(str(tmp_path), said).counts.tolist() == [2, 3]
+
+
+def test_a_scanned_shard_is_looked_up_before_it_is_saved(tmp_path, cache):
+    paths = write_shards(tmp_path, [2])
+    table = find_checked_shards(str(tmp_path), Said())
+    paths[0].write_bytes(b"cut")
+    with pytest.raises(InputError, match="has 3 bytes, but had"):
+        check_shards(table)

@@ -170,9 +170,14 @@ def test_sample_seeds_differ_by_seed_position_and_purpose():
 
 def test_transforms_can_be_sent_to_other_processes():
     options = {"color_jitter": [0.4] * 3 + [0.1], "color_jitter_prob": 0.5, "gray_scale_prob": 0.1}
-    pickle.dumps(training_transform(Preprocess((8, 8)), options))
-    for mode in ("shortest", "longest", "squash"):
-        pickle.dumps(evaluation_transform(Preprocess((8, 9), resize_mode=mode)))
+    modes = ("shortest", "longest", "squash")
+    transforms = [evaluation_transform(Preprocess((8, 9), resize_mode=mode)) for mode in modes]
+    for transform in [training_transform(Preprocess((8, 8)), options), *transforms]:
+        sent = pickle.loads(pickle.dumps(transform))
+        with seeded(3):
+            expected = transform(picture((64, 48)))
+        with seeded(3):
+            assert torch.equal(sent(picture((64, 48))), expected)
 
 
 def test_openai_statistics_are_openclips():

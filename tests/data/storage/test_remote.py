@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from parallel_clip.data.index.index_folder import INDEX_NAME
-from parallel_clip.data.index.shard_table import index_shards
+from parallel_clip.data.index.shard_table import find_checked_shards
 from parallel_clip.data.storage import remote
 from parallel_clip.data.storage.files import OpenFiles
 from parallel_clip.data.storage.remote import RemoteCache, RemoteFile
 from parallel_clip.data.storage.shards import ShardFiles
 from parallel_clip.errors import InputError
 from tests.data.http_server import serve
-from tests.data.shard_files import write_shards
+from tests.data.shard_files import index_shards, write_shards
 
 pytest.importorskip("aiohttp")
 
@@ -37,7 +37,7 @@ def read_all(shards, files) -> list:
 
 
 def test_the_samples_are_those_of_the_files(served, tmp_path):
-    here = index_shards(str(tmp_path / "shards"), quietly, save=False)
+    here = find_checked_shards(str(tmp_path / "shards"), quietly)
     there = index_shards(f"{served.address}/{{000000..000001}}.tar", quietly)
     assert there.counts.tolist() == [3, 4]
     expected = read_all(here, ShardFiles())

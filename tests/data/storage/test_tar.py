@@ -44,9 +44,10 @@ def test_damage_is_a_tar_error_and_nothing_else(data, format):
         place = data.draw(st.integers(0, len(whole) - 1))
         whole[place] = data.draw(st.integers(0, 255))
     try:
-        read_all(bytes(whole))
+        found = read_all(bytes(whole))
     except TarError:
-        pass
+        return
+    assert all(m.header < m.offset <= m.offset + m.size <= len(whole) for m in found)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,11 +1,10 @@
 import pytest
 from rich.console import Console
 
-from parallel_clip.data.index.shard_table import index_shards
 from parallel_clip.data.tools.check import decode_all_shards
 from parallel_clip.data.tools.check_report import print_report, report_tree
 from parallel_clip.errors import InputError
-from tests.data.shard_files import picture, sample, write_shard, write_shards
+from tests.data.shard_files import index_shards, picture, sample, write_shard, write_shards
 
 
 @pytest.mark.parametrize("workers", [1, 2])

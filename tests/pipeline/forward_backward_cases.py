@@ -1,4 +1,4 @@
-"""What ranks do in test_schedule.py."""
+"""What ranks do in test_forward_backward.py."""
 
 from __future__ import annotations
 

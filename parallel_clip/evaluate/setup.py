@@ -1,0 +1,65 @@
+"""Open what the evaluate commands need: a checkpoint's encoder and the held-out data."""
+
+from __future__ import annotations
+
+from parallel_clip.data.feeding.evaluation_data import EvaluationData
+from parallel_clip.data.feeding.open import Need, check_first_samples
+from parallel_clip.data.index.shard_table import (
+    ShardTable,
+    find_checked_shards,
+    open_shards,
+    save_index,
+)
+from parallel_clip.data.storage.progress import Print
+from parallel_clip.engine.groups import Groups
+from parallel_clip.evaluate.encoder import ModelEncoder, load_encoder
+
+
+def open_evaluation(
+    checkpoint: str,
+    patterns: str,
+    groups: Groups,
+    *,
+    need: Need,
+    batch: int = 64,
+    workers: int = 0,
+    caption_key: str | None = None,
+    model_name: str | None = None,
+    tokenizer: str | None = None,
+    precision: str = "fp32",
+    say: Print = print,
+) -> tuple[ModelEncoder, EvaluationData]:
+    """The encoder of a checkpoint, and this data-parallel rank's part of the shards. Called by all
+    ranks; rank 0 checks the shards and saves their index for the others.
+
+    Raises:
+        InputError: on every rank, as `load_encoder`, `find_checked_shards`, `check_first_samples`.
+    """
+    encoder = groups.run_on_all_ranks(
+        lambda: load_encoder(
+            checkpoint, groups, model_name=model_name, tokenizer=tokenizer, precision=precision
+        )
+    )
+
+    def find_on_rank_zero() -> ShardTable | None:
+        if not groups.is_rank_zero:
+            return None
+        table = find_checked_shards(patterns, say)
+        check_first_samples(table, need, caption_key)
+        save_index(table, say)
+        return table
+
+    checked = groups.run_on_all_ranks(find_on_rank_zero)
+    table = groups.run_on_all_ranks(lambda: open_shards(patterns) if checked is None else checked)
+    data = EvaluationData(
+        table,
+        encoder.preprocess,
+        encoder.tokenizer,
+        need=need,
+        caption_key=caption_key,
+        batch=batch,
+        rank=groups.data_rank,
+        ranks=groups.layout.data,
+        workers=workers,
+    )
+    return encoder, data

@@ -1,0 +1,65 @@
+"""A layout as a value: what fits, and why something does not."""
+
+import pytest
+
+from parallel_clip.config import config_from_dict
+from parallel_clip.errors import InputError
+from parallel_clip.model.known_models import load_architecture
+from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
+
+
+def config(**sections):
+    return config_from_dict(
+        {"train": {"steps": 1}, "data": {"train": [{"shards": "none.tar"}]}, **sections}
+    )
+
+
+def test_vit_h_14_on_64_ranks():
+    costs = load_architecture("ViT-H-14").costs
+    plan = make_layout_plan(
+        costs, 64, config(parallel={"tensor": 2, "pipeline": 4}, batch={"global": 8192})
+    )
+    assert (plan.layout.data, plan.batch.microbatches, len(plan.stages)) == (8, 4, 4)
+    assert sum(stage.vision.layers for stage in plan.stages) == 32
+    assert plan.stash == 4 and plan.loss_on_all_stages, "no more microbatches than stages"
+    assert plan.loss_helpers == 8 and plan.exchange.gathered
+    assert plan.microbatch_group is None
+
+
+def test_virtual_stages_take_turns_in_groups():
+    costs = load_architecture("ViT-L-14").costs
+    parallel = {"pipeline": 3, "virtual_pipeline": 2}
+    plan = make_layout_plan(costs, 3, config(parallel=parallel, batch={"global": 2048}))
+    assert plan.batch.microbatches == 8 and plan.microbatch_group == 4
+    assert plan.stash == 0 and not plan.loss_on_all_stages
+
+
+@pytest.mark.parametrize(
+    ("world", "sections"),
+    [
+        (6, {"parallel": {"tensor": 4}}),
+        (8, {"parallel": {"tensor": 3}}),
+        (8, {"batch": {"global": 1000}}),
+        (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 20}}),
+        (4, {"parallel": {"pipeline": 4, "virtual_pipeline": 2}, "batch": {"global": 512}}),
+        (1, {"parallel": {"stash": 500}}),
+    ],
+)
+def test_what_does_not_fit_is_a_value_with_the_errors_message(world, sections):
+    costs = load_architecture("ViT-B-32").costs
+    found = try_layout_plan(costs, world, config(**sections))
+    with pytest.raises(InputError) as error:
+        make_layout_plan(costs, world, config(**sections))
+    assert found == DoesNotFit(str(error.value))
+
+
+def test_a_search_over_layouts_keeps_what_fits():
+    costs = load_architecture("ViT-bigG-14").costs
+    found = [
+        try_layout_plan(costs, 128, config(parallel={"tensor": tensor, "pipeline": pipeline}))
+        for tensor in (1, 2, 3, 4, 8)
+        for pipeline in (1, 2, 4, 8, 16)
+    ]
+    fitting = [plan.layout.tensor for plan in found if not isinstance(plan, DoesNotFit)]
+    assert sorted(set(fitting)) == [1, 2, 4], "20 text heads"
+    assert len(fitting) == 15
