@@ -93,7 +93,8 @@ def _parser() -> _Parser:
     _add_convert(commands_)
     _add_data(commands_)
     _add_plan(commands_)
-    _add_doctor(commands_)
+    doctor = commands_.add_parser("doctor", help="what is installed here and what of it is used")
+    doctor.set_defaults(run=commands.doctor)
     return parser
 
 
@@ -196,11 +197,6 @@ def _add_plan(parent) -> None:
     parser.add_argument("--gpu-memory", required=True, metavar="80GB")
     parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=commands.plan)
-
-
-def _add_doctor(parent) -> None:
-    parser = parent.add_parser("doctor", help="what is installed here and what of it is used")
-    parser.set_defaults(run=commands.doctor)
 
 
 def _positive(text: str) -> int:

@@ -56,7 +56,7 @@ def zero_shot(options: argparse.Namespace, launch: Launch) -> None:
 
 
 def retrieval(options: argparse.Namespace, launch: Launch) -> None:
-    from parallel_clip.evaluate.pairs import encode_pairs
+    from parallel_clip.evaluate.retrieval import encode_pairs
     from parallel_clip.evaluate.retrieval import retrieval as run
 
     encoder, data, group = _open_evaluation(options, launch, need="captions")

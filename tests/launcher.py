@@ -27,7 +27,7 @@ _SERVER.set_forkserver_preload(
         "parallel_clip.plan.report",
         "parallel_clip.convert.openclip",
         "parallel_clip.evaluate.zero_shot",
-        "parallel_clip.evaluate.pairs",
+        "parallel_clip.evaluate.retrieval",
     ]
 )
 

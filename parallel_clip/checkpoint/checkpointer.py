@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.collect import collect_pieces
-from parallel_clip.checkpoint.load import load_checkpoint
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import Piece, PieceWriter, write_index
+from parallel_clip.checkpoint.pieces import KINDS, PieceReader, write_index, write_pieces
 from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.engine.groups import Groups
+from parallel_clip.model.parameters import Parameter, fill_slice
 from parallel_clip.optimizer.train_state import TrainState
 
 
@@ -30,39 +33,36 @@ class Checkpointer:
         """Collect, write, commit and prune; returns the checkpoint's folder.
 
         A write beside training fits in here: collecting copies to host memory by collectives, so it
-        stays on the training thread (`list(collect_pieces(...))` takes all of it at once); `_write`
-        uses no collective and may run on another thread; `_commit` is called once that has ended.
+        stays on the training thread (`list(collect_pieces(...))` takes all of it at once);
+        `write_pieces` uses no collective and may run on another thread; `_commit` is called once
+        that has ended.
         """
         folder = self._groups.run_on_rank_zero(lambda: commit.begin(self.run_dir, meta.step))
-        entries = self._write(folder, collect_pieces(state, self._groups))
+        entries = write_pieces(folder, self._groups.rank, collect_pieces(state, self._groups))
         checkpoint = self._commit(folder, meta, entries)
-        self.prune()
+        if self._keep is not None:
+            self._groups.run_on_rank_zero(lambda: commit.prune(self.run_dir, self._keep))
         return checkpoint
 
     def load(self, folder: Path, state: TrainState) -> Meta:
-        """Fill `state` from a checkpoint of any run and layout; see `load_checkpoint`."""
-        return load_checkpoint(folder, state, self._groups)
+        """Fill a rank's weights, masters and moments from a checkpoint of any run and layout.
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, as rank 0 sees it; None where there is none.
+        A checkpoint without moments (of a conversion) leaves the optimizer's as they are.
 
         Raises:
-            InputError: `latest` names a folder that is not there.
+            InputError: the checkpoint is damaged.
         """
-        return self._groups.run_on_rank_zero(lambda: commit.latest(self.run_dir))
-
-    def prune(self) -> None:
-        """Remove all but the `keep` newest checkpoints up to the one that `latest` names."""
-        if self._keep is not None:
-            self._groups.run_on_rank_zero(lambda: commit.prune(self.run_dir, self._keep))
-
-    def _write(self, folder: Path, pieces: Iterable[Piece]) -> list[dict]:
-        """Write this rank's files; returns their entries in the index."""
-        writer = PieceWriter(folder, self._groups.rank)
-        for piece in pieces:
-            writer.add(piece)
-        writer.flush()
-        return writer.entries
+        meta = Meta.read(folder)
+        reader = PieceReader(folder)
+        for parameter, tensor in state.global_parameters():
+            values = {
+                kind: self._read_local(reader, f"{kind}:{parameter.name}", parameter)
+                for kind in (KINDS if meta.has_moments else KINDS[:1])
+            }
+            state.optimizer.set_weight(tensor, values.pop("weight"))
+            if meta.has_moments and meta.step > 0:
+                state.optimizer.set_moments(tensor, values, meta.step)
+        return meta
 
     def _commit(self, folder: Path, meta: Meta, entries: list[dict]) -> Path:
         """Once every rank has written: the index, `meta.json`, and the rename that makes it count.
@@ -75,3 +75,13 @@ class Checkpointer:
             return commit.commit(self.run_dir, meta.step)
 
         return self._groups.run_on_rank_zero(finish)
+
+    def _read_local(self, reader: PieceReader, key: str, parameter: Parameter) -> Tensor:
+        """This tensor rank's part of a tensor: fp32 on the CPU, zeros where padded."""
+        axis = parameter.placement.axis
+        if axis is None:
+            return reader.read(key)
+        rank, size = self._groups.tensor_rank, self._groups.layout.tensor
+        part = torch.zeros(parameter.local_shape(size))
+        read_range = partial(reader.read_range, key)
+        return fill_slice(part, parameter.placement, parameter.shape[axis], rank, size, read_range)

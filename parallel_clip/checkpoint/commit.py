@@ -17,10 +17,6 @@ LATEST = "latest"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})$")
 
 
-def step_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / CHECKPOINTS / f"step_{step:08d}"
-
-
 def unfinished_folder(run_dir: Path, step: int) -> Path:
     """The folder that a checkpoint is written to before it counts."""
     return run_dir / CHECKPOINTS / f"unfinished_step_{step:08d}"
@@ -36,7 +32,8 @@ def begin(run_dir: Path, step: int) -> Path:
 
 def commit(run_dir: Path, step: int) -> Path:
     """Flush and rename the checkpoint of `step` and point `latest` to it; returns its folder."""
-    unfinished, final = unfinished_folder(run_dir, step), step_folder(run_dir, step)
+    unfinished = unfinished_folder(run_dir, step)
+    final = run_dir / CHECKPOINTS / f"step_{step:08d}"
     for file in unfinished.iterdir():
         _flush_to_disk(file)
     shutil.rmtree(final, ignore_errors=True)  # of an earlier try at the same step
@@ -56,11 +53,8 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None where there is none.
-
-    Raises:
-        InputError: the file `latest` names a folder that is not there.
-    """
+    """The newest complete checkpoint of a run; None where there is none. InputError: the file
+    `latest` names a folder that is not there."""
     pointer = run_dir / CHECKPOINTS / LATEST
     if not pointer.is_file():
         return None

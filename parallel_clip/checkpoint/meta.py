@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel_clip.errors import InputError
-
-if TYPE_CHECKING:  # torch is not needed to read this file
-    from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.architecture import Architecture
 
 META_FILE = "meta.json"
 FORMAT = 1

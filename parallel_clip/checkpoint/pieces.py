@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,39 +44,26 @@ def host_copy(values: Tensor) -> Tensor:
     return values.detach().to("cpu", copy=True).contiguous()
 
 
-@dataclass
-class PieceWriter:
-    """Writes one rank's pieces to files of bounded size.
-
-    entries: a row of the index for each piece so far.
-    """
-
-    folder: Path
-    rank: int
-    entries: list[dict] = field(default_factory=list)
-    _pending: dict[str, Tensor] = field(default_factory=dict)
-    _files: int = 0
-
-    def add(self, piece: Piece) -> None:
-        """Take a piece; write what has been taken once it fills a file."""
+def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[dict]:
+    """Write one rank's pieces to files of bounded size; returns a row of the index for each."""
+    entries: list[dict] = []
+    pending: dict[str, Tensor] = {}
+    files = 0
+    for piece in pieces:
+        file = f"rank_{rank:05d}_{files:03d}.safetensors"
         stored = f"{piece.key}@{piece.start}"
-        self._pending[stored] = piece.values
-        self.entries.append(
+        pending[stored] = piece.values
+        entries.append(
             {"key": piece.key, "shape": list(piece.shape), "axis": piece.axis,
-             "start": piece.start, "stored": stored, "file": self._file_name()}
+             "start": piece.start, "stored": stored, "file": file}
         )  # fmt: skip
-        if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been taken and not been written yet."""
-        if self._pending:
-            save_tensors(self._pending, self.folder / self._file_name())
-            self._pending = {}
-            self._files += 1
-
-    def _file_name(self) -> str:
-        return f"rank_{self.rank:05d}_{self._files:03d}.safetensors"
+        if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:
+            save_tensors(pending, folder / file)
+            pending = {}
+            files += 1
+    if pending:
+        save_tensors(pending, folder / file)
+    return entries
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -88,7 +75,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_index(folder: Path, entries: list[dict]) -> None:
-    """Write `index.json` from the entries of all ranks' writers."""
+    """Write `index.json` from the rows that `write_pieces` returned on all ranks."""
     tensors: dict[str, dict] = {}
     for entry in entries:
         tensor = tensors.setdefault(
@@ -114,9 +101,6 @@ class PieceReader:
             raise InputError(
                 f"{folder} is not a whole checkpoint: {INDEX_FILE}: {error!r}; use another one"
             ) from None
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
 
     def keys(self) -> list[str]:
         return list(self._tensors)

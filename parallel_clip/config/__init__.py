@@ -2,8 +2,8 @@
 
 from parallel_clip.config.keys import (
     Config,
-    DataSource,
     LearningRateSchedule,
+    Loss,
     Optimizer,
     Parallel,
     Stages,
@@ -18,7 +18,7 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "LearningRateSchedule",
-    "DataSource",
+    "Loss",
     "Stages",
     "Train",
     "parse_bytes",

@@ -199,8 +199,7 @@ class ZeroShot(ConfigSection):
     shards: Shards = Field(description="pictures with the number of their class as `.cls`")
     classes: str = Field(description="file with one class name a line; line 0 is class 0")
     templates: str | None = Field(
-        None,
-        description="file with one prompt a line and {} in it, or openai; null: a short list",
+        None, description="file with one prompt a line and {} in it, or openai; null: a short list"
     )
 
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
 from parallel_clip.config.keys import Config, parse_bytes
-from parallel_clip.config.schema import describe_type, field_named, keys_of, section_of, show
+from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
 from parallel_clip.errors import InputError
 from parallel_clip.layout import check_virtual_pipeline
 
@@ -60,7 +60,7 @@ def _locate(
         if isinstance(step, int) and isinstance(below, list):
             below = below[step]
             continue
-        field = field_named(step, section)
+        field = fields_of(section).get(step)
         path = ".".join(trail)
         if field is None:
             return path, None, None

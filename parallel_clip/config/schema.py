@@ -35,8 +35,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     A section that is always there gives way to its keys; one that may be null, and a list of
     sections, come first and are followed by theirs (those of a list under the number 0).
     """
-    for name, field in model.model_fields.items():
-        path = prefix + (field.alias or name)
+    for name, field in fields_of(model).items():
+        path = prefix + name
         section, is_list = section_of(field.annotation)
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         if not isinstance(default, BaseModel):
@@ -58,11 +58,9 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def field_named(name: int | str, model: type[BaseModel]) -> FieldInfo | None:
-    for own_name, field in model.model_fields.items():
-        if name == (field.alias or own_name):
-            return field
-    return None
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section by the names that users write."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
@@ -104,6 +102,5 @@ def _phrase(annotation: Any, bounds: str = "") -> str:
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        names = (field.alias or name for name, field in annotation.model_fields.items())
-        return f"mapping with {', '.join(names)}"
+        return f"mapping with {', '.join(fields_of(annotation))}"
     return f"{_NOUNS[annotation]} {bounds}".rstrip()

@@ -9,13 +9,7 @@ from torch import Tensor
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import (
-    Piece,
-    PieceReader,
-    PieceWriter,
-    host_copy,
-    write_index,
-)
+from parallel_clip.checkpoint.pieces import Piece, PieceReader, host_copy, write_index, write_pieces
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
 from parallel_clip.model.openclip_json import architecture_from_json
 
@@ -45,19 +39,17 @@ class CheckpointSource:
 def write_run(target: Path, weights: ModelWeights, preprocess: dict, tokenizer: str | None) -> None:
     """Write a run folder whose only checkpoint is step 0, without optimizer moments.
 
-    preprocess: OpenCLIP's preprocess_cfg; tokenizer: as `data.tokenizer`.
-
-    Raises:
-        InputError: `target` is not a new or empty folder.
+    preprocess: OpenCLIP's preprocess_cfg; tokenizer: as `data.tokenizer`. InputError: `target` is
+    not a new or empty folder.
     """
     tensors = weights.read_all()  # before anything is written: the source may be damaged
     make_empty_folder(target)
     folder = commit.begin(target, 0)
-    writer = PieceWriter(folder, rank=0)
-    for name, tensor in tensors.items():
-        writer.add(Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape)))
-    writer.flush()
-    write_index(folder, writer.entries)
+    pieces = (
+        Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    )
+    write_index(folder, write_pieces(folder, 0, pieces))
     meta = Meta.of_model(weights.architecture, preprocess, tokenizer)
     replace(meta, has_moments=False).write(folder)
     commit.commit(target, 0)

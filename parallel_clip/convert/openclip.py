@@ -93,10 +93,8 @@ def write_openclip(
 ) -> None:
     """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` loads.
 
-    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too.
-
-    Raises:
-        InputError: `target` is not a new or empty folder.
+    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too. InputError: `target` is
+    not a new or empty folder.
     """
     dtype = PRECISIONS[precision]
     # Read before anything is written: the source may be damaged.

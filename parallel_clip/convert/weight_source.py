@@ -111,11 +111,7 @@ def _scalar_as_empty(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def make_empty_folder(target: Path) -> None:
-    """Make the folder that a conversion writes to.
-
-    Raises:
-        InputError: it holds something already, or cannot be made.
-    """
+    """Make the folder to convert to. InputError: it holds something, or cannot be made."""
     try:
         if target.is_dir() and any(target.iterdir()):
             raise InputError(f"{target} is not empty; name a new folder")

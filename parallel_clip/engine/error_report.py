@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import sys
 
-from parallel_clip.engine.launch import Launch, set_rendezvous_address
+from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import PeerLostError
 
 RANK_ZERO_TIMEOUT = datetime.timedelta(seconds=30)
@@ -39,12 +39,11 @@ def _wait_for_rank_zero(launch: Launch) -> bool:
     """Whether rank 0 has printed its message, as far as can be known; True on rank 0 itself."""
     import torch.distributed as dist
 
+    from parallel_clip.engine.rendezvous import job_store
+
     key = "parallel_clip/rank 0 has said it"
     try:
-        set_rendezvous_address()
-        store, _, _ = next(
-            dist.rendezvous("env://", launch.rank, launch.world_size, timeout=RANK_ZERO_TIMEOUT)
-        )
+        store = job_store(launch, RANK_ZERO_TIMEOUT)
         heard = [f"{key}, rank {rank} heard" for rank in range(launch.world_size)]
         if launch.is_rank_zero:  # the store may live in this process: not gone before it was heard
             store.set(key, "")
@@ -52,7 +51,7 @@ def _wait_for_rank_zero(launch: Launch) -> bool:
         else:
             store.wait([key], RANK_ZERO_TIMEOUT)
             store.set(heard[launch.rank], "")
-    except dist.DistStoreError:  # PATIENCE is over
+    except dist.DistStoreError:  # RANK_ZERO_TIMEOUT is over
         return launch.is_rank_zero
     except Exception:  # the store lives with rank 0 or its launcher, and ended with them
         return True

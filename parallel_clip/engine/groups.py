@@ -18,7 +18,6 @@ from parallel_clip.engine.collectives import raise_on_all_ranks
 from parallel_clip.engine.launch import Launch
 from parallel_clip.engine.quiet import silence_dependency_warnings
 from parallel_clip.engine.rendezvous import job_store
-from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
 
 T = TypeVar("T")
@@ -63,17 +62,10 @@ class Groups:
 
     def run_on_rank_zero(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone; all ranks return its result or raise its InputError."""
-        outcome: list[object] = [None, None]
-        if self.is_rank_zero:
-            try:
-                outcome[0] = function()
-            except InputError as error:
-                outcome[1] = str(error)
+        result = [self.run_on_all_ranks(lambda: function() if self.is_rank_zero else None)]
         if self.layout.world > 1:
-            dist.broadcast_object_list(outcome, src=0, group=self.world)
-        if outcome[1] is not None:
-            raise InputError(outcome[1])
-        return outcome[0]
+            dist.broadcast_object_list(result, src=0, group=self.world)
+        return result[0]
 
     def run_on_all_ranks(self, function: Callable[[], T]) -> T:
         """Run `function` on every rank; an InputError on any of them is raised on all."""

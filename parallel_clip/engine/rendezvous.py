@@ -34,12 +34,10 @@ _READ = "parallel_clip/outcome read by rank"
 
 
 @cache
-def job_store(launch: Launch) -> dist.Store:
+def job_store(launch: Launch, timeout: datetime.timedelta = START_TIMEOUT) -> dist.Store:
     """The store of this job, made by the launcher or by rank 0. Not for a world of one."""
     set_rendezvous_address()
-    store, _, _ = next(
-        dist.rendezvous("env://", launch.rank, launch.world_size, timeout=START_TIMEOUT)
-    )
+    store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     return store
 
 

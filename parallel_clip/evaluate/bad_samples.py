@@ -38,9 +38,9 @@ class BadSamples:
         """
         first = next(iter(self._reports), None)
         parts = gather_objects((self._good, len(self._reports), first), group)
-        good = sum(part[0] for part in parts)
-        self.total = sum(part[1] for part in parts)
-        first = next((part[2] for part in parts if part[2] is not None), None)
+        goods, bads, firsts = zip(*parts, strict=True)
+        good, self.total = sum(goods), sum(bads)
+        first = next(filter(None, firsts), None)
         if self.total > TOLERATED * (good + self.total):
             raise InputError(
                 f"{self.total:,} of {good + self.total:,} held-out samples cannot be used: {first}"

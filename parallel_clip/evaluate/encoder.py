@@ -43,15 +43,12 @@ class Encoder(Protocol):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images fp32 [n, 3, H, W] to normalised features fp32 [n, D]; both on `device`."""
-        ...
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [n, L] to normalised features fp32 [n, D]; both on `device`."""
-        ...
 
     def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
         """The last stage's `values` on every rank of the model; of one shape on all stages."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class ModelEncoder:
                 if stage.is_last:
                     return normalised(x)
                 if x is not None:
-                    self._send(x)
+                    dist.send(x.contiguous(), self._neighbour(1), group=self.groups.pipeline)
         return torch.zeros(count, self.architecture.embed_dim, device=self.device)
 
     def _receive(self, shape: Shape | None, chunk: CLIPModel) -> Tensor | None:
@@ -117,9 +114,6 @@ class ModelEncoder:
         message = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=self.device)
         dist.recv(message, self._neighbour(-1), group=self.groups.pipeline)
         return message
-
-    def _send(self, x: Tensor) -> None:
-        dist.send(x.contiguous(), self._neighbour(1), group=self.groups.pipeline)
 
     def _neighbour(self, step: int) -> int:
         group = self.groups.pipeline

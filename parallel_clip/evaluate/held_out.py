@@ -12,12 +12,13 @@ from parallel_clip.config.keys import ZeroShot
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder
-from parallel_clip.evaluate.pairs import PairFeatures, encode_pairs
 from parallel_clip.evaluate.prompts import read_classes, read_templates
-from parallel_clip.evaluate.retrieval import retrieval
+from parallel_clip.evaluate.retrieval import PairFeatures, encode_pairs, retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
 from parallel_clip.loss import ALONE, ClipLoss, SigLipLoss
 from parallel_clip.pipeline.logit_parameters import read_logit_parameters
+
+LossKind = Literal["infonce", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def read_class_prompts(settings: ZeroShot | None) -> ClassPrompts | None:
     return ClassPrompts(read_classes(settings.classes), read_templates(settings.templates))
 
 
+@dataclass(frozen=True)
 class HeldOutEvaluation:
     """The held-out sets of a run with the model that is trained.
 
@@ -42,32 +44,22 @@ class HeldOutEvaluation:
     "zero_shot"; batch: pictures or texts that are encoded at once, and the batch of the loss.
     """
 
-    def __init__(
-        self,
-        data: Mapping[str, EvaluationData],
-        prompts: ClassPrompts | None,
-        encoder: ModelEncoder,
-        groups: Groups,
-        *,
-        loss_kind: Literal["infonce", "sigmoid"],
-        batch: int,
-    ):
-        self._data = data
-        self._prompts = prompts
-        self._encoder = encoder
-        self._groups = groups
-        self._loss_kind = loss_kind
-        self._batch = batch
+    data: Mapping[str, EvaluationData]
+    prompts: ClassPrompts | None
+    encoder: ModelEncoder
+    groups: Groups
+    loss_kind: LossKind
+    batch: int
 
     def evaluate(self) -> dict[str, float | dict[str, float]]:
         """Called by all ranks; every data rank encodes its part. The same result on each."""
-        encoder, group, batch = self._encoder, self._groups.data, self._batch
-        loss, retrieved, labelled = map(self._data.get, ("loss", "retrieval", "zero_shot"))
+        encoder, group, batch = self.encoder, self.groups.data, self.batch
+        loss, retrieved, labelled = map(self.data.get, ("loss", "retrieval", "zero_shot"))
         results: dict[str, float | dict[str, float]] = {}
         if loss is not None:
-            logit_scale, logit_bias = read_logit_parameters(encoder.chunks, self._groups.pipeline)
+            logit_scale, logit_bias = read_logit_parameters(encoder.chunks, self.groups.pipeline)
             pairs = encode_pairs(encoder, loss, batch, group)
-            found = held_out_loss(pairs, self._loss_kind, logit_scale, logit_bias, batch)
+            found = held_out_loss(pairs, self.loss_kind, logit_scale, logit_bias, batch)
             results["loss"] = found["loss"]
         if retrieved is not None:
             if retrieved is not loss:  # one set for both is encoded once
@@ -75,15 +67,16 @@ class HeldOutEvaluation:
             results["retrieval"] = retrieval(pairs)
         if labelled is not None:
             classes = encode_classes(
-                encoder, self._prompts.names, self._prompts.templates, batch, group
+                encoder, self.prompts.names, self.prompts.templates, batch, group
             )
             results["zero_shot"] = zero_shot(encoder, labelled, classes, group)
         return results
 
 
+@torch.no_grad()
 def held_out_loss(
     features: PairFeatures,
-    kind: Literal["infonce", "sigmoid"],
+    kind: LossKind,
     logit_scale: float,
     logit_bias: float | None = None,
     batch: int = 64,
@@ -99,15 +92,8 @@ def held_out_loss(
     batch = min(batch, len(images))
     batches = len(images) // batch
     loss = (ClipLoss if kind == "infonce" else SigLipLoss)(group=ALONE)
-    with torch.no_grad():
-        losses = [
-            loss(
-                images[start : start + batch], texts[start : start + batch], logit_scale, logit_bias
-            )
-            for start in range(0, batches * batch, batch)
-        ]
-    return {
-        "loss": torch.stack(losses).mean().item(),
-        "batch": batch,
-        "pairs": batches * batch,
-    }
+    losses = [
+        loss(images[start : start + batch], texts[start : start + batch], logit_scale, logit_bias)
+        for start in range(0, batches * batch, batch)
+    ]
+    return {"loss": torch.stack(losses).mean().item(), "batch": batch, "pairs": batches * batch}

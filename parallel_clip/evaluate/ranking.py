@@ -8,7 +8,7 @@ lower index comes first, as in a stable sort: features that are all equal score 
 a NaN score is never a hit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ def _ranks(
     """
     ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     position = torch.arange(len(candidates), device=queries.device)
-    for rows in _tiles(len(queries), len(candidates)):
+    height = max(1, TILE_SCORES // max(1, len(candidates)))
+    for start in range(0, len(queries), height):
+        rows = slice(start, min(start + height, len(queries)))
         scores = queries[rows] @ candidates.T
         chosen = correct(scores, rows)[:, None]
         score = scores.gather(1, chosen)
@@ -69,9 +71,3 @@ def _ranks(
         before |= (scores == score) & (position < chosen)
         ranks[rows] = before.sum(dim=1)
     return ranks
-
-
-def _tiles(queries: int, candidates: int) -> Iterator[slice]:
-    height = max(1, TILE_SCORES // max(1, candidates))
-    for start in range(0, queries, height):
-        yield slice(start, min(start + height, queries))

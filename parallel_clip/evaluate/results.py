@@ -23,11 +23,8 @@ def print_table(title: str, results: Mapping[str, float | int]) -> None:
 
 
 def check_json_target(target: str | None) -> None:
-    """Check that `write_json` can write to `target`, before there are figures to lose.
-
-    Raises:
-        InputError: the folder of the file is not there or not writable.
-    """
+    """Check that `write_json` can write to `target`, before there are figures to lose. InputError:
+    the folder of the file is not there or not writable."""
     if target is None or target == "-":
         return
     folder = Path(target).absolute().parent

@@ -113,7 +113,11 @@ class ContrastiveLoss(nn.Module):
             ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs or
                 another width; a group that does not hold this rank.
         """
-        self._check_shapes(image_features, text_features)
+        if image_features.ndim != 2 or image_features.shape != text_features.shape:
+            raise ValueError(
+                f"image_features {list(image_features.shape)} and text_features "
+                f"{list(text_features.shape)}: expected [pairs, width] twice, row i of each a pair"
+            )
         first_call = self._groups is None
         if first_call:
             self._groups = self._find_groups()
@@ -165,14 +169,6 @@ class ContrastiveLoss(nn.Module):
                 raise ValueError(f"{name} {given}, but the process group says {found}")
         return groups
 
-    @staticmethod
-    def _check_shapes(images: Tensor, texts: Tensor) -> None:
-        if images.ndim != 2 or images.shape != texts.shape:
-            raise ValueError(
-                f"image_features {list(images.shape)} and text_features {list(texts.shape)}: "
-                "expected [pairs, width] twice, row i of each a pair"
-            )
-
 
 class _InAutograd(torch.autograd.Function):
     """The gradients are computed with the loss, while its logits are at hand."""
@@ -188,13 +184,9 @@ class _InAutograd(torch.autograd.Function):
         with torch.autocast(images.device.type, enabled=False):
             value, gradients = loss._compute(images, texts, scale, bias, call)
         if gradients is not None:
-            ctx.save_for_backward(
-                *(
-                    grad.to(x.dtype).view_as(x)
-                    for grad, x in zip(gradients, inputs, strict=True)
-                    if x is not None
-                )
-            )
+            of_inputs = zip(gradients, inputs, strict=True)
+            saved = [grad.to(x.dtype).view_as(x) for grad, x in of_inputs if x is not None]
+            ctx.save_for_backward(*saved)
         return value.float()
 
     @staticmethod
@@ -216,7 +208,8 @@ def _check_equal_shapes(features: Tensor, groups: LossGroups) -> None:
     """Raises ValueError where ranks hold other shapes: their collectives would not match."""
     shapes = [tuple(features.shape)]
     if groups.data_size > 1:
-        shapes = _shapes(features, groups.data)
+        own = torch.tensor([features.shape], device=features.device)
+        shapes = [tuple(shape) for shape in gather(own, groups.data).tolist()]
     if len(set(shapes)) > 1:
         globally = dist.get_process_group_ranks(groups.data)
         shown = ", ".join(
@@ -228,12 +221,6 @@ def _check_equal_shapes(features: Tensor, groups: LossGroups) -> None:
         )
     if len(features) == 0:  # not before all ranks have met: others may have some, and would wait
         raise ValueError("there are no pairs: image_features is empty")
-
-
-def _shapes(features: Tensor, group: ProcessGroup) -> list[tuple[int, ...]]:
-    """The shape [pairs, width] of each rank's features."""
-    own = torch.tensor([features.shape], device=features.device)
-    return [tuple(shape) for shape in gather(own, group).tolist()]
 
 
 def _warn_if_not_normalised(images: Tensor, texts: Tensor) -> None:

@@ -36,19 +36,15 @@ class LossGroups:
 
     @property
     def data_rank(self) -> int:
-        return 0 if self.data is None else self.data.rank()
+        return _rank(self.data)
 
     @property
     def helper_size(self) -> int:
         return _size(self.helpers)
 
-    @property
-    def helper_rank(self) -> int:
-        return 0 if self.helpers is None else self.helpers.rank()
-
     def own_texts(self, pairs: int) -> slice:
         """Which of each rank's `pairs` texts this helper works on."""
-        rank, size = self.helper_rank, self.helper_size
+        rank, size = _rank(self.helpers), self.helper_size
         return slice(pairs * rank // size, pairs * (rank + 1) // size)
 
 
@@ -64,7 +60,7 @@ class TextShards:
         self.own, self.group = own.contiguous(), group
         self.ranks = _size(group)
         self.held = plan.gathered or self.ranks == 1
-        self._rank = 0 if group is None else group.rank()
+        self._rank = _rank(group)
         self._step = plan.tile if self.held else max(1, plan.tile // self.ranks)
         self._all = gather(self.own, group) if self.held else None
         self._all_grads: Tensor | None = None
@@ -142,6 +138,10 @@ def max_over(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def _size(group: ProcessGroup | None) -> int:
     return 1 if group is None else group.size()
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else group.rank()
 
 
 def gather(rows: Tensor, group: ProcessGroup | None) -> Tensor:

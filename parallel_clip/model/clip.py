@@ -48,7 +48,7 @@ class CLIPModel(MegatronModule):
         self.stage = self.stages[number]
         sequence_ranks = tensor_group.size() if self.config.sequence_parallel else 1
         self.messages = MessageLayout(architecture, self.stages, sequence_ranks)
-        self._input_tensor: Tensor | None = None
+        self.input_tensor: Tensor | None = None  # come, and not yet taken by a forward
         self.vision = self._build_tower(architecture.vision, self.stage.vision, options)
         self.text = self._build_tower(architecture.text, self.stage.text, options)
         self.logit_scale = self.logit_bias = None
@@ -121,16 +121,11 @@ class CLIPModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the stage before hands on: one message, None on the first stage."""
-        (self._input_tensor,) = input_tensor
-
-    @property
-    def input_tensor(self) -> Tensor | None:
-        """The message that has come and that no forward has taken yet."""
-        return self._input_tensor
+        (self.input_tensor,) = input_tensor
 
     def pop_input_tensor(self) -> Tensor | None:
         """Take the message that has come. It is not kept here: autograd keeps what it needs."""
-        message, self._input_tensor = self._input_tensor, None
+        message, self.input_tensor = self.input_tensor, None
         return message
 
 

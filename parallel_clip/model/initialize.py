@@ -15,15 +15,12 @@ from parallel_clip.model.parameters import Normal, Parameter, Uniform
 
 def initial_value(parameter: Parameter, seed: int) -> Tensor:
     """The full initial tensor of a parameter: fp32 on the CPU."""
-    generator = torch.Generator().manual_seed(_seed_of(seed, parameter.name))
+    digest = hashlib.sha256(f"{seed}:{parameter.name}".encode()).digest()
+    own_seed = int.from_bytes(digest[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(own_seed)
     value, initial = torch.empty(parameter.shape), parameter.initial
     if isinstance(initial, Normal):
         return value.normal_(0, initial.std, generator=generator)
     if isinstance(initial, Uniform):
         return value.uniform_(-initial.bound, initial.bound, generator=generator)
     return value.fill_(initial.value)
-
-
-def _seed_of(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)

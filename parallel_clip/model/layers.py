@@ -27,14 +27,8 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -66,13 +60,15 @@ def transformer_block(
         def __init__(self, config: TransformerConfig, **_):
             super().__init__(config, tensor_group)
 
+    residual = {"config": config, "layer_scale": layer_scale}
+    residual_add = ModuleSpec(ResidualAdd, params=residual)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(SelfAttention, params={"tokens": tokens, "causal": causal}),
-            self_attn_bda=_residual_add(config, layer_scale),
+            self_attn_bda=residual_add,
             mlp=GroupMLP,
-            mlp_bda=_residual_add(config, layer_scale),
+            mlp_bda=residual_add,
         ),
     )
     return TransformerBlock(
@@ -88,8 +84,8 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm whose gradients megatron-core sums over the tensor group under sequence parallelism
     (each rank then norms only its own tokens)."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config.hidden_size, config.layernorm_epsilon, dtype=config.params_dtype)
         mark_sequence_parallel(self, config)
 
 
@@ -162,7 +158,7 @@ class SelfAttention(MegatronModule):
         self.tokens = tokens
         self.causal = causal
         self.heads = config.num_attention_heads // pg_collection.tp.size()
-        self.norm = LayerNorm(config, width, config.layernorm_epsilon)
+        self.norm = LayerNorm(config)
         self.linear_qkv = ColumnLinear(width, 3 * width, config, pg_collection.tp)
         self.linear_proj = RowLinear(width, width, config, pg_collection.tp)
 
@@ -183,7 +179,7 @@ class MLP(MegatronModule):
     def __init__(self, config: TransformerConfig, group: ProcessGroup):
         super().__init__(config)
         width, mlp_width = config.hidden_size, config.ffn_hidden_size
-        self.norm = LayerNorm(config, width, config.layernorm_epsilon)
+        self.norm = LayerNorm(config)
         self.linear_fc1 = ColumnLinear(width, mlp_width, config, group)
         self.linear_fc2 = RowLinear(mlp_width, width, config, group)
         self.activation = config.activation_func
@@ -226,17 +222,10 @@ class ResidualAdd(nn.Module):
         return residual + (x if self.gamma is None else x * self.gamma)
 
 
-def _residual_add(config: TransformerConfig, layer_scale: float | None) -> ModuleSpec:
-    return ModuleSpec(ResidualAdd, params={"config": config, "layer_scale": layer_scale})
-
-
 def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
     """Tag parameters whose gradient on a rank covers only that rank's tokens."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel
-
-
-# ------------------------------------------------------------------ sequence-parallel region
 
 
 def enter_sequence_parallel(x_sbh: Tensor, config: TransformerConfig, group: ProcessGroup):
@@ -264,9 +253,6 @@ def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     """Append zero tokens up to the next multiple of `size`."""
     missing = -x.shape[0] % size
     return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-
-
-# --------------------------------------------------------------------------- activations
 
 
 class _QuickGelu(torch.autograd.Function):

@@ -117,9 +117,6 @@ def with_prefix(name: str, module: str, parameters: Iterable[Parameter]) -> Iter
         )
 
 
-# ------------------------------------------------------------------ a tensor rank's part
-
-
 @torch.no_grad()
 def load_slice(
     tensor: nn.Parameter, parameter: Parameter, whole: Tensor, tensor_group: ProcessGroup

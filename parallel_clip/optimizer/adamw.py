@@ -46,8 +46,12 @@ class MegatronAdamW:
         first = self.wrapped[0]
         dtype = first.module.config.params_dtype
         self.weight_decay = settings.weight_decay
+        parameters = global_parameters([ddp.module for ddp in self.wrapped])
+        decayed = {id(tensor) for parameter, tensor in parameters if parameter.decayed}
         undecayed = ParamKey(
-            with_name_predicate=ParamWithNamePredicate("undecayed", _undecayed(self.wrapped))
+            with_name_predicate=ParamWithNamePredicate(
+                "undecayed", lambda tensor, name: id(tensor) not in decayed
+            )
         )
         chain = get_megatron_optimizer(
             OptimizerConfig(
@@ -153,13 +157,3 @@ def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Par
         for tensors, masters in zip(model_groups, master_groups, strict=True)
         for tensor, master in zip(tensors, masters, strict=True)
     }
-
-
-def _undecayed(wrapped: Sequence[DistributedDataParallel]):
-    parameters = global_parameters([ddp.module for ddp in wrapped])
-    decayed = {id(tensor) for p, tensor in parameters if p.decayed}
-
-    def predicate(tensor: nn.Parameter, name: str) -> bool:
-        return id(tensor) not in decayed
-
-    return predicate

@@ -93,6 +93,7 @@ class TwoPassStep:
         loss_pipeline_group: ProcessGroup | None = None,
     ):
         self.chunks = list(chunks)
+        self.last: CLIPModel = self.chunks[-1].module
         self.inputs = inputs
         self.loss = loss
         self.loss_pipeline_group = loss_pipeline_group
@@ -101,8 +102,8 @@ class TwoPassStep:
         self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
         self.features: list[Tensor] = []
         self.feature_grads: Sequence[Tensor] = []
-        last: CLIPModel = self.chunks[-1].module
-        self.logit_parameters = [p for p in (last.logit_scale, last.logit_bias) if p is not None]
+        logit_parameters = self.last.logit_scale, self.last.logit_bias
+        self.logit_parameters = [p for p in logit_parameters if p is not None]
         self.logit_grads: list[Tensor] = []
         self.report = LossReport(*torch.zeros(3, device=inputs.tokens[0].device))
 
@@ -115,10 +116,10 @@ class TwoPassStep:
     def compute_loss(self) -> None:
         """Compute the loss over all microbatches and its gradients, on the last stage; the others
         take part where there is a `loss_pipeline_group`."""
-        last: CLIPModel = self.chunks[-1].module
+        last = self.last
         if not last.stage.is_last and self.loss_pipeline_group is None:
             return
-        leaves = self._all_features(last).requires_grad_()
+        leaves = self._all_features().requires_grad_()
         if self.loss_pipeline_group is not None:
             logit_scale_and_bias = read_logit_parameters([last], self.loss_pipeline_group)
         if not last.stage.is_last:  # the loss adds this rank's part on the last stage
@@ -132,14 +133,14 @@ class TwoPassStep:
         bad_images, bad_texts = leaves.detach().isfinite().logical_not().sum(dim=(1, 2)).float()
         self.report = LossReport(value.detach(), bad_images, bad_texts)
 
-    def _all_features(self, last: CLIPModel) -> Tensor:
+    def _all_features(self) -> Tensor:
         """[2, m·b, D], on the stages that work on the loss."""
         tokens = self.inputs.tokens[0]
-        if last.stage.is_last:
+        if self.last.stage.is_last:
             features = torch.cat(self.features, dim=1)
         else:
             pairs = len(tokens) * self.microbatches
-            features = torch.empty(2, pairs, last.architecture.embed_dim, device=tokens.device)
+            features = torch.empty(2, pairs, self.last.architecture.embed_dim, device=tokens.device)
         if self.loss_pipeline_group is not None:
             broadcast_from_last_stage(features, self.loss_pipeline_group)
         return features

@@ -56,13 +56,18 @@ def step_orders(
     """
     _check(ranks, microbatches, stash, chunks)
     kept = range(microbatches - stash, microbatches)
-    first = _first_pass(ranks, microbatches, kept, chunks)
-    return [
-        first
-        + [PipelineOp(OpKind.LOSS)] * (rank == ranks - 1)
-        + _second_pass(rank, ranks, microbatches, kept, chunks)
-        for rank in range(ranks)
-    ]
+    sequence = forward_sequence(ranks, microbatches, chunks)
+    without, keeping = OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_KEEPING_GRAPH
+    first = [PipelineOp(keeping if m in kept else without, m, chunk) for m, chunk in sequence]
+    again, replay = OpKind.FORWARD_AGAIN, OpKind.REPLAY
+    forwards = [PipelineOp(replay if m in kept else again, m, chunk) for m, chunk in sequence]
+    backwards = [PipelineOp(OpKind.BACKWARD, m, chunks - 1 - chunk) for m, chunk in sequence]
+    orders = []
+    for rank in range(ranks):
+        warmup = warmup_forwards(rank, ranks, microbatches, chunks)
+        loss = [PipelineOp(OpKind.LOSS)] * (rank == ranks - 1)
+        orders.append(first + loss + _one_forward_one_backward(forwards, backwards, warmup))
+    return orders
 
 
 def warmup_forwards(rank: int, ranks: int, microbatches: int, chunks: int = 1) -> int:
@@ -103,30 +108,9 @@ def _check(ranks: int, microbatches: int, stash: int, chunks: int) -> None:
     check_virtual_pipeline(ranks, chunks)
 
 
-def _first_pass(ranks: int, microbatches: int, kept: range, chunks: int) -> list[PipelineOp]:
-    return [
-        PipelineOp(
-            OpKind.FORWARD_KEEPING_GRAPH if microbatch in kept else OpKind.FORWARD_WITHOUT_GRAPH,
-            microbatch,
-            chunk,
-        )
-        for microbatch, chunk in forward_sequence(ranks, microbatches, chunks)
-    ]
-
-
-def _second_pass(
-    rank: int, ranks: int, microbatches: int, kept: range, chunks: int
+def _one_forward_one_backward(
+    forwards: list[PipelineOp], backwards: list[PipelineOp], warmup: int
 ) -> list[PipelineOp]:
-    sequence = forward_sequence(ranks, microbatches, chunks)
-    forwards = [
-        PipelineOp(OpKind.REPLAY if microbatch in kept else OpKind.FORWARD_AGAIN, microbatch, chunk)
-        for microbatch, chunk in sequence
-    ]
-    backwards = [
-        PipelineOp(OpKind.BACKWARD, microbatch, chunks - 1 - chunk)
-        for microbatch, chunk in sequence
-    ]
-    warmup = warmup_forwards(rank, ranks, microbatches, chunks)
     steady = len(forwards) - warmup
     order = forwards[:warmup]
     for pair in zip(forwards[warmup:], backwards[:steady], strict=True):

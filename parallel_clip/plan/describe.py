@@ -30,8 +30,10 @@ def describe_run(plan: RunPlan) -> str:
     if config.parallel.sequence and layout.tensor == 1:
         lines.append("  parallel.sequence changes nothing at parallel.tensor 1")
     elif config.parallel.sequence:
-        lines.append("  sequence parallel: activations split along the tokens, padded to a "
-                     f"multiple of {layout.tensor}")  # fmt: skip
+        lines.append(
+            "  sequence parallel: activations split along the tokens, padded to a multiple of "
+            f"{layout.tensor}"
+        )
     if plan.resume.checkpoint is not None:
         lines.append(f"  goes on from {plan.resume.checkpoint} (step {plan.resume.step})")
     elif config.init.from_ is not None:

@@ -18,6 +18,7 @@ from parallel_clip.layout import (
     plan_batch,
 )
 from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
+from parallel_clip.pipeline.orders import PipelineOp, step_orders
 from parallel_clip.stages.costs import ModelCosts
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import Stage
@@ -54,6 +55,11 @@ class LayoutPlan:
             return None
         return microbatch_group_size(self.batch.microbatches, self.layout.pipeline)
 
+    def orders(self, stash: int) -> list[list[PipelineOp]]:
+        """What each pipeline rank runs in a step that keeps `stash` microbatches, in order."""
+        layout, count = self.layout, self.batch.microbatches
+        return step_orders(layout.pipeline, count, stash, layout.virtual_pipeline)
+
     @property
     def loss_on_all_stages(self) -> bool:
         """Whether all stages work on the loss. Where microbatches run forward again, the other
@@ -72,14 +78,8 @@ class LayoutPlan:
     @property
     def exchange(self) -> ExchangePlan:
         """How the loss exchanges texts and tiles its logits."""
-        return plan_exchange(
-            self.loss.exchange,
-            self.loss.tile,
-            self.batch.per_rank,
-            self.embed_dim,
-            self.layout.data,
-            self.loss_helpers,
-        )
+        sizes = self.batch.per_rank, self.embed_dim, self.layout.data, self.loss_helpers
+        return plan_exchange(self.loss.exchange, self.loss.tile, *sizes)
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,8 @@ def make_layout_plan(costs: ModelCosts, world: int, config: Config) -> LayoutPla
     """
     parallel, batch = config.parallel, config.batch
     check_model(parallel.tensor, costs)  # before a world is asked for that cannot help
-    layout = Layout(
-        world,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.virtual_pipeline,
-        parallel.sequence,
-    )
+    sizes = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
+    layout = Layout(world, *sizes, parallel.sequence)
     stages = partition(costs, layout.pipeline, layout.virtual_pipeline, parallel.stages)
     batch_plan = plan_batch(layout, batch.global_, batch.micro)
     check_microbatches(layout, batch_plan)
@@ -130,31 +125,21 @@ def choose_stash(parallel: Parallel, microbatches: int) -> int:
         InputError: `parallel.stash` is more than there are microbatches, or contradicts
             `parallel.schedule`.
     """
-    asked = parallel.stash
-    _check_stash(parallel, microbatches)
-    if parallel.schedule == "two-pass":
-        return 0
-    if parallel.schedule == "stash":
-        return microbatches
-    if asked != "auto":
-        return asked
-    return microbatches if microbatches <= parallel.pipeline else 0
-
-
-def _check_stash(parallel: Parallel, microbatches: int) -> None:
     schedule, asked = parallel.schedule, parallel.stash
+    meant = {"two-pass": 0, "stash": microbatches}.get(schedule)
     if asked == "auto":
-        return
-    if schedule != "auto":
-        meant = 0 if schedule == "two-pass" else microbatches
-        if asked != meant:
-            raise InputError(
-                f"parallel.schedule {schedule} keeps the graphs of {meant} microbatches, and "
-                f"parallel.stash is {asked}; set parallel.schedule to auto, or leave "
-                "parallel.stash out"
-            )
+        if meant is not None:
+            return meant
+        return microbatches if microbatches <= parallel.pipeline else 0
+    if meant is not None and asked != meant:
+        raise InputError(
+            f"parallel.schedule {schedule} keeps the graphs of {meant} microbatches, and "
+            f"parallel.stash is {asked}; set parallel.schedule to auto, or leave "
+            "parallel.stash out"
+        )
     if asked > microbatches:
         raise InputError(
             f"parallel.stash {asked} is more than the {microbatches} microbatches of a step; set "
             f"it to {microbatches} or fewer, or to auto"
         )
+    return asked

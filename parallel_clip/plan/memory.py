@@ -17,7 +17,7 @@ from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
 from parallel_clip.optimizer.adamw import MegatronAdamW
-from parallel_clip.pipeline.orders import peak_graphs, step_orders
+from parallel_clip.pipeline.orders import peak_graphs
 from parallel_clip.plan.build import build_planned_state
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.saved_activations import SavedActivations, storage_id
@@ -92,7 +92,10 @@ def measure_rank_memory(
     weights = [tensor for _, tensor in held]
     gradients = [weight.main_grad for weight in weights]
     whole = [tensor for parameter, tensor in held if parameter.placement.axis is None]
-    pairs = plan.batch.micro_batch
+    pairs, pictures = plan.batch.micro_batch, 0
+    if state.chunks[0].stage.is_first:
+        height, width = architecture.vision.image_size
+        pictures = pairs * 3 * height * width * state.chunks[0].config.params_dtype.itemsize
     return RankMemory(
         parameters=sum(weight.numel() for weight in weights),
         weights=_bytes_of(weights),
@@ -101,7 +104,7 @@ def measure_rank_memory(
         replicated=sum(weight.nbytes + weight.main_grad.nbytes for weight in whole)
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
         activations=tuple(saved_activations(chunk, pairs, groups.device) for chunk in state.chunks),
-        pictures=_picture_bytes(state.chunks[0], pairs),
+        pictures=pictures,
     )
 
 
@@ -126,19 +129,11 @@ def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dic
     return saved.by_module
 
 
-def _picture_bytes(first_chunk: CLIPModel, pairs: int) -> int:
-    """Of one microbatch on the device, where this rank reads pictures."""
-    if not first_chunk.stage.is_first:
-        return 0
-    height, width = first_chunk.architecture.vision.image_size
-    return pairs * 3 * height * width * first_chunk.config.params_dtype.itemsize
-
-
 def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Masters and moments; the moments are made, as the first step would make them."""
     for weight in weights:
-        optimizer.set_moments(weight, {name: torch.zeros_like(weight, dtype=torch.float32)
-                                       for name in MOMENTS}, step=0)  # fmt: skip
+        zeros = torch.zeros_like(weight, dtype=torch.float32)
+        optimizer.set_moments(weight, dict.fromkeys(MOMENTS, zeros), step=0)
         owned = optimizer.owned_state(weight)
         if owned is not None:
             yield owned.master
@@ -157,7 +152,7 @@ def _bytes_of(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
 
 def peak_activations(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:
     """Bytes of saved activations that a rank holds at the fullest moment of a step."""
-    return peak_graphs(_orders(plan, stash)[pipeline_rank], held.saved_by_chunk)
+    return peak_graphs(plan.orders(stash)[pipeline_rank], held.saved_by_chunk)
 
 
 def peak_pictures(plan: LayoutPlan, stash: int, held: RankMemory) -> int:
@@ -166,7 +161,7 @@ def peak_pictures(plan: LayoutPlan, stash: int, held: RankMemory) -> int:
     if not held.pictures:
         return 0
     graphs_of_first_chunk = [1, *[0] * (plan.layout.virtual_pipeline - 1)]
-    graphs = peak_graphs(_orders(plan, stash)[0], graphs_of_first_chunk)
+    graphs = peak_graphs(plan.orders(stash)[0], graphs_of_first_chunk)
     return held.pictures * min(graphs + 1, plan.batch.microbatches)
 
 
@@ -180,42 +175,30 @@ def fit_stash_to_memory(
     Raises:
         InputError: not even two-pass fits.
     """
-    stash = min(max_stash_for_stage(plan, rank, limit, held) for rank, held in enumerate(memory))
-    return replace(plan, stash=stash)
+    # With virtual stages those that run again are whole groups: a group in part would stall the
+    # others (see timeline.py).
+    group = plan.microbatch_group or 1
+    candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)}, reverse=True)
+    stashes = [
+        _largest_stash(plan, stage, candidates, limit, held) for stage, held in enumerate(memory)
+    ]
+    return replace(plan, stash=min(stashes))
 
 
-def max_stash_for_stage(
-    plan: LayoutPlan, pipeline_rank: int, limit: str | int, held: RankMemory
+def _largest_stash(
+    plan: LayoutPlan, stage: int, candidates: list[int], limit: str | int, held: RankMemory
 ) -> int:
-    """The largest stash with which this stage stays within `limit`; InputError: none does."""
-    for stash in _candidates(plan):
-        if _peak_bytes(plan, pipeline_rank, stash, held) <= parse_bytes(limit):
+    """The first of `candidates`, from most to none, with which a stage stays within `limit`."""
+    for stash in candidates:
+        filled = _peak_bytes(plan, stage, stash, held)
+        if filled <= parse_bytes(limit):
             return stash
-    raise memory_too_small_error(plan, pipeline_rank, limit, held)
-
-
-def memory_too_small_error(
-    plan: LayoutPlan, pipeline_rank: int, limit: str | int, held: RankMemory
-) -> InputError:
-    least = _peak_bytes(plan, pipeline_rank, 0, held)
-    return InputError(
-        f"parallel.memory {limit} is too little for stage {pipeline_rank}, "
-        f"which fills {least / 1e9:.2f} GB with nothing stashed; lower batch.micro "
+    raise InputError(
+        f"parallel.memory {limit} is too little for stage {stage}, "
+        f"which fills {filled / 1e9:.2f} GB with nothing stashed; lower batch.micro "
         f"{plan.batch.micro_batch}, set recompute to selective or full, or use more "
         "parallel.tensor or parallel.pipeline ranks"
     )
-
-
-def _orders(plan: LayoutPlan, stash: int) -> list:
-    layout = plan.layout
-    return step_orders(layout.pipeline, plan.batch.microbatches, stash, layout.virtual_pipeline)
-
-
-def _candidates(plan: LayoutPlan) -> list[int]:
-    """From all microbatches to none. With virtual stages those that run again are whole groups: a
-    group in part would stall the others (see timeline.py)."""
-    group = plan.microbatch_group or 1
-    return sorted({0, *range(plan.batch.microbatches, 0, -group)}, reverse=True)
 
 
 def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:

@@ -11,8 +11,7 @@ from rich.table import Table
 from parallel_clip.config import Config
 from parallel_clip.plan.describe import describe_run
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
-from parallel_clip.plan.stage_estimate import StageEstimate, stage_estimates
-from parallel_clip.plan.step_time import step_timeline
+from parallel_clip.plan.stage_estimate import StageEstimate, stage_estimates, step_timeline
 from parallel_clip.stages.stage import LayerRange
 
 _GIB = 2**30

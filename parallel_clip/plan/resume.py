@@ -44,15 +44,11 @@ def find_resume_point(config: Config, architecture: Architecture) -> ResumePoint
     if saved.is_file():
         differences = resume_differences(load_config(saved), config)
         if differences:
-            raise InputError(
-                "\n- ".join(
-                    [
-                        f"{run_dir} holds a run of another config; choose another run_dir, or "
-                        "undo what differs (saved → new):",
-                        *differences,
-                    ]
-                )
+            heading = (
+                f"{run_dir} holds a run of another config; choose another run_dir, or undo what "
+                "differs (saved → new):"
             )
+            raise InputError("\n- ".join([heading, *differences]))
     elif newest is None and run_dir.is_dir() and any(run_dir.iterdir()):
         raise InputError(
             f"run_dir {run_dir} is not empty and holds no run; name a new or empty folder"

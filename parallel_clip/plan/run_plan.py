@@ -11,7 +11,7 @@ from typing import Any
 
 from parallel_clip.config import Config
 from parallel_clip.convert.open import open_source
-from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata
+from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.data.feeding.open import (
     RunShards,
     build_order,
@@ -22,7 +22,6 @@ from parallel_clip.data.feeding.open import (
 )
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.samples.transforms import Preprocess
-from parallel_clip.data.storage.progress import Print
 from parallel_clip.errors import InputError
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
@@ -85,7 +84,7 @@ class RunPlan:
 
 
 def make_run_plan(
-    config: Config, world_size: int, print_: Print = print, *, dry_run: bool = False
+    config: Config, world_size: int, *, dry_run: bool = False
 ) -> tuple[RunPlan, RunShards]:
     """Resolve a config into a RunPlan for `world_size` ranks, and the shards that it trains on.
 
@@ -100,11 +99,18 @@ def make_run_plan(
     architecture = load_architecture(config.model.name, config.loss.kind)
     layout_plan = make_layout_plan(architecture.costs, world_size, config)
     resume = find_resume_point(config, architecture)
-    metadata = _source_metadata(config, architecture, resume)
-    preprocess = _preprocess(config, architecture, metadata)
+    stored = None
+    if resume.checkpoint is not None:
+        stored = open_source(resume.checkpoint).metadata
+    elif config.init.from_ is not None:
+        stored = open_initial_weights(config, architecture).metadata
+    chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
+    preprocess = Preprocess.from_openclip(
+        architecture.vision.image_size, stored.preprocess if stored else None, chosen
+    )
     tokenizer = TokenizerSource(
-        config.data.tokenizer or (metadata.tokenizer if metadata else None),
-        metadata.folder if metadata else None,
+        config.data.tokenizer or (stored.tokenizer if stored else None),
+        stored.folder if stored else None,
     )
     tokenizer_folder = tokenizer.build(architecture).folder
 
@@ -114,7 +120,7 @@ def make_run_plan(
     if limit is not None:
         layout_plan = fit_stash_to_memory(layout_plan, memory, limit)
 
-    shards = find_run_shards(config, print_, counts_suffice=dry_run)
+    shards = find_run_shards(config, print, counts_suffice=dry_run)
     order = build_order(config, shards)
     steps = _steps(config, order.samples_per_epoch)
     fingerprint = data_fingerprint(shards)
@@ -140,38 +146,12 @@ def make_run_plan(
     return plan, shards
 
 
-def open_initial_weights(plan: RunPlan) -> ModelWeights | None:
-    """The weights of `init.from`; None where a run begins with random ones, or resumes."""
-    if plan.resume.checkpoint is not None or plan.config.init.from_ is None:
-        return None
-    return _initial_weights(plan.config, plan.architecture)
-
-
-def _initial_weights(config: Config, architecture: Architecture) -> ModelWeights:
-    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
-    return ModelWeights(open_source(config.init.from_), architecture, optional=("logit_bias",))
-
-
-def _source_metadata(
-    config: Config, architecture: Architecture, resume: ResumePoint
-) -> SourceMetadata | None:
-    """What the checkpoint to resume, else `init.from`, says of preprocessing and tokenizer."""
-    if resume.checkpoint is not None:
-        return open_source(resume.checkpoint).metadata
+def open_initial_weights(config: Config, architecture: Architecture) -> ModelWeights | None:
+    """The weights of `init.from`; None where a run begins with random ones."""
     if config.init.from_ is None:
         return None
-    return _initial_weights(config, architecture).metadata
-
-
-def _preprocess(
-    config: Config, architecture: Architecture, metadata: SourceMetadata | None
-) -> Preprocess:
-    chosen = {
-        key: getattr(config.data, key) for key in ("mean", "std", "interpolation", "resize_mode")
-    }
-    return Preprocess.from_openclip(
-        architecture.vision.image_size, metadata.preprocess if metadata else None, chosen
-    )
+    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
+    return ModelWeights(open_source(config.init.from_), architecture, optional=("logit_bias",))
 
 
 def _steps(config: Config, samples_per_epoch: int) -> int:

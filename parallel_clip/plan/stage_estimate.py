@@ -1,10 +1,11 @@
-"""What each stage of a planned run holds and how much it works."""
+"""What each stage of a planned run holds, how much it works, and how long a step takes by that."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from parallel_clip.pipeline.timeline import Costs, Timeline, simulate
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.memory import RankMemory, peak_activations, peak_pictures
 from parallel_clip.stages.costs import ModelCosts, stage_cost
@@ -45,3 +46,10 @@ def stage_estimates(
             )
         )
     return found
+
+
+def step_timeline(plan: LayoutPlan, costs: ModelCosts) -> Timeline:
+    """A step in FLOPs: work of each stage, a backward twice its forward; messages and the loss
+    take no time."""
+    forward = [plan.batch.micro_batch * stage_cost(stage, costs) for stage in plan.stages]
+    return simulate(plan.orders(plan.stash), Costs(forward, [2 * cost for cost in forward]))

@@ -44,43 +44,35 @@ class StepBatch:
         return np.bincount(np.array(read, np.int64), minlength=sources).tolist()
 
 
+@dataclass(frozen=True)
 class DeviceFeed:
     """Broadcasts the loader's microbatches to the ranks that share a copy of the model.
 
     loader: given where `groups.reads_data`, None on the others; dtype: of the pictures.
     """
 
-    def __init__(
-        self,
-        loader: TrainingLoader | None,
-        architecture: Architecture,
-        plan: BatchPlan,
-        groups: Groups,
-        dtype: torch.dtype,
-        seed: int,
-    ):
-        self._loader = loader
-        self._architecture = architecture
-        self._plan = plan
-        self._groups = groups
-        self._dtype = dtype
-        self._seed = seed
+    loader: TrainingLoader | None
+    architecture: Architecture
+    plan: BatchPlan
+    groups: Groups
+    dtype: torch.dtype
+    seed: int
 
     def batches(self, first_step: int, steps: int) -> Iterator[StepBatch]:
         """The batch of each step from `first_step` (counted from 0) on."""
-        source = iter(self._loader) if self._loader is not None else None
+        source = iter(self.loader) if self.loader is not None else None
         for step in range(first_step, steps):
             read = next(source) if source is not None else []
             tokens = [
                 self._share_tokens(read[number] if read else None)
-                for number in range(self._plan.microbatches)
+                for number in range(self.plan.microbatches)
             ]
             yield StepBatch(StepInputs(tokens, partial(self._share_pictures, step, read)), read)
 
     def _share_tokens(self, microbatch: Microbatch | None) -> Tensor:
         """A microbatch's tokens, on every rank that shares the model."""
-        pairs, context = self._plan.micro_batch, self._architecture.text.context_length
-        groups = self._groups
+        pairs, context = self.plan.micro_batch, self.architecture.text.context_length
+        groups = self.groups
         if microbatch is None:
             tokens = torch.empty(pairs, context, dtype=torch.int64, device=groups.device)
         else:
@@ -91,28 +83,28 @@ class DeviceFeed:
 
     def _share_pictures(self, step: int, read: Sequence[Microbatch], number: int) -> Pictures:
         """A microbatch's pictures, on every tensor rank of the first stage."""
-        group, device = self._groups.tensor, self._groups.device
+        group, device = self.groups.tensor, self.groups.device
         if read:
-            images, positions = read[number].images.to(self._dtype), read[number].positions
+            images, positions = read[number].images.to(self.dtype), read[number].positions
         else:
-            pairs, size = self._plan.micro_batch, self._architecture.vision.image_size
-            images = torch.empty(pairs, 3, *size, dtype=self._dtype, device=device)
+            pairs, size = self.plan.micro_batch, self.architecture.vision.image_size
+            images = torch.empty(pairs, 3, *size, dtype=self.dtype, device=device)
             positions = torch.empty(pairs, dtype=torch.int64, device=device)
         images = self._broadcast(images, group)
         return Pictures(images, self._kept_patches(step, self._broadcast(positions, group)))
 
     def _kept_patches(self, step: int, positions: Tensor) -> Tensor | None:
-        vision = self._architecture.vision
+        vision = self.architecture.vision
         if vision.patches_kept == vision.patches:
             return None
         kept = kept_patches_of_batch(
-            self._seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept
+            self.seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept
         )
-        return torch.from_numpy(kept).to(self._groups.device)
+        return torch.from_numpy(kept).to(self.groups.device)
 
     def _broadcast(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         """From the first rank of the group."""
-        tensor = tensor.to(self._groups.device, non_blocking=True)
+        tensor = tensor.to(self.groups.device, non_blocking=True)
         if group.size() > 1:
             dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
         return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -34,7 +33,7 @@ from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.build import build_planned_state
 from parallel_clip.plan.describe import describe_data, describe_run
 from parallel_clip.plan.run_plan import RunPlan, open_initial_weights
-from parallel_clip.training.feed import DeviceFeed, StepBatch
+from parallel_clip.training.feed import DeviceFeed
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.run_folder import prepare_run_folder
 from parallel_clip.training.run_log import RunLog, StepRecord, StepTimer
@@ -67,13 +66,12 @@ def train(plan: RunPlan, launch: Launch, shards: RunShards | None = None) -> Non
     groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
     shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
     tokenizer = plan.tokenizer.build(plan.architecture)
-    encoder = ModelEncoder(state.chunks, plan.preprocess, tokenizer, groups)
     held_out = HeldOutEvaluation(
         build_held_out_data(
             config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
         ),
         plan.prompts,
-        encoder,
+        ModelEncoder(state.chunks, plan.preprocess, tokenizer, groups),
         groups,
         loss_kind=config.loss.kind,
         batch=config.evaluate.batch,
@@ -110,10 +108,10 @@ class TrainingLoop:
         self.state = state
         self.checkpointer = checkpointer
         self.held_out = held_out
-        settings, on_all_stages = plan.config.loss, plan.layout_plan.loss_on_all_stages
-        loss = build_loss(settings.kind, settings.exchange, settings.tile, groups, on_all_stages)
-        stash = plan.layout_plan.stash
-        self.step = TrainStep(state, loss, stash, groups.pipeline, on_all_stages)
+        layout_plan = plan.layout_plan
+        on_all_stages = layout_plan.loss_on_all_stages
+        loss = build_loss(plan.config.loss, groups, on_all_stages)
+        self.step = TrainStep(state, loss, layout_plan.stash, groups.pipeline, on_all_stages)
         self.timer = StepTimer()
         self.log: RunLog | None = None
         if groups.is_rank_zero:
@@ -124,21 +122,23 @@ class TrainingLoop:
             plan.batch.global_batch,
             plan.config.data.max_bad_fraction,
             plan.resume.bad_samples,
-            plan.resume.source_samples or [0] * len(plan.epoch_pairs),
+            list(plan.resume.source_samples) or [0] * len(plan.epoch_pairs),
         )
 
     def run(self, feed: DeviceFeed) -> None:
         """Train from the step resumed from to the last one."""
         settings, first = self.config.optimizer, self.plan.resume.step
-        batches = _timed(feed.batches(first, self.plan.steps))
-        for step, (batch, data_seconds) in enumerate(batches, start=first + 1):
+        batches = feed.batches(first, self.plan.steps)
+        for step in range(first + 1, self.plan.steps + 1):
+            began = time.perf_counter()
+            batch = next(batches)
+            self.timer.add_step(data_seconds=time.perf_counter() - began)
             self.samples.count(step, batch)
             lr = learning_rate(step - 1, self.plan.steps, settings.lr, self.config.schedule)
             try:
                 record = self.step(batch.inputs, lr)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
-            self.timer.add_step(data_seconds)
             if self.config.log.ledger:
                 self.samples.write_ledger(step, batch)
             if step == 1 or step % self.config.log.every == 0:
@@ -150,7 +150,8 @@ class TrainingLoop:
     def _write_metrics(self, step: int, record: StepRecord) -> None:
         memory = torch.tensor(device.peak_memory_bytes(), device=self.groups.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        means = self.timer.read(self.plan.batch.global_batch)
+        means = self.timer.means(self.plan.batch.global_batch)
+        self.timer = StepTimer()
         if self.log is not None:
             bad, of_sources = self.samples.bad_samples, self.samples.source_samples
             self.log.write_step(step, record, means, int(memory), bad, of_sources)
@@ -226,7 +227,7 @@ def _set_weights(
     if plan.resume.checkpoint is not None:
         checkpointer.load(plan.resume.checkpoint, state)
         return
-    initial = open_initial_weights(plan)
+    initial = open_initial_weights(plan.config, plan.architecture)
     rank, size = groups.tensor_rank, groups.layout.tensor
     for parameter, tensor in state.global_parameters():
         whole = initial.read(parameter.name) if initial is not None else None
@@ -234,13 +235,3 @@ def _set_weights(
             whole = initial_value(parameter, plan.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)
         state.optimizer.set_weight(tensor, part)
-
-
-def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:
-    """Each batch with the seconds that it was waited for."""
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - began

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from parallel_clip.training.run_folder import (
-    EVALUATIONS_FILE,
-    METRICS_FILE,
-    TENSORBOARD_FOLDER,
-)
+from parallel_clip.training.run_folder import EVALUATIONS_FILE, METRICS_FILE, TENSORBOARD_FOLDER
 
 
 @dataclass(frozen=True)
@@ -29,34 +25,29 @@ class StepRecord:
     logit_bias: float | None
 
 
+@dataclass
 class StepTimer:
-    """Means since the last line: seconds a step, seconds of it waiting for data."""
+    """Time since the last line of the log, and the part of it that steps waited for data."""
 
-    def __init__(self):
-        self._restart()
-
-    def _restart(self) -> None:
-        self._began = time.perf_counter()
-        self._steps = 0
-        self._data_seconds = 0.0
+    began: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    data_seconds: float = 0.0
 
     def add_step(self, data_seconds: float) -> None:
-        self._steps += 1
-        self._data_seconds += data_seconds
+        self.steps += 1
+        self.data_seconds += data_seconds
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not spent on steps: a checkpoint, an evaluation."""
-        self._began += seconds
+        self.began += seconds
 
-    def read(self, global_batch: int) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._began
-        means = {
-            "samples_per_second": self._steps * global_batch / elapsed,
-            "step_seconds": elapsed / self._steps,
-            "data_seconds": self._data_seconds / self._steps,
+    def means(self, global_batch: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.began
+        return {
+            "samples_per_second": self.steps * global_batch / elapsed,
+            "step_seconds": elapsed / self.steps,
+            "data_seconds": self.data_seconds / self.steps,
         }
-        self._restart()
-        return means
 
 
 class RunLog:

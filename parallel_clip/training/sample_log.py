@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,27 +16,19 @@ from parallel_clip.training.feed import StepBatch
 from parallel_clip.training.run_folder import BAD_SAMPLES_FILE, LEDGER_FOLDER
 
 
+@dataclass
 class SampleLog:
     """Counts samples over all ranks, and writes to the run folder which were bad.
 
     bad_samples: bad ones so far, on every rank; source_samples: pairs so far of each source.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        groups: Groups,
-        global_batch: int,
-        max_bad_fraction: float,
-        bad_samples: int,
-        source_samples: Sequence[int],
-    ):
-        self.bad_samples = bad_samples
-        self.source_samples = list(source_samples)
-        self._run_dir = run_dir
-        self._groups = groups
-        self._global_batch = global_batch
-        self._max_bad_fraction = max_bad_fraction
+    run_dir: Path
+    groups: Groups
+    global_batch: int
+    max_bad_fraction: float
+    bad_samples: int
+    source_samples: list[int]
 
     def count(self, step: int, batch: StepBatch) -> None:
         """Count a step's samples. Called by all ranks.
@@ -44,7 +37,7 @@ class SampleLog:
             BadDataError: more of the samples seen so far are bad than `max_bad_fraction`.
         """
         own = torch.tensor([len(batch.bad), *batch.of_sources(len(self.source_samples))])
-        counts = own.to(self._groups.device)
+        counts = own.to(self.groups.device)
         dist.all_reduce(counts)
         bad_of_step, *of_sources = counts.tolist()
         self.source_samples = [
@@ -53,30 +46,30 @@ class SampleLog:
         if not bad_of_step:
             return
         self.bad_samples += bad_of_step
-        of_ranks: list = [None] * self._groups.layout.world
+        of_ranks: list = [None] * self.groups.layout.world
         dist.all_gather_object(of_ranks, [sample._asdict() for sample in batch.bad])
         samples = [sample for of_rank in of_ranks for sample in of_rank]
-        bad_file = self._run_dir / BAD_SAMPLES_FILE
-        if self._groups.is_rank_zero:
+        bad_file = self.run_dir / BAD_SAMPLES_FILE
+        if self.groups.is_rank_zero:
             _append(bad_file, ({"step": step, **sample} for sample in samples))
-        seen = step * self._global_batch
-        if self.bad_samples > self._max_bad_fraction * seen:
+        seen = step * self.global_batch
+        if self.bad_samples > self.max_bad_fraction * seen:
             worst = samples[0]
             raise BadDataError(
                 f"{self.bad_samples} of the {seen} samples seen by step {step} are bad, more than "
-                f"data.max_bad_fraction {self._max_bad_fraction:g} allows; the first of this step: "
+                f"data.max_bad_fraction {self.max_bad_fraction:g} allows; the first of this step: "
                 f"{worst['key']} of {worst['shard']}: {worst['reason']}. All are listed in "
                 f"{bad_file}; `parallel-clip data check` finds the rest"
             )
 
     def write_ledger(self, step: int, batch: StepBatch) -> None:
         """Write where each sample of a step lies: one file for each rank that reads."""
-        if not self._groups.reads_data:
+        if not self.groups.reads_data:
             return
-        folder = self._run_dir / LEDGER_FOLDER
+        folder = self.run_dir / LEDGER_FOLDER
         folder.mkdir(exist_ok=True)
         _append(
-            folder / f"rank_{self._groups.data_rank:05d}.jsonl",
+            folder / f"rank_{self.groups.data_rank:05d}.jsonl",
             (
                 {"step": step, "position": position, **address._asdict()}
                 for read in batch.read

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from parallel_clip.config import Loss
 from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.loss.contrastive import ContrastiveLoss
-from parallel_clip.loss.exchange_plan import Exchange
 from parallel_clip.model.clip import clamp_logit_scale
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.pipeline.forward_backward import forward_backward
@@ -22,6 +22,7 @@ from parallel_clip.pipeline.logit_parameters import read_logit_parameters
 from parallel_clip.training.run_log import StepRecord
 
 
+@dataclass(frozen=True)
 class TrainStep:
     """One optimizer step on this rank's share of the global batch. Made once for a run.
 
@@ -29,19 +30,11 @@ class TrainStep:
     loss_on_all_stages: whether `loss` is computed on all stages of the pipeline.
     """
 
-    def __init__(
-        self,
-        state: TrainState,
-        loss: ContrastiveLoss,
-        stash: int,
-        pipeline_group: ProcessGroup,
-        loss_on_all_stages: bool = False,
-    ):
-        self._state = state
-        self._loss = loss
-        self._stash = stash
-        self._pipeline_group = pipeline_group
-        self._loss_group = pipeline_group if loss_on_all_stages else None
+    state: TrainState
+    loss: ContrastiveLoss
+    stash: int
+    pipeline_group: ProcessGroup
+    loss_on_all_stages: bool = False
 
     def __call__(self, inputs: StepInputs, lr: float) -> StepRecord:
         """Run forward, backward and the optimizer; the same record on every rank.
@@ -50,10 +43,11 @@ class TrainStep:
             FloatingPointError: the loss is not finite, before the weights change; or the gradient
                 norm is not, and the weights are only whole in the last checkpoint.
         """
-        state, group = self._state, self._pipeline_group
+        state, group = self.state, self.pipeline_group
+        loss_group = group if self.loss_on_all_stages else None
         logit_scale, logit_bias = read_logit_parameters(state.chunks, group)
         state.optimizer.zero_grad()
-        report = forward_backward(state.wrapped, inputs, self._loss, self._stash, self._loss_group)
+        report = forward_backward(state.wrapped, inputs, self.loss, self.stash, loss_group)
         loss_value, *bad = broadcast_from_last_stage(torch.stack(report), group).tolist()
         if not math.isfinite(loss_value):
             raise FloatingPointError(
@@ -83,15 +77,9 @@ def nonfinite_ranks(bad_images: float, bad_texts: float) -> str:
     return f"not finite: {' and '.join(sides)}"
 
 
-def build_loss(
-    kind: Literal["infonce", "sigmoid"],
-    exchange: Exchange,
-    tile: int | Literal["auto"],
-    groups: Groups,
-    on_all_stages: bool,
-) -> ContrastiveLoss:
+def build_loss(settings: Loss, groups: Groups, on_all_stages: bool) -> ContrastiveLoss:
     """The loss over the data-parallel ranks, its work split over the tensor-parallel ranks, and
     over the stages of the pipeline too where it is `on_all_stages`."""
-    loss = ClipLoss if kind == "infonce" else SigLipLoss
+    loss = ClipLoss if settings.kind == "infonce" else SigLipLoss
     helpers = groups.model if on_all_stages else groups.tensor
-    return loss(group=groups.data, helpers=helpers, exchange=exchange, tile=tile)
+    return loss(group=groups.data, helpers=helpers, exchange=settings.exchange, tile=settings.tile)

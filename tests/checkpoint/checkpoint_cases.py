@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.collect import collect_pieces
 from parallel_clip.checkpoint.meta import Meta
@@ -53,8 +54,7 @@ def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bo
     _train(groups, task, first, 2)
     _save(groups, task, first, 2, run_dir)
     second = _empty(groups, task)
-    checkpointer = Checkpointer(run_dir, groups)
-    checkpointer.load(checkpointer.newest(), second)
+    Checkpointer(run_dir, groups).load(commit.latest(run_dir), second)
     records = _train(groups, task, second, 2)
     equal = all(map(torch.equal, _state(whole), _state(second)))
     return records, expected, equal

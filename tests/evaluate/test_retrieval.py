@@ -3,8 +3,7 @@ import torch
 
 from parallel_clip.errors import InputError
 from parallel_clip.evaluate.held_out import held_out_loss
-from parallel_clip.evaluate.pairs import encode_pairs
-from parallel_clip.evaluate.retrieval import retrieval
+from parallel_clip.evaluate.retrieval import encode_pairs, retrieval
 from tests.data.shard_files import write_shard
 from tests.evaluate.world import ArithmeticEncoder, batches_of, on_ranks, some_samples
 

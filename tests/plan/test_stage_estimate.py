@@ -4,8 +4,7 @@ import pytest
 
 from parallel_clip.plan.memory import dry_run
 from parallel_clip.plan.run_plan import RunPlan
-from parallel_clip.plan.stage_estimate import StageEstimate, stage_estimates
-from parallel_clip.plan.step_time import step_timeline
+from parallel_clip.plan.stage_estimate import StageEstimate, stage_estimates, step_timeline
 from parallel_clip.stages.costs import stage_cost
 from parallel_clip.stages.stage import whole_model
 from tests.plan.small_plans import PAIRS, small_plan

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from parallel_clip.data.index.shard_table import ShardTable
 from parallel_clip.data.samples.decode import captions_of, decode_picture, label_of
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import Preprocess, evaluation_transform
-from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
+from parallel_clip.data.storage.shards import BadSampleError, ShardFiles
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,15 @@ class EvaluationData:
         patience: float = 25.0,
     ):
         self.samples = shards.samples  # over all ranks, bad ones included
-        self._data = _EvaluationSamples(shards, preprocess, tokenizer, need, caption_key)
+        self._shards = shards
+        self._shard = lru_cache(1)(shards.__getitem__)  # samples of one shard follow one another
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(shards.counts)])
+        self._size = preprocess.image_size
+        self._transform = evaluation_transform(preprocess)
+        self._tokenizer = tokenizer
+        self._need = need
+        self._caption_key = caption_key
+        self._files = ShardFiles()
         self._part = range(self.samples * rank // ranks, self.samples * (rank + 1) // ranks)
         self._batch = batch
         self._workers = workers
@@ -69,42 +78,19 @@ class EvaluationData:
     def __iter__(self) -> Iterator[EvaluationBatch]:
         starts = range(0, len(self._part), self._batch)
         batches = (self._part[start : start + self._batch] for start in starts)
-        return read_ahead(self._data, batches, self._workers, prefetch=2, patience=self._patience)
-
-
-class _EvaluationSamples:
-    """What workers read: `data[range(0, 8)]` is an EvaluationBatch of 8 samples."""
-
-    def __init__(
-        self,
-        shards: ShardTable,
-        preprocess: Preprocess,
-        tokenizer: Tokenizer,
-        need: Literal["captions", "labels"],
-        caption_key: str | None,
-    ):
-        self._shards = shards
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(shards.counts)])
-        self._size = preprocess.image_size
-        self._transform = evaluation_transform(preprocess)
-        self._tokenizer = tokenizer
-        self._need = need
-        self._caption_key = caption_key
-        self._files = ShardFiles()
+        return read_ahead(self, batches, self._workers, prefetch=2, patience=self._patience)
 
     def describe_position(self, shard: int, index: int, *_: int) -> str:
         return f"sample {index} of {self._shards.paths[shard]}"
 
     def __getitem__(self, positions: range) -> EvaluationBatch:
+        """The samples at `positions` among those of all shards: what a worker reads."""
         images, used, captions, owner, labels, addresses, bad = [], [], [], [], [], [], []
-        opened: tuple[int, ShardIndex] | None = None
         for position in positions:
             number = int(np.searchsorted(self._starts, position, side="right")) - 1
             index = position - int(self._starts[number])
             report_progress(number, index)
-            if opened is None or opened[0] != number:
-                opened = number, self._shards[number]
-            shard = opened[1]
+            shard = self._shard(number)
             try:
                 sample = self._files.read(shard, index)
                 picture = decode_picture(sample)

@@ -10,21 +10,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from parallel_clip.config import parse_bytes
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.index.index_folder import FolderIndex
 from parallel_clip.data.index.shard_table import (
     ShardTable,
-    check_shards,
-    counts_from_json,
-    find_shards,
+    find_checked_shards,
     open_shards,
     save_index,
-    scan_unindexed,
 )
 from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
 from parallel_clip.data.order.sample_order import Order, OrderSource
@@ -88,14 +85,7 @@ def find_run_shards(
         check_augment_options(settings.augment_options)
     parse_bytes(settings.cache, "data.cache")
 
-    def find(patterns: str | Sequence[str], folders: dict[str, FolderIndex]) -> ShardTable:
-        table = find_shards(patterns, say, folders)
-        check_shards(table)  # before a scan that may take hours
-        if counts_suffice:
-            table = counts_from_json(table)
-        return scan_unindexed(table, say)
-
-    return _run_shards(config, find)
+    return _run_shards(config, partial(find_checked_shards, say=say, counts_suffice=counts_suffice))
 
 
 def reopen_run_shards(config: Config) -> RunShards:
@@ -225,19 +215,19 @@ def build_held_out_data(
     return {name: built[id(table)] for name, table in shards.held_out.items()}
 
 
-def _run_shards(
-    config: Config,
-    find: Callable[[str | Sequence[str], dict[str, FolderIndex]], ShardTable],
-) -> RunShards:
-    """Find the shards of each source and held-out set; each folder's index is opened once."""
-    folders: dict[str, FolderIndex] = {}
-    train = [find(source.shards, folders) for source in config.data.train]
+def _run_shards(config: Config, find_table: Callable[..., ShardTable]) -> RunShards:
+    """Find the shards of each source and held-out set; each folder's index is opened once.
+
+    find_table: `find_checked_shards` or `open_shards`.
+    """
+    find = partial(find_table, folders={})  # one dict for all
+    train = [find(source.shards) for source in config.data.train]
     wanted, held_out = config.evaluate, {}
     if wanted.loss is not None:
-        held_out["loss"] = find(wanted.loss, folders)
+        held_out["loss"] = find(wanted.loss)
     if wanted.retrieval is not None:  # one set for both is encoded once
         same = wanted.retrieval == wanted.loss
-        held_out["retrieval"] = held_out["loss"] if same else find(wanted.retrieval, folders)
+        held_out["retrieval"] = held_out["loss"] if same else find(wanted.retrieval)
     if wanted.zero_shot is not None:
-        held_out["zero_shot"] = find(wanted.zero_shot.shards, folders)
+        held_out["zero_shot"] = find(wanted.zero_shot.shards)
     return RunShards(train, held_out)

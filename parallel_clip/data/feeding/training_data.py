@@ -3,9 +3,9 @@
 The pair at a position is a function of the shards, the seed and the position alone.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import Transform, sample_seed, seeded
 from parallel_clip.data.storage.files import OpenFiles
 from parallel_clip.data.storage.remote import RemoteCache
-from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
+from parallel_clip.data.storage.shards import BadSampleError, ShardFiles
 from parallel_clip.errors import BadDataError
 
 MAX_SUBSTITUTES = 64  # samples tried in place of a bad one
@@ -78,7 +78,7 @@ class TrainingData:
         cache = cache or RemoteCache()
         cache.on_try = heartbeat
         self._files = ShardFiles(OpenFiles(cache=cache))
-        self._shards = _RecentShards(sources)
+        self._shard = lru_cache(RECENT_SHARDS)(lambda source, shard: sources[source][shard])
 
     @property
     def samples_per_epoch(self) -> int:
@@ -110,7 +110,7 @@ class TrainingData:
             if attempt:
                 address = self.order.at(self.order.substitute(position, attempt))
             report_progress(address.source, address.shard, address.index)
-            shard = self._shards.get(address.source, address.shard)
+            shard = self._shard(address.source, address.shard)
             try:
                 sample = self._files.read(shard, address.index)
                 captions = captions_of(sample, self._caption_keys[address.source])
@@ -129,21 +129,3 @@ class TrainingData:
             f"{bad}; the {MAX_SUBSTITUTES} samples tried in its place are bad too; "
             "parallel-clip data check names all that are"
         )
-
-
-class _RecentShards:
-    """A least-recently-used cache of the indexes of shards."""
-
-    def __init__(self, sources: Sequence[ShardTable]):
-        self._sources = sources
-        self._found: OrderedDict[tuple[int, int], ShardIndex] = OrderedDict()
-
-    def get(self, source: int, shard: int) -> ShardIndex:
-        key = source, shard
-        if key in self._found:
-            self._found.move_to_end(key)
-        else:
-            self._found[key] = self._sources[source][shard]
-            if len(self._found) > RECENT_SHARDS:
-                self._found.popitem(last=False)
-        return self._found[key]

@@ -85,7 +85,7 @@ def read_ahead(
         multiprocessing_context=_FORK if workers else None,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
-        collate_fn=_unchanged,
+        collate_fn=lambda value: value,
         generator=torch.Generator(),
         worker_init_fn=monitor.begin_in_worker if monitor else None,
         timeout=_SECONDS_BETWEEN_LOOKS if monitor else 0,
@@ -213,7 +213,3 @@ class _FailuresAsValues(Dataset):
         finally:
             if _own_row is not None:
                 _own_row[_BUSY] = 0
-
-
-def _unchanged(value: object) -> object:
-    return value

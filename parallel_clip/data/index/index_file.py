@@ -27,6 +27,8 @@ from parallel_clip.errors import InputError
 FORMAT = "parallel_clip shard index 2"
 
 _TABLES = {"bytes": np.int64, "changed_ns": np.int64, "samples": np.int64, "checksums": np.uint32}
+_PARTS = {**_TABLES, "bounds": np.uint32, "headers": np.uint32, "names": np.uint8}  # in this order
+_KINDS = {np.uint8: "U8", np.uint32: "U32", np.int64: "I64"}  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -106,30 +108,25 @@ def write_index(path: Path, shards: Sequence[ShardIndex], changed_ns: Sequence[i
     changed_ns: time of change of each shard. Written array by array, which needs no second copy of
     them in memory; the bytes are those that safetensors' own writer would write.
     """
-    by_name = sorted(zip([os.fsencode(os.path.basename(s.path)) for s in shards], shards,
-                         changed_ns, strict=True), key=lambda entry: entry[0])  # fmt: skip
-    shards = [shard for _, shard, _ in by_name]
-    names = np.frombuffer(b"\n".join(name for name, _, _ in by_name), np.uint8)
+    names = [os.fsencode(os.path.basename(shard.path)) for shard in shards]
+    by_name = sorted(range(len(shards)), key=names.__getitem__)
+    shards = [shards[number] for number in by_name]
     tables = {
         "bytes": [shard.bytes for shard in shards],
-        "changed_ns": [changed for _, _, changed in by_name],
+        "changed_ns": [changed_ns[number] for number in by_name],
         "samples": [shard.samples for shard in shards],
         "checksums": [shard.table_checksum for shard in shards],
     }
-    samples = sum(tables["samples"])
-    parts: list[tuple[str, str, int, Sequence[np.ndarray]]] = [
-        (name, "U32" if kind is np.uint32 else "I64", len(shards), [np.array(tables[name], kind)])
-        for name, kind in _TABLES.items()
-    ]
-    parts += [
-        ("bounds", "U32", samples + len(shards), [shard.bounds for shard in shards]),
-        ("headers", "U32", samples, [shard.checksums for shard in shards]),
-        ("names", "U8", len(names), [names]),
-    ]
+    parts = {name: [np.array(tables[name], kind)] for name, kind in _TABLES.items()}
+    parts["bounds"] = [shard.bounds for shard in shards]
+    parts["headers"] = [shard.checksums for shard in shards]
+    parts["names"] = [np.frombuffer(b"\n".join(sorted(names)), np.uint8)]
     header: dict[str, object] = {"__metadata__": {"format": FORMAT}}
     offset = 0
-    for name, kind, length, _ in parts:
-        end = offset + length * {"U8": 1, "U32": 4, "I64": 8}[kind]
+    for name, arrays in parts.items():
+        end = offset + sum(array.nbytes for array in arrays)
+        length = sum(len(array) for array in arrays)
+        kind = _KINDS[_PARTS[name]]
         header[name] = {"dtype": kind, "shape": [length], "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
@@ -139,7 +136,7 @@ def write_index(path: Path, shards: Sequence[ShardIndex], changed_ns: Sequence[i
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
-            for *_, arrays in parts:
+            for arrays in parts.values():
                 for array in arrays:
                     stream.write(np.ascontiguousarray(array).tobytes())
         os.replace(temporary, path)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,21 +140,18 @@ def _read_sizes(folder: Path) -> dict[str, int]:
 
 def _index_files(folder: str) -> list[Path]:
     """The files that may hold the index of a folder, best first."""
-    name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
-    if is_remote(folder):
-        name = hashlib.sha256(folder.encode()).hexdigest()[:16]
-        return [cache_folder() / f"{name}.index"]
-    return [Path(folder) / INDEX_NAME, cache_folder() / f"{name}.index"]
+    place = folder if is_remote(folder) else os.path.abspath(folder)
+    name = hashlib.sha256(place.encode()).hexdigest()[:16]
+    cached = cache_folder() / f"{name}.index"
+    return [cached] if is_remote(folder) else [Path(folder) / INDEX_NAME, cached]
 
 
 def _fetch_remote_index(folder: str) -> None:
     """Copy the `shards.index` beside shards at an address, if there is one, to the cache folder."""
-    if not is_remote(folder):
-        return
     target = _index_files(folder)[0]
-    if target.is_file():
+    if not is_remote(folder) or target.is_file():
         return
-    try:
+    with suppress(OSError):  # it is made here instead
         system, path = file_system(f"{folder}/{INDEX_NAME}")
         if not with_retries(folder, lambda: system.exists(path)):
             return
@@ -161,8 +159,6 @@ def _fetch_remote_index(folder: str) -> None:
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         with_retries(folder, lambda: system.get_file(path, str(temporary)))
         temporary.replace(target)
-    except OSError:
-        return  # it is made here instead
 
 
 def _join(folder: str, name: str) -> str:

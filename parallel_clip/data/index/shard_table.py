@@ -154,11 +154,16 @@ def find_checked_shards(
     patterns: str | Sequence[str],
     say: Print = print,
     folders: dict[str, FolderIndex] | None = None,
+    *,
+    counts_suffice: bool = False,
 ) -> ShardTable:
-    """Find, check and scan: the table that the first process of a job opens."""
+    """Find, check and scan: the table that the first process of a job opens.
+
+    counts_suffice: do not scan those whose number of samples a `sizes.json` beside them has.
+    """
     table = find_shards(patterns, say, folders)
     check_shards(table)  # before a scan that may take hours
-    return scan_unindexed(table, say)
+    return scan_unindexed(counts_from_json(table) if counts_suffice else table, say)
 
 
 def save_index(table: ShardTable, say: Print = print) -> None:

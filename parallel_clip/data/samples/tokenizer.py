@@ -80,19 +80,14 @@ class ClipTokenizer:
     def __init__(self, context_length: int, clean: str = "lower"):
         self.context_length = context_length
         self._clean = _cleaner(clean)
-        packed = resources.files("parallel_clip.data.samples").joinpath(
-            "vocabulary/clip_merges.txt.gz"
-        )
+        packed = resources.files("parallel_clip.data.samples") / "vocabulary/clip_merges.txt.gz"
         lines = gzip.decompress(packed.read_bytes()).decode().splitlines()
         merges = [tuple(line.split(" ")) for line in lines]
         self._characters = _byte_characters()
         letters = sorted(self._characters)
         tokens = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges]
-        self._bpe = BPE(
-            {token: number for number, token in enumerate(tokens)},
-            merges,
-            end_of_word_suffix="</w>",
-        )
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        self._bpe = BPE(vocabulary, merges, end_of_word_suffix="</w>")
         self._start, self._end = len(tokens), len(tokens) + 1
         self._special = {"<start_of_text>": self._start, "<end_of_text>": self._end}
         self.vocab_size = len(tokens) + 2
@@ -244,11 +239,7 @@ def _canonicalize(text: str) -> str:
     return " ".join(_repair(text).translate(_NO_PUNCTUATION).lower().split())
 
 
-_CLEANERS: dict[str, Callable[[str], str]] = {
-    "lower": _lower,
-    "whitespace": _whitespace,
-    "canonicalize": _canonicalize,
-}
+_CLEANERS = {"lower": _lower, "whitespace": _whitespace, "canonicalize": _canonicalize}
 
 
 def _byte_characters() -> list[str]:

@@ -62,7 +62,8 @@ class Preprocess:
             raise InputError("preprocess_cfg.mode must be RGB: pictures have three colours")
         for key, value in merged.items():
             if key in ("mean", "std"):
-                merged[key] = _three_numbers(key, value)
+                three = [float(value)] * 3 if _is_number(value) else value
+                merged[key] = _numbers(f"preprocess_cfg.{key}", three, 3)
             elif key in _CHOICES and value not in _CHOICES[key]:
                 raise InputError(f"preprocess_cfg.{key} is {value!r}: expected {_CHOICES[key]}")
             elif key not in (*_CHOICES, "fill_color"):
@@ -90,7 +91,6 @@ def evaluation_transform(preprocess: Preprocess) -> Transform:
     bilinear = preprocess.interpolation == "bilinear"
     interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
     size = list(preprocess.image_size)
-    square = size[0] == size[1]
     if preprocess.resize_mode == "squash":
         steps = [T.Resize(size, interpolation)]
     elif preprocess.resize_mode == "longest":
@@ -99,14 +99,11 @@ def evaluation_transform(preprocess: Preprocess) -> Transform:
             partial(_pad, size, preprocess.fill_color),
             T.CenterCrop(size),
         ]
-    elif square:
+    elif size[0] == size[1]:
         steps = [T.Resize(size[0], interpolation), T.CenterCrop(size)]
     else:
         # OpenCLIP resizes to a size that is not square with bicubic, whatever is asked.
-        steps = [
-            partial(_resize_to_fit, size, min, InterpolationMode.BICUBIC),
-            T.CenterCrop(size),
-        ]
+        steps = [partial(_resize_to_fit, size, min, InterpolationMode.BICUBIC), T.CenterCrop(size)]
     return T.Compose([*steps, *_to_tensor(preprocess)])
 
 
@@ -228,13 +225,8 @@ def _pad(size: list[int], fill: int, picture: Image) -> Image:
     """Fill up around the picture to at least `size`."""
     more_height = max(0, size[0] - picture.height)
     more_width = max(0, size[1] - picture.width)
-    left_top_right_bottom = [
-        more_width // 2,
-        more_height // 2,
-        (more_width + 1) // 2,
-        (more_height + 1) // 2,
-    ]
-    return F.pad(picture, left_top_right_bottom, fill=fill)
+    left, top = more_width // 2, more_height // 2
+    return F.pad(picture, [left, top, more_width - left, more_height - top], fill=fill)
 
 
 def _sometimes(probability: float, transform: Callable[[Image], Image], picture: Image) -> Image:
@@ -251,16 +243,9 @@ def _to_tensor(preprocess: Preprocess) -> list[Callable]:
     return [_to_rgb, T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std, inplace=True)]
 
 
-def _three_numbers(key: str, value: Any) -> tuple[float, ...]:
-    return (float(value),) * 3 if _is_number(value) else _numbers(f"preprocess_cfg.{key}", value, 3)
-
-
 def _numbers(key: str, value: Any, count: int) -> tuple[float, ...]:
-    if (
-        not isinstance(value, list | tuple)
-        or len(value) != count
-        or not all(map(_is_number, value))
-    ):
+    is_of_length = isinstance(value, list | tuple) and len(value) == count
+    if not is_of_length or not all(map(_is_number, value)):
         raise InputError(f"{key} is {value!r}: expected {count} numbers")
     return tuple(value)
 

@@ -66,9 +66,6 @@ class OpenFiles:
         while self._open:
             self._open.popitem()[1].close()
 
-    def __getstate__(self) -> dict:
-        return {"_limit": self._limit, "_cache": self._cache, "_open": OrderedDict()}
-
 
 def open_file(path: str, cache: RemoteCache | None = None, size: int | None = None) -> File:
     if is_remote(path):

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -45,7 +46,8 @@ def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
     local = list(dict.fromkeys(path for path in paths if not is_remote(path)))
     parts = [local[start : start + _PART] for start in range(0, len(local), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:  # it waits for the file system
-        stats = [status for part in threads.map(_file_stats, parts) for status in part]
+        answers = threads.map(lambda part: [file_stat(path) for path in part], parts)
+        stats = list(chain.from_iterable(answers))
     found = dict(zip(local, stats, strict=True))
     missing = [path for path, status in found.items() if status is None]
     if missing:
@@ -65,10 +67,6 @@ def file_stat(path: str) -> FileStat | None:
     except OSError:
         return None
     return FileStat(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
-
-
-def _file_stats(paths: Sequence[str]) -> list[FileStat | None]:
-    return [file_stat(path) for path in paths]
 
 
 def _expand(pattern: str) -> list[str]:

@@ -48,18 +48,16 @@ class RemoteCache:
     def __init__(self, limit: int = 32 * 2**30, folder: Path | None = None):
         self.limit = limit
         self.folder = folder
-        self.on_try: Callable[[], None] = _do_nothing
+        self.on_try: Callable[[], None] = lambda: None
         self._written = 0
 
     def page(self, name: str, fetch: Callable[[], bytes]) -> bytes:
         """The bytes of the page of this name: cached, else what `fetch()` returns."""
         file = (self.folder or cache_folder() / "pages") / name[:2] / name
-        try:
+        with suppress(OSError):
             data = file.read_bytes()
             os.utime(file)  # used now
             return data
-        except OSError:
-            pass
         data = fetch()
         self._keep(file, data)
         return data
@@ -79,21 +77,17 @@ class RemoteCache:
 
     def _clean(self, folder: Path) -> None:
         pages = []
-        for part in os.scandir(folder):
-            if part.is_dir():
-                for page in os.scandir(part.path):
-                    try:
-                        status = page.stat()
-                    except OSError:  # another process was quicker
-                        continue
-                    pages.append((status.st_mtime_ns, status.st_size, page.path))
+        for page in folder.glob("*/*"):
+            with suppress(OSError):  # another process was quicker
+                status = page.stat()
+                pages.append((status.st_mtime_ns, status.st_size, page))
         held = sum(size for _, size, _ in pages)
         if held <= self.limit:
             return
-        for _, size, path in sorted(pages):
+        for _, size, page in sorted(pages):
             if held <= _KEPT_AFTER_CLEANING * self.limit:
                 return
-            Path(path).unlink(missing_ok=True)
+            page.unlink(missing_ok=True)
             held -= size
 
 
@@ -175,12 +169,8 @@ def remote_size(address: str) -> int:
     return int(size)
 
 
-def _do_nothing() -> None:
-    pass
-
-
 def with_retries(
-    address: str, request: Callable[[], Value], on_try: Callable[[], None] = _do_nothing
+    address: str, request: Callable[[], Value], on_try: Callable[[], None] = lambda: None
 ) -> Value:
     """The result of `request()`, called up to MAX_REQUESTS times with exponential waits between.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import zlib
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from parallel_clip.data.storage.files import File, OpenFiles, open_file
-from parallel_clip.data.storage.remote import RemoteCache
-from parallel_clip.data.storage.tar import Read, TarError, members
+from parallel_clip.data.storage.tar import TarError, members
 from parallel_clip.errors import InputError
 
 MAX_SAMPLE_BYTES = 128 * 2**20  # of all files of a sample together
@@ -84,9 +84,9 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match[1], match[2].lower()
 
 
-def scan_shard(path: str, cache: RemoteCache | None = None) -> ShardIndex:
+def scan_shard(path: str) -> ShardIndex:
     """The index of a shard, by reading its headers; InputError if it is cut off or empty."""
-    scan = scan_headers(path, cache)
+    scan = scan_headers(path)
     if scan.damage is not None:
         whole = f" ({scan.index.samples:,} samples before that are whole)" if scan.key else ""
         raise InputError(
@@ -96,33 +96,28 @@ def scan_shard(path: str, cache: RemoteCache | None = None) -> ShardIndex:
     return scan.index
 
 
-def scan_headers(path: str, cache: RemoteCache | None = None) -> Scan:
+def scan_headers(path: str) -> Scan:
     """The index of the whole samples of a shard that may be damaged, and what the damage is.
     InputError where it cannot be read at all."""
-    try:
-        file = open_file(path, cache)
-    except OSError as error:
-        raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
     found = _Found()
     damage = None
     try:
-        if file.size == 0:
-            raise TarError("it is empty (0 bytes)")
-        if file.read(2, 0) == b"\x1f\x8b":
-            raise TarError("it is compressed; shards are read in place, so gunzip it")
-        for member in members(file.read, file.size):
-            name = split_name(member.name)
-            if name is not None:
-                found.add(name[0], member.header, member.end, member.checksum)
-        if not found.checksums:
-            raise TarError("it holds no samples (no file named KEY.EXTENSION)")
+        with closing(open_file(path)) as file:
+            if file.size == 0:
+                raise TarError("it is empty (0 bytes)")
+            if file.read(2, 0) == b"\x1f\x8b":
+                raise TarError("it is compressed; shards are read in place, so gunzip it")
+            for member in members(file.read, file.size):
+                name = split_name(member.name)
+                if name is not None:
+                    found.add(name[0], member.header, member.end, member.checksum)
+            if not found.checksums:
+                raise TarError("it holds no samples (no file named KEY.EXTENSION)")
     except OSError as error:
         raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
     except TarError as error:
         damage = str(error)
         found.drop_last()
-    finally:
-        file.close()
     index = ShardIndex(path, file.size, *found.arrays())
     return Scan(index, damage, None if damage is None else found.key)
 
@@ -190,7 +185,7 @@ class ShardFiles:
         data = file.read(end - start, start)
         key, files, checksum = "", {}, _SEED
         try:
-            for member in members(_slicer(data), len(data), end_mark=False):
+            for member in members(lambda n, at: data[at : at + n], len(data), end_mark=False):
                 name = split_name(member.name)
                 if name is None:
                     continue
@@ -225,7 +220,3 @@ def _first_key(file: File, shard: ShardIndex, index: int) -> str:
 
 def _number(index: int) -> str:
     return f"number {index}"
-
-
-def _slicer(data: bytes) -> Read:
-    return lambda size, offset: data[offset : offset + size]

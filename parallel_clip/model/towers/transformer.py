@@ -1,7 +1,8 @@
 """What the transformer towers share: their shape, block and norm parameters, costs of a block.
 
 A tower is described by a TowerConfig (what it is) and built as a module (a rank's slice of one
-stage of it). A tower of another family is one new file here with both.
+stage of it). A tower of another family is one new file here with both. Shape letters as in
+layers.py; D embedding width.
 
 Initial values follow OpenCLIP 3.3.0 (its own and torch's defaults); weight decay its trainer's
 rule: weights of two or more dimensions, no norms and no biases.
@@ -15,8 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from parallel_clip.model.layers import SequenceLength, leave_sequence_parallel, transformer_block
 from parallel_clip.model.parameters import (
     COLUMNS,
     QUERY_KEY_VALUE,
@@ -29,6 +34,7 @@ from parallel_clip.model.parameters import (
     Uniform,
 )
 from parallel_clip.stages.costs import TowerCosts, block_flops
+from parallel_clip.stages.stage import LayerRange
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -39,7 +45,8 @@ ZERO = Constant(0.0)
 class TowerConfig(ABC):
     """A tower of `layers` pre-norm transformer blocks: its shape, and all that others ask of it.
 
-    `layer_scale` is the initial value of the scale on each residual branch (None: there is none).
+    `layer_scale` is the initial value of the scale on each residual branch (None: there is none);
+    `causal`: a token attends to itself and those before it.
     """
 
     width: int
@@ -49,6 +56,7 @@ class TowerConfig(ABC):
     layer_scale: float | None
     activation: Activation
     norm_eps: float
+    causal: bool = False
 
     @property
     def head_width(self) -> int:
@@ -120,6 +128,64 @@ class ImageTowerConfig(TowerConfig):
     def patch_flops(self) -> int:
         """FLOPs of the patch convolution."""
         return 2 * self.patches * 3 * math.prod(self.patch_size) * self.width
+
+
+class TransformerTower(nn.Module, ABC):
+    """The layers of a tower that `layer_range` says: from what the tower starts from or hidden
+    states [S, b, h], to hidden states or features [b, D], not normalised.
+
+    `projection` is a matrix [h, D] unless a tower makes something else of it.
+    """
+
+    def __init__(
+        self,
+        tower: TowerConfig,
+        embed_dim: int,
+        config: TransformerConfig,
+        tensor_group: ProcessGroup,
+        layer_range: LayerRange,
+    ):
+        super().__init__()
+        self.tower, self.config, self.group = tower, config, tensor_group
+        self.layer_range = layer_range
+        self.tokens = SequenceLength(tower.training_tokens, tower.tokens)
+        if layer_range.has_embedding:
+            self.build_embedding()
+        self.block = transformer_block(
+            config, self.tokens, tower.causal, tower.layer_scale, tensor_group
+        )
+        if layer_range.has_head:
+            self.post_norm = nn.LayerNorm(tower.width, tower.norm_eps, dtype=config.params_dtype)
+            self.projection = self.build_projection(embed_dim)
+
+    @abstractmethod
+    def build_embedding(self) -> None:
+        """Make the modules and parameters that `embed` uses."""
+
+    def build_projection(self, embed_dim: int) -> nn.Parameter | nn.Module:
+        return self.empty_parameter(self.tower.width, embed_dim)
+
+    def empty_parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype))
+
+    def forward(self, x: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        """beside: the patches to work on, int64 [b, k], None for all of them; or the token ids of
+        texts, int64 [b, s]."""
+        if self.layer_range.has_embedding:
+            x = self.embed(x, beside)
+        x = self.block(x, attention_mask=None)
+        if not self.layer_range.has_head:
+            return x
+        x_sbh = leave_sequence_parallel(x, self.tokens.of(self), self.config, self.group)
+        return self.head(x_sbh, beside)
+
+    @abstractmethod
+    def embed(self, x: Tensor | None, beside: Tensor | None) -> Tensor:
+        """What the tower starts from -> [S, b, h]"""
+
+    @abstractmethod
+    def head(self, x_sbh: Tensor, beside: Tensor | None) -> Tensor:
+        """[s, b, h] -> [b, D]"""
 
 
 class BlockInit(NamedTuple):

@@ -13,27 +13,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from parallel_clip.model.layers import (
-    LayerNorm,
-    SequenceLength,
-    enter_sequence_parallel,
-    leave_sequence_parallel,
-    transformer_block,
-)
+from parallel_clip.model.layers import LayerNorm, enter_sequence_parallel
 from parallel_clip.model.parameters import Normal, Parameter, Uniform
 from parallel_clip.model.towers.transformer import (
     BlockInit,
     ImageTowerConfig,
+    TransformerTower,
     block_parameters,
     linear_init,
     norm_parameters,
 )
 from parallel_clip.stages.costs import TowerCosts
-from parallel_clip.stages.stage import LayerRange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,49 +81,18 @@ class VisionConfig(ImageTowerConfig):
         return VisionTower
 
 
-class VisionTower(nn.Module):
-    """Pictures [b, 3, height, width] -> features [b, D], not normalised; or the layers of it that
-    `layer_range` says: from pictures or hidden states [S, b, h], to hidden states or features."""
+class VisionTower(TransformerTower):
+    """From pictures [b, 3, height, width]."""
 
-    def __init__(
-        self,
-        vision: VisionConfig,
-        embed_dim: int,
-        config: TransformerConfig,
-        tensor_group: ProcessGroup,
-        layer_range: LayerRange,
-    ):
-        super().__init__()
-        self.vision, self.config, self.group = vision, config, tensor_group
-        self.layer_range = layer_range
-        self.tokens = SequenceLength(vision.training_tokens, vision.tokens)
-        if layer_range.has_embedding:
-            self._build_embedding()
-        self.block = transformer_block(config, self.tokens, False, vision.layer_scale, tensor_group)
-        if layer_range.has_head:
-            width, dtype = vision.width, config.params_dtype
-            self.post_norm = nn.LayerNorm(width, eps=vision.norm_eps, dtype=dtype)
-            self.projection = nn.Parameter(torch.empty(width, embed_dim, dtype=dtype))
-
-    def _build_embedding(self) -> None:
-        vision, config = self.vision, self.config
-        width, dtype = vision.width, config.params_dtype
-        self.patch_embedding = nn.Conv2d(
-            3, width, vision.patch_size, stride=vision.patch_size, bias=False, dtype=dtype
-        )
-        self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.positional_embedding = nn.Parameter(torch.empty(vision.tokens, width, dtype=dtype))
-        self.pre_norm = LayerNorm(config, width, vision.norm_eps) if vision.pre_norm else None
-
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """`kept` [b, k]: the patches to work on (patch dropout); None: all of them."""
-        if self.layer_range.has_embedding:
-            x = self.embed(x, kept)
-        x = self.block(x, attention_mask=None)
-        return self.head(x) if self.layer_range.has_head else x
+    def build_embedding(self) -> None:
+        vision, config = self.tower, self.config
+        width, size, dtype = vision.width, vision.patch_size, config.params_dtype
+        self.patch_embedding = nn.Conv2d(3, width, size, stride=size, bias=False, dtype=dtype)
+        self.class_embedding = self.empty_parameter(width)
+        self.positional_embedding = self.empty_parameter(vision.tokens, width)
+        self.pre_norm = LayerNorm(config) if vision.pre_norm else None
 
     def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        """[b, 3, height, width] -> [S, b, h]"""
         patches = self.patch_embedding(images.to(self.config.params_dtype))
         x_pbh = patches.flatten(2).permute(2, 0, 1)
         class_token = self.class_embedding.expand(1, x_pbh.shape[1], -1)
@@ -141,17 +102,14 @@ class VisionTower(nn.Module):
         x_Sbh = enter_sequence_parallel(x_sbh, self.config, self.group)
         return x_Sbh if self.pre_norm is None else self.pre_norm(x_Sbh)
 
-    def head(self, x_Sbh: Tensor) -> Tensor:
-        """[S, b, h] -> [b, D]"""
-        x_sbh = leave_sequence_parallel(x_Sbh, self.tokens.of(self), self.config, self.group)
-        return self._pool(x_sbh) @ self.projection
-
-    def _pool(self, x_sbh: Tensor) -> Tensor:
-        if self.vision.pool == "tok":  # the norm is per token: only the pooled one needs it
-            return self.post_norm(x_sbh[0].clone())  # a view would keep every token for backward
-        if self.vision.final_norm_after_pool:
-            return self.post_norm(x_sbh[1:].mean(0))
-        return self.post_norm(x_sbh[1:]).mean(0)
+    def head(self, x_sbh: Tensor, kept: Tensor | None) -> Tensor:
+        if self.tower.pool == "tok":  # the norm is per token: only the pooled one needs it
+            x_bh = self.post_norm(x_sbh[0].clone())  # a view would keep every token for backward
+        elif self.tower.final_norm_after_pool:
+            x_bh = self.post_norm(x_sbh[1:].mean(0))
+        else:
+            x_bh = self.post_norm(x_sbh[1:]).mean(0)
+        return x_bh @ self.projection
 
 
 def _keep(x_sbh: Tensor, kept_bk: Tensor) -> Tensor:
