@@ -44,7 +44,7 @@ class StepBatch:
         return np.bincount(np.array(read, np.int64), minlength=sources).tolist()
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeviceFeed:
     """Broadcasts the loader's microbatches to the ranks that share a copy of the model.
 
