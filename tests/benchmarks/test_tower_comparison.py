@@ -9,13 +9,18 @@ from hypothesis import strategies as st
 
 from parallel_clip.pipeline.orders import OpKind, PipelineOp, peak_graphs
 from parallel_clip.pipeline.timeline import Costs, ideal_step_seconds, simulate
-from tests.pipeline.test_orders import steps
-from tests.pipeline.test_timeline import PACES, equal, simulations, uneven
+from tests.pipeline.test_orders import assert_backwards_follow_their_forwards, steps
+from tests.pipeline.test_timeline import (
+    PACES,
+    assert_ops_start_as_early_as_allowed,
+    equal,
+    simulations,
+    uneven,
+)
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from tower_comparison import (
-        FIRST_PASS,
         CostsInTurns,
         compare_towers,
         ideal_one_pass_seconds,
@@ -53,16 +58,7 @@ def test_two_towers_run_each_op_once(step):
 @given(steps())
 def test_a_backward_follows_the_forward_of_its_tower(step):
     for order in orders_in_turns(*step):
-        graphs = set()
-        for op in order:
-            where = (op.microbatch, op.chunk)
-            if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
-                graphs.add(where)
-            elif op.kind is OpKind.REPLAY:
-                assert where in graphs
-            elif op.kind is OpKind.BACKWARD:
-                graphs.remove(where)
-        assert graphs == set()
+        assert_backwards_follow_their_forwards(order)
 
 
 def test_towers_take_turns_around_the_loss():
@@ -80,38 +76,13 @@ def test_peak_graphs_of_two_towers_in_turn_are_of_one_at_a_time():
 @given(simulations_in_turns())
 def test_ops_of_towers_start_as_early_as_their_rank_and_input_allow(simulation):
     step, towers, loss = simulation
-    ranks, stages = step[0], step[0] * step[3]
     orders = orders_in_turns(*step)
     timeline = simulate(orders, towers, loss)
 
-    def stage_of(span):
-        return span.op.chunk * ranks + span.rank
+    def message_seconds(op):
+        return (towers.vision if op.microbatch < step[1] else towers.text).message
 
-    def content_of(op):
-        if op.kind is OpKind.BACKWARD:
-            return "gradients"
-        return "pass 1" if op.kind in FIRST_PASS else "pass 2"
-
-    made = {
-        (content_of(s.op), stage_of(s), s.op.microbatch): s.end
-        for s in timeline.spans
-        if s.op.kind is not OpKind.LOSS
-    }
-    for rank, order in enumerate(orders):
-        spans = [span for span in timeline.spans if span.rank == rank]
-        assert [span.op for span in spans] == order
-        free = 0
-        for span in spans:
-            earliest, content, stage = free, content_of(span.op), stage_of(span)
-            source = stage + 1 if content == "gradients" else stage - 1
-            if span.op.kind is OpKind.LOSS:
-                done = [end for key, end in made.items() if key[:2] == ("pass 1", stages - 1)]
-                earliest = max(earliest, *done)
-            elif 0 <= source < stages:
-                tower = towers.vision if span.op.microbatch < step[1] else towers.text
-                earliest = max(earliest, made[content, source, span.op.microbatch] + tower.message)
-            assert span.start == earliest
-            free = span.end
+    assert_ops_start_as_early_as_allowed(timeline, orders, step[0] * step[3], message_seconds)
 
 
 @given(simulations_in_turns())

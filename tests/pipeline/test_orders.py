@@ -196,19 +196,23 @@ def test_a_step_holds_each_op_once(step):
         assert Counter(order) == expected
 
 
+def assert_backwards_follow_their_forwards(order):
+    graphs = set()
+    for op in order:
+        where = (op.microbatch, op.chunk)
+        if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
+            graphs.add(where)
+        elif op.kind is OpKind.REPLAY:
+            assert where in graphs
+        elif op.kind is OpKind.BACKWARD:
+            graphs.remove(where)
+    assert graphs == set()
+
+
 @given(steps())
 def test_a_backward_follows_the_forward_that_made_its_graph(step):
     for order in step_orders(*step):
-        graphs = set()
-        for op in order:
-            where = (op.microbatch, op.chunk)
-            if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
-                graphs.add(where)
-            elif op.kind is OpKind.REPLAY:
-                assert where in graphs
-            elif op.kind is OpKind.BACKWARD:
-                graphs.remove(where)
-        assert graphs == set()
+        assert_backwards_follow_their_forwards(order)
 
 
 def test_the_smallest_group_that_megatron_core_takes():
