@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import BadDataError
 from parallel_clip.training.feed import StepBatch
@@ -46,8 +47,7 @@ class SampleLog:
         if not bad_of_step:
             return
         self.bad_samples += bad_of_step
-        of_ranks: list = [None] * self.groups.layout.world
-        dist.all_gather_object(of_ranks, [sample._asdict() for sample in batch.bad])
+        of_ranks = gather_objects([sample._asdict() for sample in batch.bad], self.groups.world)
         samples = [sample for of_rank in of_ranks for sample in of_rank]
         bad_file = self.run_dir / BAD_SAMPLES_FILE
         if self.groups.is_rank_zero:
