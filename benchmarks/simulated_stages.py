@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from parallel_clip.config import Optimizer
 from parallel_clip.engine.groups import Groups, close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
-from parallel_clip.layout import Layout, microbatch_group_size
+from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
@@ -37,7 +37,7 @@ from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.optimizer.train_state import build_train_state, wrap_for_data_parallel
 from parallel_clip.pipeline.forward_backward import LossFunction, TwoPassStep, forward_backward
 from parallel_clip.pipeline.inputs import Pictures, StepInputs
-from parallel_clip.pipeline.orders import OpKind, PipelineOp
+from parallel_clip.pipeline.orders import OpKind, PipelineOp, microbatch_group_size
 from parallel_clip.pipeline.timeline import Costs, Span
 from parallel_clip.stages.partition import chunks_of, partition
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
-    from parallel_clip.config import Train
+    from parallel_clip.config import LearningRateSchedule, Train
     from parallel_clip.stages.costs import ModelCosts
 
 
@@ -140,25 +140,6 @@ def check_microbatches(layout: Layout, plan: BatchPlan) -> None:
     )
 
 
-def microbatch_group_size(microbatches: int, ranks: int) -> int:
-    """How many microbatches go through one virtual stage of a rank before the next one's turn: the
-    fewest, and so the least memory, that megatron-core takes.
-
-    A group is at least as large as the pipeline, since its first microbatch must be back at the
-    first rank when that one has sent the group's last; this holds for the remainder too.
-
-    Raises:
-        InputError: fewer microbatches than ranks.
-    """
-    for group in range(ranks, microbatches + 1):
-        if microbatches % group == 0 or microbatches % group >= ranks:
-            return group
-    raise InputError(
-        f"parallel.virtual_pipeline above 1 needs at least parallel.pipeline {ranks} microbatches, "
-        f"and a step has {microbatches}; set parallel.virtual_pipeline to 1, or lower batch.micro"
-    )
-
-
 def check_model(tensor: int, costs: ModelCosts) -> None:
     """Check that so many tensor ranks can share a model.
 
@@ -179,14 +160,24 @@ def check_model(tensor: int, costs: ModelCosts) -> None:
         )
 
 
-def training_steps(train: Train, samples_per_epoch: int, global_batch: int) -> int:
+def training_steps(
+    train: Train, samples_per_epoch: int, global_batch: int, schedule: LearningRateSchedule
+) -> int:
     """The length of the run in optimizer steps; only whole batches count.
 
     Raises:
-        InputError: it is shorter than one step.
+        InputError: it is shorter than one step, or than the phases of its schedule.
     """
-    if train.steps is not None:
-        return train.steps
+    steps = train.steps or _whole_batches(train, samples_per_epoch, global_batch)
+    if schedule.kind == "wsd" and schedule.warmup + schedule.cooldown > steps:
+        raise InputError(
+            f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
+            f"than the run's {steps} steps; shorten one, or train longer"
+        )
+    return steps
+
+
+def _whole_batches(train: Train, samples_per_epoch: int, global_batch: int) -> int:
     if train.samples is not None:
         samples, given = Fraction(train.samples), f"train.samples {train.samples}"
         enough = f"train.samples to at least {global_batch}"

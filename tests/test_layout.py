@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from parallel_clip.config import Train
+from parallel_clip.config import LearningRateSchedule, Train
 from parallel_clip.errors import InputError
 from parallel_clip.layout import (
     Coordinates,
@@ -190,12 +190,12 @@ def test_a_pipeline_takes_any_number_of_microbatches_without_virtual_stages():
     ],
 )
 def test_only_whole_batches_count(train, steps):
-    assert training_steps(Train(**train), samples_per_epoch=30, global_batch=10) == steps
+    assert training_steps(Train(**train), 30, 10, LearningRateSchedule()) == steps
 
 
 def test_the_decimals_of_epochs_are_taken_as_written():
     assert int(0.29 * 100) == 28
-    assert training_steps(Train(epochs=0.29), samples_per_epoch=100, global_batch=1) == 29
+    assert training_steps(Train(epochs=0.29), 100, 1, LearningRateSchedule()) == 29
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_decimals_of_epochs_are_taken_as_written():
 )
 def test_a_run_shorter_than_one_step(train, remedy):
     with pytest.raises(InputError) as caught:
-        training_steps(Train(**train), samples_per_epoch=3, global_batch=10)
+        training_steps(Train(**train), 3, 10, LearningRateSchedule())
     assert str(caught.value).endswith(remedy)
 
 

@@ -20,7 +20,7 @@ class Meta:
 
     step: optimizer steps done; position: samples of the global order consumed; bad_samples:
     replaced so far; source_samples: pairs seen of each source; data: identifies the training
-    samples and their order, see `data_fingerprint`; model and preprocess: OpenCLIP's
+    samples and their order, see `RunShards.fingerprint`; model and preprocess: OpenCLIP's
     model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute.
     """
 

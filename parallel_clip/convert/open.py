@@ -12,6 +12,7 @@ from parallel_clip.convert.openclip import OPENCLIP_WEIGHTS, OpenClipSource, wri
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, WeightSource
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
+from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture
 
 
@@ -27,16 +28,12 @@ def open_source(path: str | Path) -> WeightSource:
             f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
             "a checkpoint folder, or an OpenCLIP file or folder"
         )
-    if path.is_file():
-        return OpenClipSource(path)
-    newest = commit.latest(path)
-    if newest is not None:
-        return CheckpointSource(newest)
-    if (path / META_FILE).is_file():
-        return CheckpointSource(path)
-    for name in OPENCLIP_WEIGHTS:
-        if (path / name).is_file():
-            return OpenClipSource(path / name)
+    folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
+    if folder is not None:
+        return CheckpointSource(folder)
+    for file in (path, *(path / name for name in OPENCLIP_WEIGHTS)):
+        if file.is_file():
+            return OpenClipSource(file)
     if (path / "config.json").is_file():
         raise InputError(
             f"{path} looks like a Hugging Face checkpoint, which is not read yet; "
@@ -46,6 +43,17 @@ def open_source(path: str | Path) -> WeightSource:
         f"{path} holds no checkpoint: expected a run folder (checkpoints/latest), a checkpoint "
         f"folder ({META_FILE}), or an OpenCLIP folder ({' or '.join(OPENCLIP_WEIGHTS)})"
     )
+
+
+def open_initial_weights(
+    path: str | Path | None, architecture: Architecture
+) -> ModelWeights | None:
+    """The weights of `init.from`; None where a run begins with random ones."""
+    if path is None:
+        return None
+    source = open_source(path)
+    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
+    return ModelWeights(source, architecture, optional=("logit_bias",))
 
 
 def convert_checkpoint(

@@ -43,10 +43,11 @@ class Architecture:
 
 def parameter_table(architecture: Architecture) -> list[Parameter]:
     """Every parameter of the model: logit parameters, image tower, text tower."""
+    logits = _logit_parameters(architecture)
     vision = architecture.vision.parameters(architecture.embed_dim)
     text = architecture.text.parameters(architecture.embed_dim)
     return [
-        *_logit_parameters(architecture),
+        *logits,
         *with_prefix("visual.", "vision.", vision),
         *with_prefix("text." if architecture.custom_text else "", "text.", text),
     ]

@@ -37,7 +37,8 @@ def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
         name, config = _read_file(path)
     else:
         raise _unknown_model(name_or_path)
-    return architecture_from_json(with_logit_defaults(config, loss), name)
+    config = with_logit_defaults(config, loss)
+    return architecture_from_json(config, name)
 
 
 def with_logit_defaults(config: Any, loss: str) -> Any:

@@ -23,7 +23,7 @@ class ModelOptions:
     sequence: sequence parallelism; recompute: none, selective or full; deterministic: on GPU, only
     kernels that give the same bits each time; virtual_pipeline: stages on each pipeline rank;
     microbatch_group: how many microbatches go through one of them before the next one's turn, where
-    there are several (`layout.microbatch_group_size`).
+    there are several (`pipeline.orders.microbatch_group_size`).
     """
 
     precision: str = "fp32"

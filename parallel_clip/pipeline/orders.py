@@ -23,7 +23,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
-from parallel_clip.layout import check_virtual_pipeline, microbatch_group_size
+from parallel_clip.layout import check_virtual_pipeline
 
 
 class OpKind(Enum):
@@ -78,6 +78,25 @@ def warmup_forwards(rank: int, ranks: int, microbatches: int, chunks: int = 1) -
         return min(ranks - 1 - rank, microbatches)
     group = microbatch_group_size(microbatches, ranks)
     return min(2 * (ranks - 1 - rank) + (chunks - 1) * group, microbatches * chunks)
+
+
+def microbatch_group_size(microbatches: int, ranks: int) -> int:
+    """How many microbatches go through one virtual stage of a rank before the next one's turn: the
+    fewest, and so the least memory, that megatron-core takes.
+
+    A group is at least as large as the pipeline, since its first microbatch must be back at the
+    first rank when that one has sent the group's last; this holds for the remainder too.
+
+    Raises:
+        InputError: fewer microbatches than ranks.
+    """
+    for group in range(ranks, microbatches + 1):
+        if microbatches % group == 0 or microbatches % group >= ranks:
+            return group
+    raise InputError(
+        f"parallel.virtual_pipeline above 1 needs at least parallel.pipeline {ranks} microbatches, "
+        f"and a step has {microbatches}; set parallel.virtual_pipeline to 1, or lower batch.micro"
+    )
 
 
 def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None) -> int:

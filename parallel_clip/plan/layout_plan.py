@@ -14,11 +14,10 @@ from parallel_clip.layout import (
     Layout,
     check_microbatches,
     check_model,
-    microbatch_group_size,
     plan_batch,
 )
 from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
-from parallel_clip.pipeline.orders import PipelineOp, step_orders
+from parallel_clip.pipeline.orders import PipelineOp, microbatch_group_size, step_orders
 from parallel_clip.stages.costs import ModelCosts
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import Stage

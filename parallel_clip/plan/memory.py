@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,19 +151,23 @@ def _bytes_of(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
 # -------------------------------------------------------------- arithmetic on what was counted
 
 
-def peak_activations(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:
-    """Bytes of saved activations that a rank holds at the fullest moment of a step."""
-    return peak_graphs(plan.orders(stash)[pipeline_rank], held.saved_by_chunk)
+class PeakMemory(NamedTuple):
+    """Bytes that a rank holds at the fullest moment of a step, beside what stays."""
+
+    activations: int
+    pictures: int
 
 
-def peak_pictures(plan: LayoutPlan, stash: int, held: RankMemory) -> int:
-    """Bytes of pictures that a rank of the first stage holds at the fullest: backward needs those
-    of every microbatch that has a graph, and one microbatch is fetched ahead."""
-    if not held.pictures:
-        return 0
-    graphs_of_first_chunk = [1, *[0] * (plan.layout.virtual_pipeline - 1)]
-    graphs = peak_graphs(plan.orders(stash)[0], graphs_of_first_chunk)
-    return held.pictures * min(graphs + 1, plan.batch.microbatches)
+def peak_memory(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> PeakMemory:
+    """The saved activations and pictures of a step that keeps the graphs of `stash` microbatches.
+
+    Backward needs the pictures of every microbatch that has a graph on the first stage, and those
+    of one more are fetched ahead.
+    """
+    order = plan.orders(stash)[pipeline_rank]
+    graphs_of_first_chunk = peak_graphs(order, [1, *[0] * (plan.layout.virtual_pipeline - 1)])
+    pictures = held.pictures * min(graphs_of_first_chunk + 1, plan.batch.microbatches)
+    return PeakMemory(peak_graphs(order, held.saved_by_chunk), pictures)
 
 
 def fit_stash_to_memory(
@@ -204,8 +209,7 @@ def _largest_stash(
 def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:
     """All that is counted of a stage at its fullest, the loss on the last one included."""
     layout = plan.layout
-    filled = held.state + peak_activations(plan, pipeline_rank, stash, held)
-    filled += peak_pictures(plan, stash, held)
+    filled = held.state + sum(peak_memory(plan, pipeline_rank, stash, held))
     if pipeline_rank == layout.pipeline - 1:
         # Where no other stage helps: whether they do depends on the stash that is looked for.
         sizes = plan.batch.per_rank, plan.embed_dim, layout.data, layout.tensor

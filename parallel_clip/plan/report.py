@@ -11,7 +11,7 @@ from rich.table import Table
 from parallel_clip.config import Config
 from parallel_clip.plan.describe import describe_run
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
-from parallel_clip.plan.stage_estimate import StageEstimate, stage_estimates, step_timeline
+from parallel_clip.plan.stage_estimate import StageEstimate, estimate_step
 from parallel_clip.stages.stage import LayerRange
 
 _GIB = 2**30
@@ -23,11 +23,11 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Writes nothing. Raises InputError.
     """
     plan, _ = make_run_plan(config, world_size, dry_run=True)
-    estimates = stage_estimates(plan.layout_plan, plan.architecture.costs, plan.memory)
+    estimate = estimate_step(plan.layout_plan, plan.architecture.costs, plan.memory)
     lines = [describe_run(plan)]
     if plan.layout.pipeline > 1:
-        lines += [_stage_table(plan, estimates), _legend(plan)]
-    return "\n".join([*lines, *_memory_lines(estimates)])
+        lines += [_stage_table(plan, estimate.stages), _legend(estimate.bubble)]
+    return "\n".join([*lines, *_memory_lines(estimate.stages)])
 
 
 def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:
@@ -54,8 +54,7 @@ def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
 
 
-def _legend(plan: RunPlan) -> str:
-    bubble = step_timeline(plan.layout_plan, plan.architecture.costs).bubble
+def _legend(bubble: float) -> str:
     return (
         "    parameters of a rank; TFLOP: its forward work on a microbatch; time: by FLOPs,\n"
         "    beside the slowest stage; GiB: all below, at the fullest. Bubble: ranks wait\n"

@@ -10,19 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel_clip.config import Config
-from parallel_clip.convert.open import open_source
-from parallel_clip.convert.weight_source import ModelWeights
-from parallel_clip.data.feeding.open import (
-    RunShards,
-    build_order,
-    check_held_out_samples,
-    check_training_samples,
-    data_fingerprint,
-    find_run_shards,
-)
-from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
-from parallel_clip.data.samples.transforms import Preprocess
-from parallel_clip.errors import InputError
+from parallel_clip.convert.open import open_initial_weights, open_source
+from parallel_clip.data.feeding.open import RunShards, check_samples, find_run_shards
+from parallel_clip.data.samples.tokenizer import TokenizerSource
+from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
@@ -30,17 +21,6 @@ from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import RankMemory, count_stages, fit_stash_to_memory
 from parallel_clip.plan.resume import ResumePoint, find_resume_point, require_same_data
-
-
-@dataclass(frozen=True)
-class TokenizerSource:
-    """Which tokenizer a run uses, as data: each rank builds it. As `build_tokenizer`."""
-
-    choice: str | None
-    folder: Path | None
-
-    def build(self, architecture: Architecture) -> Tokenizer:
-        return build_tokenizer(self.choice, architecture.text, self.folder)
 
 
 @dataclass(frozen=True)
@@ -103,16 +83,18 @@ def make_run_plan(
     if resume.checkpoint is not None:
         stored = open_source(resume.checkpoint).metadata
     elif config.init.from_ is not None:
-        stored = open_initial_weights(config, architecture).metadata
+        stored = open_initial_weights(config.init.from_, architecture).metadata
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
     preprocess = Preprocess.from_openclip(
         architecture.vision.image_size, stored.preprocess if stored else None, chosen
     )
+    if config.data.augment == "train":
+        check_augment_options(config.data.augment_options)
     tokenizer = TokenizerSource(
         config.data.tokenizer or (stored.tokenizer if stored else None),
         stored.folder if stored else None,
     )
-    tokenizer_folder = tokenizer.build(architecture).folder
+    tokenizer_folder = tokenizer.build(architecture.text).folder
 
     memory, limit = None, config.parallel.memory
     if dry_run or limit is not None:
@@ -120,15 +102,15 @@ def make_run_plan(
     if limit is not None:
         layout_plan = fit_stash_to_memory(layout_plan, memory, limit)
 
+    prompts = read_class_prompts(config.evaluate.zero_shot)
     shards = find_run_shards(config, print, counts_suffice=dry_run)
-    order = build_order(config, shards)
-    steps = _steps(config, order.samples_per_epoch)
-    fingerprint = data_fingerprint(shards)
+    check_samples(config, shards)
+    steps = training_steps(
+        config.train, shards.order.samples_per_epoch, config.batch.global_, config.schedule
+    )
+    fingerprint = shards.fingerprint
     if resume.step < steps:  # else there is nothing to resume
         require_same_data(resume, fingerprint)
-    check_training_samples(config, shards)
-    prompts = read_class_prompts(config.evaluate.zero_shot)
-    check_held_out_samples(config, shards)
     plan = RunPlan(
         config,
         architecture,
@@ -139,28 +121,8 @@ def make_run_plan(
         str(Path(tokenizer_folder).absolute()) if tokenizer_folder else config.data.tokenizer,
         steps,
         fingerprint,
-        tuple(order.source_samples),
+        tuple(shards.order.source_samples),
         prompts,
         memory,
     )
     return plan, shards
-
-
-def open_initial_weights(config: Config, architecture: Architecture) -> ModelWeights | None:
-    """The weights of `init.from`; None where a run begins with random ones."""
-    if config.init.from_ is None:
-        return None
-    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
-    return ModelWeights(open_source(config.init.from_), architecture, optional=("logit_bias",))
-
-
-def _steps(config: Config, samples_per_epoch: int) -> int:
-    """The length of the run; InputError where it is shorter than one step or its schedule."""
-    steps = training_steps(config.train, samples_per_epoch, config.batch.global_)
-    schedule = config.schedule
-    if schedule.kind == "wsd" and schedule.warmup + schedule.cooldown > steps:
-        raise InputError(
-            f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
-            f"than the run's {steps} steps; shorten one, or train longer"
-        )
-    return steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from parallel_clip.pipeline.timeline import Costs, Timeline, simulate
 from parallel_clip.plan.layout_plan import LayoutPlan
-from parallel_clip.plan.memory import RankMemory, peak_activations, peak_pictures
+from parallel_clip.plan.memory import RankMemory, peak_memory
 from parallel_clip.stages.costs import ModelCosts, stage_cost
 from parallel_clip.stages.partition import chunks_of
 from parallel_clip.stages.stage import Stage
@@ -29,10 +29,18 @@ class StageEstimate:
         return self.held.state + self.peak_activations + self.peak_pictures
 
 
-def stage_estimates(
+@dataclass(frozen=True)
+class StepEstimate:
+    """A step: its pipeline ranks, and the part, 0 to 1, of their time in which they wait."""
+
+    stages: list[StageEstimate]
+    bubble: float
+
+
+def estimate_step(
     plan: LayoutPlan, costs: ModelCosts, memory: Sequence[RankMemory]
-) -> list[StageEstimate]:
-    """The estimate of each pipeline rank. memory: what each holds, from `count_stages`."""
+) -> StepEstimate:
+    """Estimate a step. memory: what each pipeline rank holds, from `count_stages`."""
     found = []
     for rank, held in enumerate(memory):
         chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
@@ -40,16 +48,16 @@ def stage_estimates(
             StageEstimate(
                 chunks,
                 held,
-                peak_activations(plan, rank, plan.stash, held),
-                peak_pictures(plan, plan.stash, held),
+                *peak_memory(plan, rank, plan.stash, held),
                 sum(stage_cost(stage, costs) for stage in chunks),
             )
         )
-    return found
+    return StepEstimate(found, step_timeline(plan, costs).bubble)
 
 
 def step_timeline(plan: LayoutPlan, costs: ModelCosts) -> Timeline:
     """A step in FLOPs: work of each stage, a backward twice its forward; messages and the loss
     take no time."""
     forward = [plan.batch.micro_batch * stage_cost(stage, costs) for stage in plan.stages]
-    return simulate(plan.orders(plan.stash), Costs(forward, [2 * cost for cost in forward]))
+    orders = plan.orders(plan.stash)
+    return simulate(orders, Costs(forward, [2 * cost for cost in forward]))

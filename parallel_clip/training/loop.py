@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.meta import Meta
+from parallel_clip.convert.open import open_initial_weights
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.feeding.open import (
     RunShards,
     build_held_out_data,
     build_training_data,
-    data_fingerprint,
     reopen_run_shards,
 )
 from parallel_clip.data.feeding.training_data import TrainingData
@@ -32,7 +32,7 @@ from parallel_clip.model.parameters import local_slice
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.build import build_planned_state
 from parallel_clip.plan.describe import describe_data, describe_run
-from parallel_clip.plan.run_plan import RunPlan, open_initial_weights
+from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.feed import DeviceFeed
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.run_folder import prepare_run_folder
@@ -65,7 +65,7 @@ def train(plan: RunPlan, launch: Launch, shards: RunShards | None = None) -> Non
     # Nothing before this writes anything.
     groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
     shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
-    tokenizer = plan.tokenizer.build(plan.architecture)
+    tokenizer = plan.tokenizer.build(plan.architecture.text)
     held_out = HeldOutEvaluation(
         build_held_out_data(
             config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
@@ -197,7 +197,7 @@ def _find_planned_shards(plan: RunPlan, groups: Groups) -> RunShards:
             shared file system than rank 0.
     """
     shards = reopen_run_shards(plan.config)
-    if data_fingerprint(shards) != plan.data_fingerprint:
+    if shards.fingerprint != plan.data_fingerprint:
         raise InputError(
             f"rank {groups.rank} on {device.host_name()} sees other training shards than rank 0; "
             "see that data.train names the same files on every node, or make their index first: "
@@ -227,7 +227,7 @@ def _set_weights(
     if plan.resume.checkpoint is not None:
         checkpointer.load(plan.resume.checkpoint, state)
         return
-    initial = open_initial_weights(plan.config, plan.architecture)
+    initial = open_initial_weights(plan.config.init.from_, plan.architecture)
     rank, size = groups.tensor_rank, groups.layout.tensor
     for parameter, tensor in state.global_parameters():
         whole = initial.read(parameter.name) if initial is not None else None

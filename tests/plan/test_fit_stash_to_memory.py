@@ -4,7 +4,7 @@ import pytest
 
 from parallel_clip.errors import InputError
 from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
-from parallel_clip.plan.memory import RankMemory, fit_stash_to_memory, peak_activations
+from parallel_clip.plan.memory import RankMemory, fit_stash_to_memory, peak_memory
 from tests.plan.small_plans import EVEN, PAIRS, small_plan
 
 MEBI = 2**20
@@ -94,7 +94,7 @@ def test_what_is_counted_is_what_the_stages_hold(tmp_path):
     counted = small_plan(tmp_path, 6, pipeline=2, dry_run=True)
     full = [
         held.state
-        + peak_activations(counted.layout_plan, rank, 3, held)
+        + peak_memory(counted.layout_plan, rank, 3, held).activations
         + (0 if rank else held.pictures * 5)  # of 3 stashed, 2 in flight, none ahead: all 6 but one
         for rank, held in enumerate(counted.memory)
     ]

@@ -2,7 +2,7 @@
 
 import pickle
 
-from parallel_clip.plan.memory import peak_activations
+from parallel_clip.plan.memory import peak_memory
 from parallel_clip.plan.run_plan import make_run_plan
 from tests.plan.small_plans import small_config, small_plan
 
@@ -17,7 +17,7 @@ def test_a_memory_limit_decides_the_stash_of_the_plan(tmp_path):
     (held,) = small_plan(tmp_path, 4, dry_run=True).memory
     unlimited = small_plan(tmp_path, 4).layout_plan
     assert unlimited.stash == 0, "4 microbatches on one stage"
-    limit = held.state + peak_activations(unlimited, 0, 4, held) + 5 * held.pictures + 2**20
+    limit = held.state + peak_memory(unlimited, 0, 4, held).activations + 5 * held.pictures + 2**20
     config = small_config(tmp_path, 4, memory=limit)
     plan, shards = make_run_plan(config, 1)
     assert plan.layout_plan.stash == 4
@@ -28,5 +28,7 @@ def test_a_plan_says_what_it_trains_on(tmp_path):
     plan = small_plan(tmp_path, 4)
     assert (plan.steps, plan.epoch_pairs, plan.is_finished) == (1, (2,), False)
     assert plan.data_fingerprint["sources"][0]["samples"] == 2
-    assert plan.tokenizer.build(plan.architecture).folder is None and plan.tokenizer_name is None
+    assert (
+        plan.tokenizer.build(plan.architecture.text).folder is None and plan.tokenizer_name is None
+    )
     assert not (tmp_path / "run").exists() and not list(tmp_path.rglob("shards.index"))

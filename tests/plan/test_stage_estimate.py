@@ -4,14 +4,14 @@ import pytest
 
 from parallel_clip.plan.memory import dry_run
 from parallel_clip.plan.run_plan import RunPlan
-from parallel_clip.plan.stage_estimate import StageEstimate, stage_estimates, step_timeline
+from parallel_clip.plan.stage_estimate import StageEstimate, estimate_step, step_timeline
 from parallel_clip.stages.costs import stage_cost
 from parallel_clip.stages.stage import whole_model
 from tests.plan.small_plans import PAIRS, small_plan
 
 
 def estimates(plan: RunPlan) -> list[StageEstimate]:
-    return stage_estimates(plan.layout_plan, plan.architecture.costs, plan.memory)
+    return estimate_step(plan.layout_plan, plan.architecture.costs, plan.memory).stages
 
 
 def test_the_stages_of_a_pipeline_are_the_whole_model(tmp_path):

@@ -1,6 +1,6 @@
 """Open the data of a run: its shards, then the data sets over them.
 
-Rank 0 finds and checks all shards (`find_run_shards`, `check_*_samples`) and saves their index; the
+Rank 0 finds and checks all shards (`find_run_shards`, `check_samples`) and saves their index; the
 other ranks open them by that index (`reopen_run_shards`). Order, length and fingerprint of a run
 follow from the shards and the config alone.
 """
@@ -29,7 +29,6 @@ from parallel_clip.data.samples.decode import captions_of, decode_picture, label
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import (
     Preprocess,
-    check_augment_options,
     evaluation_shrink,
     evaluation_transform,
     training_shrink,
@@ -56,15 +55,30 @@ _FIRST_SAMPLES = 64  # of which one must be good
 
 @dataclass(frozen=True)
 class RunShards:
-    """The shards that a config names."""
+    """The shards that a config names, and the order in which training samples are taken."""
 
     train: list[ShardTable]  # of each entry of `data.train`
     held_out: dict[str, ShardTable]  # of the keys of HELD_OUT_NEEDS that `evaluate` has set
+    order: Order
 
     def save_index(self, say: Print = print) -> None:
         """Save the index of what was scanned when the shards were found."""
         for table in (*self.train, *self.held_out.values()):
             save_index(table, say)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order follows from beside the config, ready for JSON: a run may only be resumed,
+        and ranks may only work together, where it is equal."""
+        sources = [
+            {
+                "shards": len(table),
+                "samples": table.samples,
+                "checksum": zlib.crc32(table.counts.tobytes()),
+            }
+            for table in self.train
+        ]
+        return {"order": ORDER_VERSION, "sources": sources}
 
 
 def find_run_shards(
@@ -76,13 +90,12 @@ def find_run_shards(
     samples a `sizes.json` beside them has, which is enough where no sample is read.
 
     Raises:
-        InputError: no shards, missing, changed or broken ones, or wrong settings of `data`.
+        InputError: no shards, missing, changed or broken ones, an epoch without samples, or wrong
+            settings of `data`.
     """
     settings = config.data
     if not settings.train:
         raise InputError("data.train names no shards; give a list of {shards: ...}")
-    if settings.augment == "train":
-        check_augment_options(settings.augment_options)
     parse_bytes(settings.cache, "data.cache")
 
     return _run_shards(config, partial(find_checked_shards, say=say, counts_suffice=counts_suffice))
@@ -94,16 +107,14 @@ def reopen_run_shards(config: Config) -> RunShards:
     return _run_shards(config, open_shards)
 
 
-def check_training_samples(config: Config, shards: RunShards) -> None:
-    """`check_first_samples` of each source of training pairs."""
-    for source, table in zip(config.data.train, shards.train, strict=True):
-        check_first_samples(table, "captions", source.caption_key or config.data.caption_key)
-
-
-def check_held_out_samples(config: Config, shards: RunShards) -> None:
-    """`check_first_samples` of each held-out set."""
-    for name, table in shards.held_out.items():
-        check_first_samples(table, HELD_OUT_NEEDS[name], config.data.caption_key)
+def check_samples(config: Config, shards: RunShards) -> None:
+    """`check_first_samples` of each source of training pairs and each held-out set."""
+    settings = config.data
+    keys = [source.caption_key or settings.caption_key for source in settings.train]
+    checks = [(table, "captions", key) for table, key in zip(shards.train, keys, strict=True)]
+    checks += [(t, HELD_OUT_NEEDS[k], settings.caption_key) for k, t in shards.held_out.items()]
+    for table, need, caption_key in checks:
+        check_first_samples(table, need, caption_key)
 
 
 def check_first_samples(
@@ -141,33 +152,10 @@ def check_first_samples(
     )
 
 
-def build_order(config: Config, shards: RunShards) -> Order:
-    """The order of the training samples. InputError: an epoch has none."""
-    sources = [
-        OrderSource(table.counts, source.weight, source.samples)
-        for source, table in zip(config.data.train, shards.train, strict=True)
-    ]
-    return Order(sources, config.seed)
-
-
-def data_fingerprint(shards: RunShards) -> dict[str, Any]:
-    """What the order follows from beside the config, ready for JSON: a run may only be resumed, and
-    ranks may only work together, where it is equal."""
-    sources = [
-        {
-            "shards": len(table),
-            "samples": table.samples,
-            "checksum": zlib.crc32(table.counts.tobytes()),
-        }
-        for table in shards.train
-    ]
-    return {"order": ORDER_VERSION, "sources": sources}
-
-
 def build_training_data(
     config: Config, shards: RunShards, preprocess: Preprocess, tokenizer: Tokenizer
 ) -> TrainingData:
-    """The training pairs of a run. Raises InputError as `find_run_shards` and `build_order` do."""
+    """The training pairs of a run."""
     settings = config.data
     augment = settings.augment == "train"
     if augment:
@@ -177,7 +165,7 @@ def build_training_data(
         transform, shrink = evaluation_transform(preprocess), evaluation_shrink(preprocess)
     return TrainingData(
         shards.train,
-        build_order(config, shards),
+        shards.order,
         transform,
         tokenizer,
         any_caption=augment,
@@ -216,7 +204,8 @@ def build_held_out_data(
 
 
 def _run_shards(config: Config, find_table: Callable[..., ShardTable]) -> RunShards:
-    """Find the shards of each source and held-out set; each folder's index is opened once.
+    """Find the shards of each source and held-out set; each folder's index is opened once, and the
+    samples are put in order.
 
     find_table: `find_checked_shards` or `open_shards`.
     """
@@ -230,4 +219,8 @@ def _run_shards(config: Config, find_table: Callable[..., ShardTable]) -> RunSha
         held_out["retrieval"] = held_out["loss"] if same else find(wanted.retrieval)
     if wanted.zero_shot is not None:
         held_out["zero_shot"] = find(wanted.zero_shot.shards)
-    return RunShards(train, held_out)
+    sources = [
+        OrderSource(table.counts, source.weight, source.samples)
+        for source, table in zip(config.data.train, train, strict=True)
+    ]
+    return RunShards(train, held_out, Order(sources, config.seed))

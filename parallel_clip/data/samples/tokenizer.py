@@ -9,6 +9,7 @@ import html
 import json
 import string
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,17 @@ def build_tokenizer(choice: str | None, text: TextSettings, folder: Path | None)
             f"the model's vocabulary {text.vocab_size:,}; set data.tokenizer to the model's own"
         )
     return tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Which tokenizer a run uses, as data: each rank builds it. As `build_tokenizer`."""
+
+    choice: str | None
+    folder: Path | None
+
+    def build(self, text: TextSettings) -> Tokenizer:
+        return build_tokenizer(self.choice, text, self.folder)
 
 
 class ClipTokenizer:
