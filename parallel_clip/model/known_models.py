@@ -37,8 +37,7 @@ def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
         name, config = _read_file(path)
     else:
         raise _unknown_model(name_or_path)
-    config = with_logit_defaults(config, loss)
-    return architecture_from_json(config, name)
+    return architecture_from_json(with_logit_defaults(config, loss), name)
 
 
 def with_logit_defaults(config: Any, loss: str) -> Any:
