@@ -21,6 +21,9 @@ ALONE: Literal["alone"] = "alone"
 # A warning is given where a feature's norm is further from 1; bf16 rounding is well within.
 _NORM_TOLERANCE = 0.02
 
+# OpenCLIP's `dist_impl`, its way to exchange texts in the sigmoid loss, as an `exchange`.
+_EXCHANGES = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": "ring"}
+
 
 class Gradients(NamedTuple):
     """d loss / d features, fp32 [b, D] each, times the number of data-parallel ranks; d loss /
@@ -84,7 +87,10 @@ class ContrastiveLoss(nn.Module):
         if dist_impl is not None:
             if exchange != "auto":
                 raise ValueError(f"both dist_impl {dist_impl} and exchange {exchange}: give one")
-            exchange = _exchange_of(dist_impl)
+            if dist_impl not in _EXCHANGES:
+                known = ", ".join(_EXCHANGES)
+                raise ValueError(f"dist_impl {dist_impl!r}: expected one of {known}")
+            exchange = _EXCHANGES[dist_impl]
         if exchange not in ("auto", "gather", "ring"):
             raise ValueError(f"exchange {exchange!r}: expected auto, gather or ring")
         if tile != "auto" and tile < 1:
@@ -156,9 +162,7 @@ class ContrastiveLoss(nn.Module):
         elif group == ALONE:
             group = None
         for name, given in (("group", group), ("helpers", self.helpers)):
-            if given is not None and (
-                given is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(given) < 0
-            ):
+            if given is not None and dist.get_rank(given) < 0:
                 raise ValueError(f"{name}: rank {dist.get_rank()} is not one of its ranks")
         groups = LossGroups(group, self.helpers)
         place = groups.data_rank, groups.data_size
@@ -194,14 +198,6 @@ class _InAutograd(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
         grads = [grad * saved for saved in ctx.saved_tensors]
         return (*grads, *[None] * (6 - len(grads)))
-
-
-def _exchange_of(dist_impl: str) -> Exchange:
-    """The `exchange` for OpenCLIP's `dist_impl`, its way to exchange texts in the sigmoid loss."""
-    known = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": "ring"}
-    if dist_impl not in known:
-        raise ValueError(f"dist_impl {dist_impl!r}: expected one of {', '.join(known)}")
-    return known[dist_impl]
 
 
 def _check_equal_shapes(features: Tensor, groups: LossGroups) -> None:
