@@ -175,7 +175,7 @@ def _messages(op: PipelineOp, stage: int, last: int) -> tuple[_Message | None, _
     if op.kind is OpKind.LOSS:
         return None, None
     before, after = (stage + 1, stage - 1) if op.kind is OpKind.BACKWARD else (stage - 1, stage + 1)
-    content = _CONTENTS[op.kind]
-    received = _Message(content, stage, op.microbatch)
-    sent = _Message(content, after, op.microbatch)
-    return (received if 0 <= before <= last else None), (sent if 0 <= after <= last else None)
+    content, microbatch = _CONTENTS[op.kind], op.microbatch
+    received = _Message(content, stage, microbatch) if 0 <= before <= last else None
+    sent = _Message(content, after, microbatch) if 0 <= after <= last else None
+    return received, sent
