@@ -21,6 +21,9 @@ ALONE: Literal["alone"] = "alone"
 # A warning is given where a feature's norm is further from 1; bf16 rounding is well within.
 _NORM_TOLERANCE = 0.02
 
+# OpenCLIP's `dist_impl`, its way to exchange texts in the sigmoid loss, as an `exchange`.
+_EXCHANGES = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": "ring"}
+
 
 class Gradients(NamedTuple):
     """d loss / d features, fp32 [b, D] each, times the number of data-parallel ranks; d loss /
@@ -84,7 +87,10 @@ class ContrastiveLoss(nn.Module):
         if dist_impl is not None:
             if exchange != "auto":
                 raise ValueError(f"both dist_impl {dist_impl} and exchange {exchange}: give one")
-            exchange = _exchange_of(dist_impl)
+            if dist_impl not in _EXCHANGES:
+                known = ", ".join(_EXCHANGES)
+                raise ValueError(f"dist_impl {dist_impl!r}: expected one of {known}")
+            exchange = _EXCHANGES[dist_impl]
         if exchange not in ("auto", "gather", "ring"):
             raise ValueError(f"exchange {exchange!r}: expected auto, gather or ring")
         if tile != "auto" and tile < 1:
@@ -125,10 +131,10 @@ class ContrastiveLoss(nn.Module):
         if first_call:
             _warn_if_not_normalised(image_features, text_features)
         device = image_features.device
-        scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=device)
+        scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=device).reshape(())
         bias = None
         if logit_bias is not None:
-            bias = torch.as_tensor(logit_bias, dtype=torch.float32, device=device)
+            bias = torch.as_tensor(logit_bias, dtype=torch.float32, device=device).reshape(())
         want_gradients = torch.is_grad_enabled()  # always off inside of a Function
         loss = _InAutograd.apply(image_features, text_features, scale, bias, self, want_gradients)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -136,9 +142,8 @@ class ContrastiveLoss(nn.Module):
     def plan(self, pairs: int, width: int) -> ExchangePlan:
         """How a batch of `pairs` on each rank is computed."""
         groups = self._groups or self._find_groups()
-        return plan_exchange(
-            self.exchange, self.tile, pairs, width, groups.data_size, groups.helper_size
-        )
+        sizes = pairs, width, groups.data_size, groups.helper_size
+        return plan_exchange(self.exchange, self.tile, *sizes)
 
     def _compute(
         self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
@@ -156,15 +161,12 @@ class ContrastiveLoss(nn.Module):
         elif group == ALONE:
             group = None
         for name, given in (("group", group), ("helpers", self.helpers)):
-            if given is not None and (
-                given is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(given) < 0
-            ):
+            if given is not None and dist.get_rank(given) < 0:
                 raise ValueError(f"{name}: rank {dist.get_rank()} is not one of its ranks")
         groups = LossGroups(group, self.helpers)
-        place = groups.data_rank, groups.data_size
-        for name, given, found in zip(
-            ("rank", "world_size"), self._expected_place, place, strict=True
-        ):
+        rank, world_size = self._expected_place
+        places = ("rank", rank, groups.data_rank), ("world_size", world_size, groups.data_size)
+        for name, given, found in places:
             if given is not None and given != found:
                 raise ValueError(f"{name} {given}, but the process group says {found}")
         return groups
@@ -177,16 +179,13 @@ class _InAutograd(torch.autograd.Function):
     def forward(
         ctx, images, texts, scale, bias, loss: ContrastiveLoss, want_gradients: bool
     ) -> Tensor:
-        inputs = images, texts, scale, bias
-        scale, bias = (None if x is None else x.reshape(()) for x in (scale, bias))
         want_gradients = want_gradients and any(ctx.needs_input_grad)
         call = LossCall(loss._groups, loss.plan(*images.shape), want_gradients)
         with torch.autocast(images.device.type, enabled=False):
             value, gradients = loss._compute(images, texts, scale, bias, call)
         if gradients is not None:
-            of_inputs = zip(gradients, inputs, strict=True)
-            saved = [grad.to(x.dtype).view_as(x) for grad, x in of_inputs if x is not None]
-            ctx.save_for_backward(*saved)
+            of_inputs = zip(gradients, (images, texts, scale, bias), strict=True)
+            ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in of_inputs if x is not None))
         return value.float()
 
     @staticmethod
@@ -194,14 +193,6 @@ class _InAutograd(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
         grads = [grad * saved for saved in ctx.saved_tensors]
         return (*grads, *[None] * (6 - len(grads)))
-
-
-def _exchange_of(dist_impl: str) -> Exchange:
-    """The `exchange` for OpenCLIP's `dist_impl`, its way to exchange texts in the sigmoid loss."""
-    known = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": "ring"}
-    if dist_impl not in known:
-        raise ValueError(f"dist_impl {dist_impl!r}: expected one of {', '.join(known)}")
-    return known[dist_impl]
 
 
 def _check_equal_shapes(features: Tensor, groups: LossGroups) -> None:

@@ -59,16 +59,12 @@ class TextShards:
     def __init__(self, own: Tensor, group: ProcessGroup | None, plan: ExchangePlan):
         self.own, self.group = own.contiguous(), group
         self.ranks = _size(group)
+        self.count = self.ranks * len(own)  # N·n
         self.held = plan.gathered or self.ranks == 1
         self._rank = _rank(group)
         self._step = plan.tile if self.held else max(1, plan.tile // self.ranks)
         self._all = gather(self.own, group) if self.held else None
         self._all_grads: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """N·n"""
-        return self.ranks * len(self.own)
 
     def chunks(self) -> Iterator[slice]:
         """The chunks, as rows of all texts or, where they stream, of `own`."""
@@ -98,8 +94,6 @@ class TextShards:
             rows, column = slice(start, stop), first + start - chunk.start
         count = rows.stop - rows.start
         picture = mine.start + rows.start
-        if count == 0:
-            return block[:0, :0].diagonal()
         return block[picture : picture + count, column : column + count].diagonal()
 
     def accumulate_text_grad(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +42,11 @@ class Architecture:
 
 def parameter_table(architecture: Architecture) -> list[Parameter]:
     """Every parameter of the model: logit parameters, image tower, text tower."""
-    logits = _logit_parameters(architecture)
+    scale, bias = architecture.init_logit_scale, architecture.init_logit_bias
+    initial = Constant(DEFAULT_LOGIT_SCALE if scale is None else scale)
+    logits = [Parameter("logit_scale", "logit_scale", (), initial, decayed=False)]
+    if bias is not None:
+        logits.append(Parameter("logit_bias", "logit_bias", (), Constant(bias), decayed=False))
     vision = architecture.vision.parameters(architecture.embed_dim)
     text = architecture.text.parameters(architecture.embed_dim)
     return [
@@ -51,11 +54,3 @@ def parameter_table(architecture: Architecture) -> list[Parameter]:
         *with_prefix("visual.", "vision.", vision),
         *with_prefix("text." if architecture.custom_text else "", "text.", text),
     ]
-
-
-def _logit_parameters(architecture: Architecture) -> Iterator[Parameter]:
-    scale, bias = architecture.init_logit_scale, architecture.init_logit_bias
-    initial = Constant(DEFAULT_LOGIT_SCALE if scale is None else scale)
-    yield Parameter("logit_scale", "logit_scale", (), initial, decayed=False)
-    if bias is not None:
-        yield Parameter("logit_bias", "logit_bias", (), Constant(bias), decayed=False)

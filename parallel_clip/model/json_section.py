@@ -23,10 +23,6 @@ class SectionKeys:
     without_effect: frozenset[str] = frozenset()
     off_values: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def known(self) -> list[str]:
-        return sorted(self.read | self.without_effect | set(self.unsupported))
-
 
 class JsonSection:
     """One of the three objects of a model config ("model", "vision_cfg" or "text_cfg").
@@ -61,7 +57,8 @@ class JsonSection:
 
     def check_keys(self) -> None:
         """Raises InputError for a key that OpenCLIP does not have, naming the nearest it has."""
-        known = self.keys.known
+        keys = self.keys
+        known = sorted(keys.read | keys.without_effect | set(keys.unsupported))
         for name in self.values:
             if name not in known:
                 near = get_close_matches(name, known, n=1, cutoff=0)

@@ -36,9 +36,14 @@ def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
     elif path.suffix == ".json" or path.is_file():
         name, config = _read_file(path)
     else:
-        raise _unknown_model(name_or_path)
-    config = with_logit_defaults(config, loss)
-    return architecture_from_json(config, name)
+        lower_names = {known.lower(): known for known in MODELS}
+        nearest = get_close_matches(name.lower(), lower_names, 3, cutoff=0.0)
+        raise InputError(
+            f"model.name {name_or_path!r} is neither one of the {len(MODELS)} known models "
+            f"(nearest: {', '.join(lower_names[near] for near in nearest)}) nor a JSON file in "
+            "OpenCLIP's model-config format"
+        )
+    return architecture_from_json(with_logit_defaults(config, loss), name)
 
 
 def with_logit_defaults(config: Any, loss: str) -> Any:
@@ -51,16 +56,6 @@ def with_logit_defaults(config: Any, loss: str) -> Any:
     nullable = defaults.keys() | MODEL_KEYS.unsupported.keys() | MODEL_KEYS.without_effect
     given = {k: v for k, v in config.items() if v is not None or k not in nullable}
     return defaults | given
-
-
-def _unknown_model(name: str) -> InputError:
-    lower_names = {known.lower(): known for known in MODELS}
-    wanted = name.replace("/", "-").lower()
-    nearest = [lower_names[n] for n in get_close_matches(wanted, lower_names, 3, cutoff=0.0)]
-    return InputError(
-        f"model.name {name!r} is neither one of the {len(MODELS)} known models (nearest: "
-        f"{', '.join(nearest)}) nor a JSON file in OpenCLIP's model-config format"
-    )
 
 
 def _read_file(path: Path) -> tuple[str, Any]:

@@ -60,8 +60,7 @@ def transformer_block(
         def __init__(self, config: TransformerConfig, **_):
             super().__init__(config, tensor_group)
 
-    residual = {"config": config, "layer_scale": layer_scale}
-    residual_add = ModuleSpec(ResidualAdd, params=residual)
+    residual_add = ModuleSpec(ResidualAdd, params={"config": config, "layer_scale": layer_scale})
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

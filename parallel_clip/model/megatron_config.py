@@ -38,15 +38,7 @@ def tower_config(
     tower: TowerConfig, layers: int, options: ModelOptions, tensor_group: ProcessGroup
 ) -> TransformerConfig:
     """The config of `layers` blocks of a tower."""
-    recompute = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    }[options.recompute]
+    full = options.recompute == "full"
     return TransformerConfig(
         num_layers=layers,
         hidden_size=tower.width,
@@ -54,8 +46,10 @@ def tower_config(
         ffn_hidden_size=tower.mlp_width,
         layernorm_epsilon=tower.norm_eps,
         activation_func=ACTIVATIONS[tower.activation],
+        recompute_granularity=None if options.recompute == "none" else options.recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
         **_parallel_settings(options, tensor_group),
-        **recompute,
     )
 
 

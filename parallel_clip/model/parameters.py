@@ -111,10 +111,8 @@ class Parameter:
 
 def with_prefix(name: str, module: str, parameters: Iterable[Parameter]) -> Iterator[Parameter]:
     """The same parameters as a part of something larger: both names begin with these prefixes."""
-    for parameter in parameters:
-        yield replace(
-            parameter, name=f"{name}{parameter.name}", module=f"{module}{parameter.module}"
-        )
+    for part in parameters:
+        yield replace(part, name=f"{name}{part.name}", module=f"{module}{part.module}")
 
 
 @torch.no_grad()

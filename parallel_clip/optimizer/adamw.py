@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -48,11 +49,7 @@ class MegatronAdamW:
         self.weight_decay = settings.weight_decay
         parameters = global_parameters([ddp.module for ddp in self.wrapped])
         decayed = {id(tensor) for parameter, tensor in parameters if parameter.decayed}
-        undecayed = ParamKey(
-            with_name_predicate=ParamWithNamePredicate(
-                "undecayed", lambda tensor, name: id(tensor) not in decayed
-            )
-        )
+        undecayed = ParamWithNamePredicate("undecayed", lambda tensor, _: id(tensor) not in decayed)
         chain = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -68,7 +65,7 @@ class MegatronAdamW:
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
             self.wrapped,
-            config_overrides={undecayed: {"wd_mult": 0.0}},
+            config_overrides={ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}},
             use_gloo_process_groups=False,
         )
         (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
@@ -147,13 +144,6 @@ def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Par
     Its own `model_param_group_index_map` is not right where a group has fp32 tensors behind bf16
     ones, as with the logit scale of a second virtual stage: the optimizer puts fp32 ones first.
     """
-    pairs = [
-        (split.model_float16_groups, split.shard_fp32_from_float16_groups),
-        (split.model_fp32_groups, split.shard_fp32_groups),
-    ]
-    return {
-        tensor: master
-        for model_groups, master_groups in pairs
-        for tensors, masters in zip(model_groups, master_groups, strict=True)
-        for tensor, master in zip(tensors, masters, strict=True)
-    }
+    tensors = chain(*split.model_float16_groups, *split.model_fp32_groups)
+    masters = chain(*split.shard_fp32_from_float16_groups, *split.shard_fp32_groups)
+    return dict(zip(tensors, masters, strict=True))

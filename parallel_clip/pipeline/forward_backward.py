@@ -20,6 +20,7 @@ m microbatches, b pairs in each, D the embedding width; features are [2, b, D], 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ class _Graph(NamedTuple):
     received: Tensor | None
 
 
+@dataclass(eq=False)
 class TwoPassStep:
     """The state of one `forward_backward`; what belongs to the last stage is empty on the others.
 
@@ -84,28 +86,23 @@ class TwoPassStep:
     respect to each; logit_grads: that of each of `logit_parameters`.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[DistributedDataParallel],
-        inputs: StepInputs,
-        loss: LossFunction,
-        stash: int,
-        loss_pipeline_group: ProcessGroup | None = None,
-    ):
-        self.chunks = list(chunks)
+    chunks: Sequence[DistributedDataParallel]
+    inputs: StepInputs
+    loss: LossFunction
+    stash: int
+    loss_pipeline_group: ProcessGroup | None = None
+
+    def __post_init__(self):
         self.last: CLIPModel = self.chunks[-1].module
-        self.inputs = inputs
-        self.loss = loss
-        self.loss_pipeline_group = loss_pipeline_group
-        self.microbatches = len(inputs.tokens)
-        self.first_stashed = self.microbatches - stash
+        self.microbatches = len(self.inputs.tokens)
+        self.first_stashed = self.microbatches - self.stash
         self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
         self.features: list[Tensor] = []
         self.feature_grads: Sequence[Tensor] = []
         logit_parameters = self.last.logit_scale, self.last.logit_bias
         self.logit_parameters = [p for p in logit_parameters if p is not None]
         self.logit_grads: list[Tensor] = []
-        self.report = LossReport(*torch.zeros(3, device=inputs.tokens[0].device))
+        self.report = LossReport(*torch.zeros(3, device=self.inputs.tokens[0].device))
 
     # ------------------------------------------------------------------------------ two passes
 
@@ -150,13 +147,11 @@ class TwoPassStep:
 
     def _run(self, forward_step: Callable, forward_only: bool) -> list:
         count, model = self.microbatches, self.chunks[0].module
-        virtual = len(self.chunks) > 1
         length = model.messages.length(len(self.inputs.tokens[0]), model.training)
-        numbers = [iter(range(count)) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=numbers if virtual else numbers[0],
-            model=self.chunks if virtual else self.chunks[0],
+            data_iterator=[iter(range(count)) for _ in self.chunks],
+            model=list(self.chunks),
             num_microbatches=count,
             # The schedule divides by the tensor size for sequence parallelism. A message has this
             # rank's tokens already.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from itertools import chain
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
@@ -54,7 +55,14 @@ def step_orders(
         InputError: the stash is larger than the step; chunks on one rank, or over more ranks than
             there are microbatches.
     """
-    _check(ranks, microbatches, stash, chunks)
+    if ranks < 1 or microbatches < 1 or chunks < 1:
+        raise InputError(
+            f"{ranks} pipeline ranks, {microbatches} microbatches, {chunks} virtual stages a rank: "
+            "each must be at least 1"
+        )
+    if not 0 <= stash <= microbatches:
+        raise InputError(f"a stash of {stash} microbatches: a step has {microbatches}")
+    check_virtual_pipeline(ranks, chunks)
     kept = range(microbatches - stash, microbatches)
     sequence = forward_sequence(ranks, microbatches, chunks)
     without, keeping = OpKind.FORWARD_WITHOUT_GRAPH, OpKind.FORWARD_KEEPING_GRAPH
@@ -64,16 +72,16 @@ def step_orders(
     backwards = [PipelineOp(OpKind.BACKWARD, m, chunks - 1 - chunk) for m, chunk in sequence]
     orders = []
     for rank in range(ranks):
-        warmup = warmup_forwards(rank, ranks, microbatches, chunks)
         loss = [PipelineOp(OpKind.LOSS)] * (rank == ranks - 1)
-        orders.append(first + loss + _one_forward_one_backward(forwards, backwards, warmup))
+        warmup = warmup_forwards(rank, ranks, microbatches, chunks)
+        steady = len(forwards) - warmup
+        by_turns = chain.from_iterable(zip(forwards[warmup:], backwards[:steady], strict=True))
+        orders.append([*first, *loss, *forwards[:warmup], *by_turns, *backwards[steady:]])
     return orders
 
 
 def warmup_forwards(rank: int, ranks: int, microbatches: int, chunks: int = 1) -> int:
     """How many forwards a rank runs in a pass of 1F1B before the first that a backward follows."""
-    if ranks == 1:
-        return 0
     if chunks == 1:
         return min(ranks - 1 - rank, microbatches)
     group = microbatch_group_size(microbatches, ranks)
@@ -114,27 +122,6 @@ def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None)
             alive -= size
         peak = max(peak, alive)
     return peak
-
-
-def _check(ranks: int, microbatches: int, stash: int, chunks: int) -> None:
-    if ranks < 1 or microbatches < 1 or chunks < 1:
-        raise InputError(
-            f"{ranks} pipeline ranks, {microbatches} microbatches, {chunks} virtual stages a rank: "
-            "each must be at least 1"
-        )
-    if not 0 <= stash <= microbatches:
-        raise InputError(f"a stash of {stash} microbatches: a step has {microbatches}")
-    check_virtual_pipeline(ranks, chunks)
-
-
-def _one_forward_one_backward(
-    forwards: list[PipelineOp], backwards: list[PipelineOp], warmup: int
-) -> list[PipelineOp]:
-    steady = len(forwards) - warmup
-    order = forwards[:warmup]
-    for pair in zip(forwards[warmup:], backwards[:steady], strict=True):
-        order += pair
-    return order + backwards[steady:]
 
 
 def forward_sequence(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:

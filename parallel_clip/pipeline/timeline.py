@@ -115,12 +115,11 @@ def simulate(
                 received, sent = _messages(op, stage, stages - 1)
                 if received and received not in arrivals:
                     break
-                start = max(clocks[rank], arrivals[received]) if received else clocks[rank]
+                start = max(clocks[rank], arrivals.get(received, 0.0))
                 if taken is not None:
-                    seconds = taken[rank, op]
+                    end = start + taken[rank, op]
                 else:
-                    seconds = loss if op.kind is OpKind.LOSS else costs.seconds(op, stage)
-                end = start + seconds
+                    end = start + (loss if op.kind is OpKind.LOSS else costs.seconds(op, stage))
                 spans[rank].append(Span(rank, op, start, end))
                 clocks[rank] = end
                 moved = True
@@ -137,12 +136,7 @@ def simulate(
 
 
 def ideal_step_seconds(
-    ranks: int,
-    microbatches: int,
-    forward: float,
-    backward: float,
-    stash: int = 0,
-    chunks: int = 1,
+    ranks: int, microbatches: int, forward: float, backward: float, stash: int = 0, chunks: int = 1
 ) -> float:
     """A step over equal stages with instant messages: m (f + b) + (m - K) f + (P - 1)(f + b) / V.
 
@@ -181,7 +175,7 @@ def _messages(op: PipelineOp, stage: int, last: int) -> tuple[_Message | None, _
     if op.kind is OpKind.LOSS:
         return None, None
     before, after = (stage + 1, stage - 1) if op.kind is OpKind.BACKWARD else (stage - 1, stage + 1)
-    content = _CONTENTS[op.kind]
-    received = _Message(content, stage, op.microbatch)
-    sent = _Message(content, after, op.microbatch)
-    return (received if 0 <= before <= last else None), (sent if 0 <= after <= last else None)
+    content, microbatch = _CONTENTS[op.kind], op.microbatch
+    received = _Message(content, stage, microbatch) if 0 <= before <= last else None
+    sent = _Message(content, after, microbatch) if 0 <= after <= last else None
+    return received, sent

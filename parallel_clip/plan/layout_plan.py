@@ -9,13 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parallel_clip.errors import InputError
-from parallel_clip.layout import (
-    BatchPlan,
-    Layout,
-    check_microbatches,
-    check_model,
-    plan_batch,
-)
+from parallel_clip.layout import BatchPlan, Layout, check_microbatches, check_model, plan_batch
 from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
 from parallel_clip.pipeline.orders import PipelineOp, microbatch_group_size, step_orders
 from parallel_clip.stages.costs import ModelCosts

@@ -91,7 +91,6 @@ def measure_rank_memory(
     state = build_planned_state(config, architecture, plan, groups)
     held, optimizer = state.global_parameters(), state.optimizer
     weights = [tensor for _, tensor in held]
-    gradients = [weight.main_grad for weight in weights]
     whole = [tensor for parameter, tensor in held if parameter.placement.axis is None]
     pairs, pictures = plan.batch.micro_batch, 0
     if state.chunks[0].stage.is_first:
@@ -100,7 +99,7 @@ def measure_rank_memory(
     return RankMemory(
         parameters=sum(weight.numel() for weight in weights),
         weights=_bytes_of(weights),
-        gradients=_bytes_of(gradients),
+        gradients=_bytes_of(weight.main_grad for weight in weights),
         optimizer=_bytes_of(_optimizer_state(optimizer, weights), besides=weights),
         replicated=sum(weight.nbytes + weight.main_grad.nbytes for weight in whole)
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
@@ -184,20 +183,13 @@ def fit_stash_to_memory(
     # others (see timeline.py).
     group = plan.microbatch_group or 1
     candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)}, reverse=True)
-    stashes = [
-        _largest_stash(plan, stage, candidates, limit, held) for stage, held in enumerate(memory)
-    ]
-    return replace(plan, stash=min(stashes))
-
-
-def _largest_stash(
-    plan: LayoutPlan, stage: int, candidates: list[int], limit: str | int, held: RankMemory
-) -> int:
-    """The first of `candidates`, from most to none, with which a stage stays within `limit`."""
     for stash in candidates:
-        filled = _peak_bytes(plan, stage, stash, held)
-        if filled <= parse_bytes(limit):
-            return stash
+        for stage, held in enumerate(memory):
+            filled = _peak_bytes(plan, stage, stash, held)
+            if filled > parse_bytes(limit):
+                break
+        else:
+            return replace(plan, stash=stash)
     raise InputError(
         f"parallel.memory {limit} is too little for stage {stage}, "
         f"which fills {filled / 1e9:.2f} GB with nothing stashed; lower batch.micro "

@@ -23,11 +23,16 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Writes nothing. Raises InputError.
     """
     plan, _ = make_run_plan(config, world_size, dry_run=True)
-    estimate = estimate_step(plan.layout_plan, plan.architecture.costs, plan.memory)
+    step = estimate_step(plan.layout_plan, plan.architecture.costs, plan.memory)
     lines = [describe_run(plan)]
     if plan.layout.pipeline > 1:
-        lines += [_stage_table(plan, estimate.stages), _legend(estimate.bubble)]
-    return "\n".join([*lines, *_memory_lines(estimate.stages)])
+        lines += [
+            _stage_table(plan, step.stages),
+            "    parameters of a rank; TFLOP: its forward work on a microbatch; time: by FLOPs,",
+            "    beside the slowest stage; GiB: all below, at the fullest. Bubble: ranks wait",
+            f"    {step.bubble:.1%} of a step, unevenness included, messages and the loss left out",
+        ]
+    return "\n".join([*lines, *_memory_lines(step.stages)])
 
 
 def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:
@@ -52,14 +57,6 @@ def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:
     console = Console(file=StringIO(), width=200)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
-
-
-def _legend(bubble: float) -> str:
-    return (
-        "    parameters of a rank; TFLOP: its forward work on a microbatch; time: by FLOPs,\n"
-        "    beside the slowest stage; GiB: all below, at the fullest. Bubble: ranks wait\n"
-        f"    {bubble:.1%} of a step, unevenness included, messages and the loss left out"
-    )
 
 
 def _layers(layer_range: LayerRange) -> str:

@@ -44,14 +44,9 @@ def estimate_step(
     found = []
     for rank, held in enumerate(memory):
         chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
-        found.append(
-            StageEstimate(
-                chunks,
-                held,
-                *peak_memory(plan, rank, plan.stash, held),
-                sum(stage_cost(stage, costs) for stage in chunks),
-            )
-        )
+        peaks = peak_memory(plan, rank, plan.stash, held)
+        flops = sum(stage_cost(stage, costs) for stage in chunks)
+        found.append(StageEstimate(chunks, held, *peaks, flops))
     return StepEstimate(found, step_timeline(plan, costs).bubble)
 
 

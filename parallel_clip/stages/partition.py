@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from parallel_clip.errors import InputError
@@ -71,8 +71,8 @@ def chunks_of(stages: Sequence[Stage], pipeline: int, pipeline_rank: int) -> lis
 
 
 def _ranges(counts: Iterable[int], total: int) -> list[LayerRange]:
-    stops = list(accumulate(counts))
-    return [LayerRange(f, s, total) for f, s in zip([0, *stops], stops, strict=False)]
+    bounds = accumulate(counts, initial=0)
+    return [LayerRange(first, stop, total) for first, stop in pairwise(bounds)]
 
 
 @cache  # a search over layouts asks for the same few again and again
@@ -89,9 +89,7 @@ def balanced_split(costs: ModelCosts, count: int) -> LayerSplit:
     whole = vision[0, costs.vision.layers] + text[0, costs.text.layers]
     sums = {v + t for v in vision.values() for t in text.values()}
     bounds = sorted(cost for cost in sums if cost * count >= whole)
-    least = next(
-        bound for bound in bounds if min_variance_split(vision, text, count, bound) is not None
-    )
+    least = next(bound for bound in bounds if min_variance_split(vision, text, count, bound))
     return min_variance_split(vision, text, count, least + int(COST_TOLERANCE * least))
 
 
@@ -137,9 +135,8 @@ def min_variance_split(
 
 def _stops(dealt: int, total: int, may_wait: bool) -> range:
     """How many layers of a tower may be dealt after the next stage."""
-    if dealt == total or (dealt == 0 and may_wait):
-        return range(dealt, total + 1)
-    return range(dealt + 1, total + 1)
+    may_get_none = dealt == total or (dealt == 0 and may_wait)
+    return range(dealt if may_get_none else dealt + 1, total + 1)
 
 
 def _range_costs(costs: TowerCosts) -> _RangeCosts:
@@ -152,8 +149,7 @@ def _range_costs(costs: TowerCosts) -> _RangeCosts:
 
 
 def _check_count(costs: ModelCosts, pipeline: int, virtual: int) -> None:
-    vision, text = costs.vision.layers, costs.text.layers
-    layers = vision + text
+    layers = costs.vision.layers + costs.text.layers
     if pipeline * virtual <= layers:
         return
     ways = []
@@ -164,17 +160,15 @@ def _check_count(costs: ModelCosts, pipeline: int, virtual: int) -> None:
     remedy = " or ".join(ways) or f"their product to at most {layers}"
     raise InputError(
         f"{_in_words(pipeline, virtual)} are more than the {layers} layers of "
-        f"{costs.name} (vision {vision} + text {text}); set {remedy}"
+        f"{costs.name} (vision {costs.vision.layers} + text {costs.text.layers}); set {remedy}"
     )
 
 
 def _problems(split: LayerSplit, costs: ModelCosts, pipeline: int, virtual: int) -> Iterator[str]:
     """What is wrong with a manual split; a problem makes no sense before those above are gone."""
-    towers = {
-        "vision": (list(split.vision), costs.vision.layers),
-        "text": (list(split.text), costs.text.layers),
-    }
-    for tower, (counts, total) in towers.items():
+    vision, text = list(split.vision), list(split.text)
+    towers = ("vision", vision, costs.vision.layers), ("text", text, costs.text.layers)
+    for tower, counts, total in towers:
         given = f"parallel.stages.{tower} {counts}"
         if len(counts) != pipeline * virtual:
             yield f"{given} has {len(counts)} numbers for {_in_words(pipeline, virtual)}"
@@ -192,7 +186,6 @@ def _problems(split: LayerSplit, costs: ModelCosts, pipeline: int, virtual: int)
                     f"{given} leaves out stage {stage}, counted from 0, between others; "
                     "a tower lies on stages in a row"
                 )
-    vision, text = towers["vision"][0], towers["text"][0]
     if vision[0] == 0:
         yield (
             f"parallel.stages.vision {vision} has no layer on the first stage, which reads the "

@@ -98,7 +98,9 @@ class VisionTower(TransformerTower):
         class_token = self.class_embedding.expand(1, x_pbh.shape[1], -1)
         x_sbh = torch.cat([class_token, x_pbh]) + self.positional_embedding.unsqueeze(1)
         if kept is not None:
-            x_sbh = _keep(x_sbh, kept)
+            tokens_bk = F.pad(kept + 1, (1, 0))  # the class token is the first
+            index = tokens_bk.t().unsqueeze(-1).expand(-1, -1, x_sbh.shape[-1])
+            x_sbh = x_sbh.gather(0, index)  # [1 + p, b, h] -> [1 + k, b, h]
         x_Sbh = enter_sequence_parallel(x_sbh, self.config, self.group)
         return x_Sbh if self.pre_norm is None else self.pre_norm(x_Sbh)
 
@@ -110,10 +112,3 @@ class VisionTower(TransformerTower):
         else:
             x_bh = self.post_norm(x_sbh[1:]).mean(0)
         return x_bh @ self.projection
-
-
-def _keep(x_sbh: Tensor, kept_bk: Tensor) -> Tensor:
-    """The class token and the kept patches of each picture: [1 + p, b, h] -> [1 + k, b, h]."""
-    tokens_bk = F.pad(kept_bk + 1, (1, 0))
-    index = tokens_bk.t().unsqueeze(-1).expand(-1, -1, x_sbh.shape[-1])
-    return x_sbh.gather(0, index)
