@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from parallel_clip.config.keys import Config
-from parallel_clip.config.schema import keys_of, show
+from parallel_clip.config.schema import describe_type, keys_of, show
 
 BEGIN = "<!-- keys: written by python -m parallel_clip.config.docs -->"
 END = "<!-- end of keys -->"
@@ -18,9 +18,9 @@ END = "<!-- end of keys -->"
 def key_table() -> str:
     """Every key with what it takes, its default and its meaning, as a Markdown table."""
     rows = ["| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
-    for key in keys_of(Config):
-        default = "must be given" if key.required else f"`{show(key.default)}`"
-        rows.append(f"| `{key.path}` | {key.describe_type} | {default} | {key.doc} |")
+    for path, field in keys_of(Config):
+        default = "must be given" if field.is_required() else f"`{show(field.default)}`"
+        rows.append(f"| `{path}` | {describe_type(field)} | {default} | {field.description} |")
     return "\n".join(rows)
 
 

@@ -108,37 +108,27 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for depth, step in enumerate(steps[:-1]):
         path = ".".join(steps[: depth + 1])
         place = _place(node, step, override, path)
-        child = _get(node, place)
+        child = node[place]
         if child is None:
-            child = [] if steps[depth + 1].isdigit() else {}
-            _set(node, place, child)
+            child = node[place] = [] if steps[depth + 1].isdigit() else {}
         if not isinstance(child, (dict, list)):
             raise InputError(f"override {override!r}: {path} is {child!r}, with no keys below it")
         node = child
-    _set(node, _place(node, steps[-1], override, key.strip()), value)
+    node[_place(node, steps[-1], override, key.strip())] = value
 
 
 def _place(node: dict | list, step: str, override: str, path: str) -> str | int:
-    """`step` as a key of `node`, or as a place in it where `node` is a list."""
+    """`step` as a key of `node`, or as a place in it where `node` is a list; None is put there
+    where nothing is yet."""
     if isinstance(node, dict):
+        node.setdefault(step)
         return step
     if step.isdigit() and int(step) <= len(node):
+        if int(step) == len(node):
+            node.append(None)
         return int(step)
     above = path.rpartition(".")[0]
     raise InputError(
         f"override {override!r}: {above} is a list of {len(node)}; "
         f"'{step}' is not one of its places 0 to {len(node)} (the last one adds an entry)"
     )
-
-
-def _get(node: dict | list, place: str | int) -> Any:
-    if isinstance(node, dict):
-        return node.get(place)
-    return node[place] if place < len(node) else None
-
-
-def _set(node: dict | list, place: str | int, value: Any) -> None:
-    if isinstance(node, list) and place == len(node):
-        node.append(value)
-    else:
-        node[place] = value

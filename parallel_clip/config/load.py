@@ -20,7 +20,7 @@ from parallel_clip.layout import check_virtual_pipeline
 def nearest_key(path: str, model: type[BaseModel]) -> str:
     """The known key or section most like `path`; a known name in the wrong section is found."""
     leaf = path.rpartition(".")[2]
-    keys = [key.path for key in keys_of(model)]
+    keys = [key for key, _ in keys_of(model)]
     sections = [key.partition(".")[0] for key in keys if "." in key]
 
     def likeness(known: str) -> float:

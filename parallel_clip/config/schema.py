@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -18,19 +17,8 @@ _NOUNS = {bool: "true or false", int: "integer", float: "number", str: "text"}
 _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key as the documentation shows it; a required key has no default."""
-
-    path: str
-    describe_type: str
-    required: bool
-    default: Any
-    doc: str
-
-
-def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Every key of `model` in order.
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of `model` in order: its dotted path and its field.
 
     A section that is always there gives way to its keys; one that may be null, and a list of
     sections, come first and are followed by theirs (those of a list under the number 0).
@@ -38,11 +26,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     for name, field in fields_of(model).items():
         path = prefix + name
         section, is_list = section_of(field.annotation)
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        if not isinstance(default, BaseModel):
-            yield Key(
-                path, describe_type(field), field.is_required(), default, field.description or ""
-            )
+        if not isinstance(field.default, BaseModel):
+            yield path, field
         if section is not None:
             yield from keys_of(section, f"{path}.0." if is_list else f"{path}.")
 

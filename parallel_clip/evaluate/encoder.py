@@ -69,16 +69,18 @@ class ModelEncoder:
         return self.groups.device
 
     def encode_image(self, images: Tensor) -> Tensor:
-        def advance(chunk: CLIPModel, x: Tensor | None) -> Tensor:
-            return chunk.forward_vision(images if chunk.stage.is_first else x)
-
-        return self._through_stages(len(images), lambda handover: handover.vision, advance)
+        return self._through_stages(
+            len(images),
+            lambda handover: handover.vision,
+            lambda chunk, x: chunk.forward_vision(images if chunk.stage.is_first else x),
+        )
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        def advance(chunk: CLIPModel, x: Tensor | None) -> Tensor | None:
-            return chunk.forward_text(x, tokens)
-
-        return self._through_stages(len(tokens), lambda handover: handover.text, advance)
+        return self._through_stages(
+            len(tokens),
+            lambda handover: handover.text,
+            lambda chunk, x: chunk.forward_text(x, tokens),
+        )
 
     def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
         return broadcast_from_last_stage(values, self.groups.pipeline)
@@ -94,30 +96,26 @@ class ModelEncoder:
         part: the tower's shape in a message; advance: its layers on a stage. A rank returns once it
         has sent, so that the next batch can enter the pipeline behind this one.
         """
+        group = self.groups.pipeline
+
+        def neighbour(step: int) -> int:
+            return dist.get_global_rank(group, (group.rank() + step) % group.size())
+
         with self._evaluating():
             for chunk in self.chunks:
-                stage, received = chunk.stage, None
+                stage, x, shape = chunk.stage, None, None
                 if not stage.is_first:
                     before = chunk.stages[stage.number - 1]
-                    handover = chunk.messages.of(before, count, chunk.training)
-                    received = self._receive(part(handover), chunk)
-                x = advance(chunk, received)
+                    shape = part(chunk.messages.of(before, count, chunk.training))
+                if shape is not None:
+                    x = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=self.device)
+                    dist.recv(x, neighbour(-1), group=group)
+                x = advance(chunk, x)
                 if stage.is_last:
                     return normalised(x)
                 if x is not None:
-                    dist.send(x.contiguous(), self._neighbour(1), group=self.groups.pipeline)
+                    dist.send(x.contiguous(), neighbour(1), group=group)
         return torch.zeros(count, self.architecture.embed_dim, device=self.device)
-
-    def _receive(self, shape: Shape | None, chunk: CLIPModel) -> Tensor | None:
-        if shape is None:
-            return None
-        message = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=self.device)
-        dist.recv(message, self._neighbour(-1), group=self.groups.pipeline)
-        return message
-
-    def _neighbour(self, step: int) -> int:
-        group = self.groups.pipeline
-        return dist.get_global_rank(group, (group.rank() + step) % group.size())
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

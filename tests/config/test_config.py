@@ -78,7 +78,7 @@ def test_every_contract_key_has_its_default():
 
 
 def test_every_key_is_described():
-    assert [key.path for key in keys_of(Config) if not key.doc] == []
+    assert [path for path, field in keys_of(Config) if not field.description] == []
 
 
 def test_names_that_python_reserves_go_by_alias_and_by_name():

@@ -1,7 +1,7 @@
 """Held-out pictures in the order of their shards, with all captions or with their class."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -35,6 +35,7 @@ class EvaluationBatch:
     bad: list[BadSample]
 
 
+@dataclass
 class EvaluationData:
     """The part of one of `ranks` of the samples of shards, in batches of `batch` pictures.
 
@@ -43,45 +44,36 @@ class EvaluationData:
     `workers` processes decode (0: this one), and `patience` is as in `read_ahead`.
     """
 
-    def __init__(
-        self,
-        shards: ShardTable,
-        preprocess: Preprocess,
-        tokenizer: Tokenizer,
-        *,
-        need: Literal["captions", "labels"] = "captions",
-        caption_key: str | None = None,
-        batch: int = 64,
-        rank: int = 0,
-        ranks: int = 1,
-        workers: int = 0,
-        patience: float = 25.0,
-    ):
-        self.samples = shards.samples  # over all ranks, bad ones included
-        self._shards = shards
-        self._shard = lru_cache(1)(shards.__getitem__)  # samples of one shard follow one another
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(shards.counts)])
-        self._size = preprocess.image_size
-        self._transform = evaluation_transform(preprocess)
-        self._tokenizer = tokenizer
-        self._need = need
-        self._caption_key = caption_key
+    shards: ShardTable
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    need: Literal["captions", "labels"] = "captions"
+    caption_key: str | None = None
+    batch: int = 64
+    rank: int = 0
+    ranks: int = 1
+    workers: int = 0
+    patience: float = 25.0
+
+    def __post_init__(self) -> None:
+        self.samples = n = self.shards.samples  # over all ranks, bad ones included
+        self._part = range(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shards.counts)])
+        self._shard = lru_cache(1)(self.shards.__getitem__)  # samples of one follow one another
+        self._transform = evaluation_transform(self.preprocess)
         self._files = ShardFiles()
-        self._part = range(self.samples * rank // ranks, self.samples * (rank + 1) // ranks)
-        self._batch = batch
-        self._workers = workers
-        self._patience = patience
 
     def __len__(self) -> int:
-        return -(-len(self._part) // self._batch)
+        return -(-len(self._part) // self.batch)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        starts = range(0, len(self._part), self._batch)
-        batches = (self._part[start : start + self._batch] for start in starts)
-        return read_ahead(self, batches, self._workers, prefetch=2, patience=self._patience)
+        starts = range(0, len(self._part), self.batch)
+        batches = (self._part[start : start + self.batch] for start in starts)
+        return read_ahead(self, batches, self.workers, prefetch=2, patience=self.patience)
 
     def describe_position(self, shard: int, index: int, *_: int) -> str:
-        return f"sample {index} of {self._shards.paths[shard]}"
+        return f"sample {index} of {self.shards.paths[shard]}"
 
     def __getitem__(self, positions: range) -> EvaluationBatch:
         """The samples at `positions` among those of all shards: what a worker reads."""
@@ -94,8 +86,8 @@ class EvaluationData:
             try:
                 sample = self._files.read(shard, index)
                 picture = decode_picture(sample)
-                if self._need == "captions":
-                    own = captions_of(sample, self._caption_key)
+                if self.need == "captions":
+                    own = captions_of(sample, self.caption_key)
                     captions += own
                     owner += [len(images)] * len(own)
                 else:
@@ -107,9 +99,9 @@ class EvaluationData:
             used.append(position)
             addresses.append(StoredAddress(0, shard.path, sample.key))
         return EvaluationBatch(
-            default_collate(images) if images else torch.empty(0, 3, *self._size),
+            default_collate(images) if images else torch.empty(0, 3, *self.preprocess.image_size),
             torch.tensor(used, dtype=torch.int64),
-            self._tokenizer(captions),
+            self.tokenizer(captions),
             torch.tensor(owner, dtype=torch.int64),
             torch.tensor(labels, dtype=torch.int64),
             addresses,

@@ -5,7 +5,7 @@ Any number of ranks, workers and microbatches gives the same bits: each pair is 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -33,6 +33,7 @@ class RankBatchSlice:
         return [range(start, start + self.micro_batch) for start in starts]
 
 
+@dataclass
 class TrainingLoader:
     """The microbatches of steps [first_step, steps), for one data-parallel rank.
 
@@ -40,26 +41,15 @@ class TrainingLoader:
     list of microbatches at a time. Takes nothing from torch's global generator.
     """
 
-    def __init__(
-        self,
-        data: TrainingData,
-        step_slice: RankBatchSlice,
-        first_step: int,
-        steps: int,
-        *,
-        workers: int = 0,
-        prefetch: int = 2,
-        patience: float = 25.0,
-        pin_memory: bool = False,
-    ):
-        self.data = data
-        self.step_slice = step_slice
-        self.first_step = first_step
-        self.steps = steps
-        self._workers = workers
-        self._prefetch = prefetch
-        self._patience = patience
-        self._pin = pin_memory
+    data: TrainingData
+    step_slice: RankBatchSlice
+    first_step: int
+    steps: int
+    _: KW_ONLY
+    workers: int = 0
+    prefetch: int = 2
+    patience: float = 25.0
+    pin_memory: bool = False
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -73,11 +63,11 @@ class TrainingLoader:
             for piece in _pieces(positions)
         )
         pieces = read_ahead(
-            self.data, ranges, self._workers, self._prefetch, self._pin, self._patience
+            self.data, ranges, self.workers, self.prefetch, self.pin_memory, self.patience
         )
         for step in steps:
             yield [
-                _join([next(pieces) for _ in _pieces(positions)], self._pin)
+                _join([next(pieces) for _ in _pieces(positions)], self.pin_memory)
                 for positions in self.step_slice.microbatches(step)
             ]
 

@@ -109,12 +109,11 @@ def reopen_run_shards(config: Config) -> RunShards:
 
 def check_samples(config: Config, shards: RunShards) -> None:
     """`check_first_samples` of each source of training pairs and each held-out set."""
-    settings = config.data
-    keys = [source.caption_key or settings.caption_key for source in settings.train]
-    checks = [(table, "captions", key) for table, key in zip(shards.train, keys, strict=True)]
-    checks += [(t, HELD_OUT_NEEDS[k], settings.caption_key) for k, t in shards.held_out.items()]
-    for table, need, caption_key in checks:
-        check_first_samples(table, need, caption_key)
+    caption_key = config.data.caption_key
+    for source, table in zip(config.data.train, shards.train, strict=True):
+        check_first_samples(table, "captions", source.caption_key or caption_key)
+    for name, table in shards.held_out.items():
+        check_first_samples(table, HELD_OUT_NEEDS[name], caption_key)
 
 
 def check_first_samples(

@@ -4,7 +4,7 @@ The pair at a position is a function of the shards, the seed and the position al
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +49,7 @@ class Microbatch:
         )
 
 
+@dataclass
 class TrainingData:
     """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
 
@@ -56,28 +57,20 @@ class TrainingData:
     shrink: how far a picture may be shrunk while it is decoded (None: not at all).
     """
 
-    def __init__(
-        self,
-        sources: Sequence[ShardTable],
-        order: Order,
-        transform: Transform,
-        tokenizer: Tokenizer,
-        *,
-        any_caption: bool,
-        caption_keys: Sequence[str | None],
-        shrink: DraftScale | None = None,
-        cache: RemoteCache | None = None,
-    ):
-        self.order = order
-        self.sources = sources
-        self._transform = transform
-        self._tokenizer = tokenizer
-        self._any_caption = any_caption
-        self._caption_keys = caption_keys
-        self._shrink = shrink
-        cache = cache or RemoteCache()
-        cache.on_try = heartbeat
-        self._files = ShardFiles(OpenFiles(cache=cache))
+    sources: Sequence[ShardTable]
+    order: Order
+    transform: Transform
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    any_caption: bool
+    caption_keys: Sequence[str | None]
+    shrink: DraftScale | None = None
+    cache: RemoteCache = field(default_factory=RemoteCache)
+
+    def __post_init__(self) -> None:
+        self.cache.on_try = heartbeat
+        self._files = ShardFiles(OpenFiles(cache=self.cache))
+        sources = self.sources
         self._shard = lru_cache(RECENT_SHARDS)(lambda source, shard: sources[source][shard])
 
     @property
@@ -92,14 +85,13 @@ class TrainingData:
         images, captions, stored, bad = zip(*pairs, strict=True)
         return Microbatch(
             default_collate(images),  # in a worker straight into the memory that it shares
-            self._tokenizer(captions),
+            self.tokenizer(captions),
             torch.tensor(positions),
             list(stored),
             [sample for sample in bad if sample is not None],
         )
 
     def describe_position(self, source: int, shard: int, index: int) -> str:
-        """In words, for people."""
         return f"sample {index} of {self.sources[source].paths[shard]}"
 
     def _pair(
@@ -113,16 +105,16 @@ class TrainingData:
             shard = self._shard(address.source, address.shard)
             try:
                 sample = self._files.read(shard, address.index)
-                captions = captions_of(sample, self._caption_keys[address.source])
-                picture = decode_picture(sample, self._shrink)
+                captions = captions_of(sample, self.caption_keys[address.source])
+                picture = decode_picture(sample, self.shrink)
             except BadSampleError as error:
                 bad = bad or BadSample(
                     position, address.source, shard.path, error.key, error.reason
                 )
                 continue
             with seeded(sample_seed(self.order.seed, position, "augment")):
-                image = self._transform(picture)
-            choice = sample_seed(self.order.seed, position, "caption") if self._any_caption else 0
+                image = self.transform(picture)
+            choice = sample_seed(self.order.seed, position, "caption") if self.any_caption else 0
             stored = StoredAddress(address.source, shard.path, sample.key)
             return image, captions[choice % len(captions)], stored, bad
         raise BadDataError(

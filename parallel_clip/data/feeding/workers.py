@@ -38,7 +38,6 @@ class WatchedData(Protocol):
 
     def describe_position(self, *numbers: int) -> str:
         """In words for people, what `report_progress(*numbers)` said."""
-        ...
 
 
 def report_progress(*numbers: int) -> None:
@@ -125,8 +124,14 @@ def worker_failure(error: Exception) -> str | None:
     if ended is None or not _monitors or not isinstance(error, RuntimeError):
         return None
     pid = int(ended[1].split(",")[0])
-    its_own = (monitor for monitor in _monitors if monitor.has(pid))
-    return next(its_own, _monitors[-1]).how_it_ended(pid, str(error))
+    rows = ((monitor, row) for monitor in _monitors for row in monitor.rows())
+    at = next((f" at {monitor.position(row)}" for monitor, row in rows if row[_PID] == pid), "")
+    by_signal = re.search(r"killed by signal: ([\w ]+)", str(error))
+    how = f"was killed ({by_signal[1].strip()})" if by_signal else "has ended"
+    return (
+        f"data worker {pid} {how}{at}. Where memory ran out, lower data.workers or "
+        "data.prefetch; where shared memory did, give the container more (--ipc=host)"
+    )
 
 
 class WorkerMonitor:
@@ -156,40 +161,29 @@ class WorkerMonitor:
             raise WorkerError(failure) from None
         if "timed out" not in str(error):
             raise error
-        for row in self._rows():
+        for row in self.rows():
             waited = time.monotonic() - row[_SINCE]
             if row[_BUSY] and waited > self._patience:
                 raise WorkerError(
                     f"data worker {row[_PID]:.0f} is stuck: for {waited:.0f} s at "
-                    f"{self._position(row)}. See whether that file can be read; "
+                    f"{self.position(row)}. See whether that file can be read; "
                     "data.worker_patience is how long a worker may take over one sample"
                 )
 
-    def has(self, pid: int) -> bool:
-        return any(row[_PID] == pid for row in self._rows())
-
-    def how_it_ended(self, pid: int, message: str) -> str:
-        at = next((f" at {self._position(row)}" for row in self._rows() if row[_PID] == pid), "")
-        by_signal = re.search(r"killed by signal: ([\w ]+)", message)
-        how = f"was killed ({by_signal[1].strip()})" if by_signal else "has ended"
-        return (
-            f"data worker {pid} {how}{at}. Where memory ran out, lower data.workers or "
-            "data.prefetch; where shared memory did, give the container more (--ipc=host)"
-        )
-
     def kill_rest(self) -> None:
         """Kill the workers that still live: they ignore SIGTERM, and one may be stuck."""
-        pids = {int(row[_PID]) for row in self._rows()}
+        pids = {int(row[_PID]) for row in self.rows()}
         for process in multiprocessing.active_children():
             if process.pid in pids:
                 process.kill()
                 process.join(1)
 
-    def _rows(self) -> list[list[float]]:
+    def rows(self) -> list[list[float]]:
+        """What each worker has written."""
         values = list(self._memory)
         return [values[i : i + _ROW] for i in range(0, len(values), _ROW)]
 
-    def _position(self, row: list[float]) -> str:
+    def position(self, row: list[float]) -> str:
         return self._data.describe_position(*(int(number) for number in row[_SINCE + 1 :]))
 
 

@@ -53,9 +53,7 @@ class FolderIndex:
         """Read the saved files; one that is damaged is left out, which is said."""
         files = []
         _fetch_remote_index(folder)
-        for path in _index_files(folder):
-            if not path.is_file():
-                continue
+        for path in filter(Path.is_file, _index_files(folder)):
             try:
                 files.append(IndexFile.read(path))
             except (OSError, ValueError) as error:
@@ -69,10 +67,8 @@ class FolderIndex:
         for file in reversed(self._files):
             rows = file.rows(names)
             has = rows >= 0
-            for column, values in zip(
-                table, (file.samples, file.bytes, file.changed_ns), strict=True
-            ):
-                column[has] = values[rows[has]]
+            columns = file.samples, file.bytes, file.changed_ns
+            table[:, has] = [values[rows[has]] for values in columns]
         for number, path in enumerate(paths if self._scanned else ()):
             if path in self._scanned:
                 shard, changed_ns = self._scanned[path]

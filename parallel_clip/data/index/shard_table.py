@@ -125,13 +125,12 @@ def scan_unindexed(table: ShardTable, say: Print = print, workers: int | None = 
     Raises:
         InputError: shards that are missing, empty or cut off, each by name.
     """
-    named = len(set(table.paths))
     missing = dict.fromkeys(
         path for path, count in zip(table.paths, table.counts, strict=True) if count == UNKNOWN
     )
     if not missing:
         return table
-    say(f"making the index of {len(missing):,} of {named:,} shards")
+    say(f"making the index of {len(missing):,} of {len(set(table.paths)):,} shards")
     found = {}
     for shard, changed_ns in _scan(list(missing), say, workers):
         table.folders[parent_and_name(shard.path)[0]].add(shard, changed_ns)
@@ -199,7 +198,7 @@ def _scan(paths: Sequence[str], say: Print, workers: int | None) -> list[tuple[S
     """Each shard's index and time of change (ns)."""
     found, errors = [], []
     workers = 1 if len(paths) <= _FEW else workers or os.cpu_count() or 1
-    results = parallel_map(_scan_or_error, paths, workers, chunksize=4)
+    results = parallel_map(_scan_or_error, paths, workers=workers, chunksize=4)
     for result in show_progress(results, len(paths), "indexed", say):
         (errors if isinstance(result, InputError) else found).append(result)
     if errors:

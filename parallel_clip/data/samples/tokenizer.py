@@ -40,7 +40,6 @@ class Tokenizer(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts to int64 [n, context_length], cut or padded."""
-        ...
 
 
 class TextSettings(Protocol):

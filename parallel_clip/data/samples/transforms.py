@@ -138,20 +138,15 @@ def check_augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("use_timm", "re_prob", "re_count"):
         if given.pop(key, None):
             raise InputError(f"data.augment_options.{key} is not supported: leave it out")
-    known = {
-        "scale": 2,
-        "ratio": 2,
-        "color_jitter": 4,
-        "color_jitter_prob": 0,
-        "gray_scale_prob": 0,
-    }
+    lengths = {"scale": 2, "ratio": 2, "color_jitter": 4}
+    known = [*lengths, "color_jitter_prob", "gray_scale_prob"]
     for key, value in given.items():
         if key not in known:
             raise InputError(
                 f"data.augment_options.{key} is not supported; there are {', '.join(known)}"
             )
-        if known[key]:
-            given[key] = _numbers(f"data.augment_options.{key}", value, known[key])
+        if key in lengths:
+            given[key] = _numbers(f"data.augment_options.{key}", value, lengths[key])
         elif not _is_number(value) or not 0 <= value <= 1:
             raise InputError(f"data.augment_options.{key} is {value!r}: expected 0 to 1")
     for key in ("scale", "ratio"):

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from typing import Protocol
 
 from parallel_clip.data.storage.remote import RemoteCache, RemoteFile, is_remote
 
 OPEN_FILES = 256  # per process; each read stream of the order needs 32 at a time
-
-
-class File(Protocol):
-    """An open file; `read` gives fewer bytes than wanted only at its end."""
-
-    size: int
-
-    def read(self, size: int, offset: int) -> bytes: ...
-
-    def close(self) -> None: ...
 
 
 class LocalFile:
@@ -39,6 +28,9 @@ class LocalFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+File = LocalFile | RemoteFile  # `read` gives fewer bytes than wanted only at the file's end
 
 
 class OpenFiles:

@@ -47,8 +47,7 @@ def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
     parts = [local[start : start + _PART] for start in range(0, len(local), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:  # it waits for the file system
         answers = threads.map(lambda part: [file_stat(path) for path in part], parts)
-        stats = list(chain.from_iterable(answers))
-    found = dict(zip(local, stats, strict=True))
+        found = dict(zip(local, chain.from_iterable(answers), strict=True))
     missing = [path for path, status in found.items() if status is None]
     if missing:
         shown = ", ".join(missing[:5])

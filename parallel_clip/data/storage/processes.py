@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
@@ -11,12 +11,12 @@ Result = TypeVar("Result")
 
 
 def parallel_map(
-    work: Callable[[Any], Result], items: Sequence[Any], workers: int, chunksize: int = 1
+    work: Callable[..., Result], *arguments: Iterable[Any], workers: int, chunksize: int = 1
 ) -> Iterator[Result]:
-    """Yield `work(item)` of each in order; processes take `chunksize` at a time. One worker is
-    this process."""
+    """`map(work, *arguments)` in several processes, each of which takes `chunksize` at a time. One
+    worker is this process."""
     if workers <= 1:
-        yield from map(work, items)
+        yield from map(work, *arguments)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as processes:
-        yield from processes.map(work, items, chunksize=chunksize)
+        yield from processes.map(work, *arguments, chunksize=chunksize)

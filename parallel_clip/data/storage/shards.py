@@ -99,8 +99,8 @@ def scan_shard(path: str) -> ShardIndex:
 def scan_headers(path: str) -> Scan:
     """The index of the whole samples of a shard that may be damaged, and what the damage is.
     InputError where it cannot be read at all."""
-    found = _Found()
-    damage = None
+    starts, checksums, keys = [], [], set()
+    key, end, damage = None, 0, None  # key and end: of the sample that is being read
     try:
         with closing(open_file(path)) as file:
             if file.size == 0:
@@ -109,48 +109,28 @@ def scan_headers(path: str) -> Scan:
                 raise TarError("it is compressed; shards are read in place, so gunzip it")
             for member in members(file.read, file.size):
                 name = split_name(member.name)
-                if name is not None:
-                    found.add(name[0], member.header, member.end, member.checksum)
-            if not found.checksums:
+                if name is None:
+                    continue
+                if name[0] != key:
+                    key = name[0]
+                    starts.append(member.header)
+                    checksums.append(REPEATED if key in keys else _SEED)
+                    keys.add(key)
+                if checksums[-1] != REPEATED:
+                    checksums[-1] = _with_member(checksums[-1], member.checksum)
+                end = member.end
+            if not starts:
                 raise TarError("it holds no samples (no file named KEY.EXTENSION)")
     except OSError as error:
         raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
     except TarError as error:
         damage = str(error)
-        found.drop_last()
-    index = ShardIndex(path, file.size, *found.arrays())
-    return Scan(index, damage, None if damage is None else found.key)
-
-
-class _Found:
-    """Collects the samples of a shard from its members in their order."""
-
-    def __init__(self):
-        self.starts: list[int] = []
-        self.checksums: list[int] = []
-        self.key: str | None = None  # of the sample that is being read
-        self._end = 0
-        self._keys: set[str] = set()
-
-    def add(self, key: str, header: int, end: int, checksum: int) -> None:
-        if key != self.key:
-            self.key = key
-            self.starts.append(header)
-            self.checksums.append(REPEATED if key in self._keys else _SEED)
-            self._keys.add(key)
-        if self.checksums[-1] != REPEATED:
-            self.checksums[-1] = _with_member(self.checksums[-1], checksum)
-        self._end = end
-
-    def drop_last(self) -> None:
-        """Drop the sample that was being read, which may not be whole."""
-        if self.starts:
-            self._end = self.starts.pop()
-            self.checksums.pop()
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        bounds = np.array([*self.starts, self._end], np.int64) // TAR_BLOCK
-        return bounds.astype(np.uint32), np.array(self.checksums, np.uint32)
+        if starts:  # the sample that was being read may not be whole
+            end = starts.pop()
+            checksums.pop()
+    bounds = (np.array([*starts, end], np.int64) // TAR_BLOCK).astype(np.uint32)
+    index = ShardIndex(path, file.size, bounds, np.array(checksums, np.uint32))
+    return Scan(index, damage, None if damage is None else key)
 
 
 _SEED = 1

@@ -67,13 +67,11 @@ def decode_all_shards(
     """
     table = find_shards(patterns, say)
     require_files(table.paths)
-    check = partial(_check_known, caption_key=caption_key)
-    jobs = [
-        (path, None if count == UNKNOWN else table[number])
-        for number, (path, count) in enumerate(zip(table.paths, table.counts, strict=True))
-    ]
+    check = partial(check_shard, caption_key=caption_key)
+    known = [None if n == UNKNOWN else table[number] for number, n in enumerate(table.counts)]
+    reports = parallel_map(check, table.paths, known, workers=workers)
     total = CheckReport()
-    for report in show_progress(parallel_map(check, jobs, workers), len(jobs), "checked", say):
+    for report in show_progress(reports, len(table), "checked", say):
         total.add(report)
     return total
 
@@ -119,10 +117,6 @@ def check_shard(
         report.caption_bytes.update(_power(len(caption.encode())) for caption in captions)
     files.close()
     return report
-
-
-def _check_known(job: tuple[str, ShardIndex | None], caption_key: str | None) -> CheckReport:
-    return check_shard(*job, caption_key)
 
 
 def _power(number: int) -> int:
