@@ -30,7 +30,15 @@ def read_templates(choice: str | Path | None = None) -> list[str]:
     if choice is None:
         return list(DEFAULT_TEMPLATES)
     if str(choice) == "openai":
-        return _openai_templates()
+        try:
+            from open_clip import OPENAI_IMAGENET_TEMPLATES
+        except ImportError as error:
+            raise InputError(
+                "the templates 'openai' are those of the package open_clip, which is not "
+                "installed: `pip install open_clip_torch`, or give a file with one template a "
+                "line, or none for the short list that comes with parallel_clip"
+            ) from error
+        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
     lines = _read_lines(Path(choice), "templates")
     for number, line in enumerate(lines, start=1):
         if "{}" not in line:
@@ -74,18 +82,6 @@ def read_classes(path: str | Path) -> list[str]:
 def fill(template: str, name: str) -> str:
     """Put a class name into a template. Braces other than `{}` are left as they are."""
     return template.replace("{}", name)
-
-
-def _openai_templates() -> list[str]:
-    try:
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-    except ImportError as error:
-        raise InputError(
-            "the templates 'openai' are those of the package open_clip, which is not installed: "
-            "`pip install open_clip_torch`, or give a file with one template a line, or none for "
-            "the short list that comes with parallel_clip"
-        ) from error
-    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
 def _read_lines(path: Path, what: str) -> list[str]:

@@ -80,7 +80,9 @@ class Order:
                 "data.train.*.samples"
             )
         self._streams = ReadStreams.of(self.samples_per_epoch)
-        self._stride = _coprime_near(0.618 * self.samples_per_epoch, self.samples_per_epoch)
+        self._stride = max(1, int(0.618 * self.samples_per_epoch))
+        while math.gcd(self._stride, self.samples_per_epoch) != 1:  # see `substitute`
+            self._stride += 1
 
     def at(self, position: int) -> SampleAddress:
         """The sample at `position` (from 0, running on over epochs)."""
@@ -223,10 +225,3 @@ def _by_blocks(places: np.ndarray, size: int, block: int, *name: int | str) -> n
     cut = permuted(number, max(whole, 1), key) * block + within
     cut = np.where(in_short, whole * block + places - first_of_short, cut)
     return (cut + turn) % size
-
-
-def _coprime_near(value: float, number: int) -> int:
-    stride = max(1, int(value))
-    while math.gcd(stride, number) != 1:
-        stride += 1
-    return stride

@@ -181,8 +181,7 @@ class ShardFiles:
             if checksum != shard.checksums[index]:
                 raise TarError("other files are here than when it was indexed")
         except TarError as error:
-            reason = f"damaged in the shard: {error}"
-            raise BadSampleError(key or _number(index), reason) from None
+            raise BadSampleError(key or _number(index), f"damaged in the shard: {error}") from None
         return StoredSample(key, files)
 
     def close(self) -> None:
