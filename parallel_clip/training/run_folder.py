@@ -69,10 +69,7 @@ def _environment(layout: Layout, device: str) -> dict:
         "device": device,
         "world_size": layout.world,
         "layout": {
-            "data": layout.data,
-            "tensor": layout.tensor,
-            "pipeline": layout.pipeline,
-            "virtual_pipeline": layout.virtual_pipeline,
-            "sequence": layout.sequence,
+            name: getattr(layout, name)
+            for name in ("data", "tensor", "pipeline", "virtual_pipeline", "sequence")
         },
     }
