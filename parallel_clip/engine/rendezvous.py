@@ -7,6 +7,7 @@ the plan out through this store. The others wait as long as rank 0 shows that it
 from __future__ import annotations
 
 import datetime
+import os
 import pickle
 import threading
 import time
@@ -35,10 +36,26 @@ _READ = "parallel_clip/outcome read by rank"
 
 @cache
 def job_store(launch: Launch, timeout: datetime.timedelta = START_TIMEOUT) -> dist.Store:
-    """The store of this job, made by the launcher or by rank 0. Not for a world of one."""
+    """The store of this job, made by the launcher or by rank 0. Not for a world of one.
+
+    Raises:
+        InputError: rank 0's port is taken.
+    """
     set_rendezvous_address()
-    store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
-    return store
+    try:
+        store, _, _ = next(
+            dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            f"port {os.environ['MASTER_PORT']} is in use on {os.environ['MASTER_ADDR']}, perhaps "
+            "by another job; set MASTER_PORT (torchrun: --master-port) to another one"
+        ) from None
+    # After a restart by torchrun the store still has what the last attempt wrote.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"parallel_clip/attempt {attempt}", store)
 
 
 def broadcast_from_rank_zero(

@@ -96,3 +96,34 @@ def test_no_address_to_be_found(slurm, monkeypatch):
     monkeypatch.setattr(subprocess, "run", no_scontrol)
     with pytest.raises(InputError, match="export MASTER_ADDR"):
         set_rendezvous_address()
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "9",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "16",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+}
+MPICH = {"PMI_RANK": "9", "MPI_LOCALRANKID": "1", "PMI_SIZE": "16", "MPI_LOCALNRANKS": "8"}
+
+
+@pytest.mark.parametrize("environment", [OPEN_MPI, MPICH], ids=["Open MPI", "MPICH"])
+def test_mpirun(environment, monkeypatch):
+    assert read_launch(environment) == Launch(rank=9, local_rank=1, world_size=16)
+    with pytest.raises(InputError, match="mpirun"):
+        read_launch({k: v for k, v in environment.items() if "RANK" not in k or "LOCAL" in k})
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR"):
+        set_rendezvous_address()
+    monkeypatch.setenv(
+        next(n for n in environment if "LOCAL" in n and "SIZE" in n or "NRANKS" in n), "16"
+    )
+    set_rendezvous_address()
+    assert os.environ["MASTER_ADDR"] == "localhost" and int(os.environ["MASTER_PORT"]) >= 20000
+
+
+def test_a_process_alone_under_mpirun_is_a_world_of_one():
+    assert read_launch(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}) == Launch(0, 0, 1)
