@@ -36,6 +36,7 @@ setup(
         "regex",
         "braceexpand",
         "pillow",
+        "xxhash",
         "psutil",  # megatron-core imports it without declaring it
     ],
     extras_require={

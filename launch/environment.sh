@@ -32,7 +32,7 @@ _missing_modules() {
     local python="$1" modules extra
     shift
     modules="torch torchvision megatron.core numpy pydantic yaml rich safetensors tensorboard"
-    modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil"
+    modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil xxhash"
     for extra in "$@"; do
         case "$extra" in
             test) modules+=" pytest pytest_timeout hypothesis open_clip ruff aiohttp matplotlib" ;;

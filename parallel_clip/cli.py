@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -13,7 +14,12 @@ from parallel_clip import __version__, commands
 from parallel_clip.engine.error_report import is_lost_connection, report_error_once
 from parallel_clip.engine.launch import Launch, read_launch
 from parallel_clip.engine.quiet import silence_dependency_warnings
-from parallel_clip.errors import BadDataError, InputError, WorkerError
+from parallel_clip.errors import BadDataError, InputError, SaveFailedError, WorkerError
+
+# Of a disk or a mount, not of our code.
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT, errno.ESTALE, errno.ENOTCONN,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         report_error_once(f"parallel-clip: {error}", launch)
         return 2
-    except (BadDataError, FloatingPointError) as error:
+    except (BadDataError, FloatingPointError, SaveFailedError) as error:
         report_error_once(f"parallel-clip: {error}", launch)
         return 1
+    except KeyboardInterrupt:
+        print("parallel-clip: interrupted", file=sys.stderr)
+        return 130
     except WorkerError as error:
         _end_at_once(str(error), launch)
     except Exception as error:
@@ -42,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"parallel-clip: rank {launch.rank} stops: the connection to another rank was "
                 "closed; the rank that failed says why",
+                file=sys.stderr,
+            )
+        elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            where = f" (rank {launch.rank})" if launch.world_size > 1 else ""
+            print(
+                f"parallel-clip: a file cannot be used{where}: {error.strerror}"
+                f"{f': {error.filename}' if error.filename else ''}; see to the disk, then the "
+                "same command goes on from the last checkpoint",
                 file=sys.stderr,
             )
         else:
@@ -91,6 +108,7 @@ def _parser() -> _Parser:
     _add_train(commands_)
     _add_evaluate(commands_)
     _add_convert(commands_)
+    _add_checkpoint(commands_)
     _add_data(commands_)
     _add_plan(commands_)
     doctor = commands_.add_parser("doctor", help="what is installed here and what of it is used")
@@ -165,6 +183,20 @@ def _add_convert(parent) -> None:
     parser.add_argument("--bin", action="store_true", help="also write open_clip_pytorch_model.bin")
     parser.add_argument("--model", metavar="NAME", help="where the source does not say it")
     parser.set_defaults(run=commands.convert)
+
+
+def _add_checkpoint(parent) -> None:
+    parser = parent.add_parser("checkpoint", help="list, verify or show a run's checkpoints")
+    kinds = parser.add_subparsers(required=True, metavar="KIND")
+    for name, run, words in (
+        ("list", commands.checkpoint_list, "steps, sizes, layouts that wrote them, age"),
+        ("verify", commands.checkpoint_verify, "hash every file; exit 2 if one is damaged"),
+        ("show", commands.checkpoint_show, "what the newest says of itself"),
+    ):
+        kind = kinds.add_parser(name, help=words)
+        kind.add_argument("run_folder", metavar="RUN", help="a run folder, or one checkpoint of it")
+        kind.add_argument("--json", metavar="FILE", help="write the figures; - prints them alone")
+        kind.set_defaults(run=run)
 
 
 def _add_data(parent) -> None:

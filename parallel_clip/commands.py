@@ -20,16 +20,25 @@ def train(options: argparse.Namespace, launch: Launch) -> None:
         raise InputError("--world-size is for --dry-run; torchrun or srun start processes")
     from parallel_clip.engine.groups import close_groups
     from parallel_clip.engine.rendezvous import broadcast_from_rank_zero
-    from parallel_clip.plan.run_plan import make_run_plan
-    from parallel_clip.training.loop import train as run
+    from parallel_clip.training.start import plan_and_take_lease
+    from parallel_clip.training.stop import StopRequests
+    from parallel_clip.training.train import train as run
+
+    requests = StopRequests(say=launch.is_rank_zero)
+    requests.install()
 
     def plan_run():
         config = load_config(options.config, options.overrides)
-        return make_run_plan(config, launch.world_size)
+        return plan_and_take_lease(config, launch.world_size)
 
-    plan, shards = broadcast_from_rank_zero(plan_run, launch)
-    run(plan, launch, shards)
-    close_groups()
+    (plan, token), kept = broadcast_from_rank_zero(plan_run, launch)
+    shards, lease = kept if kept is not None else (None, None)
+    try:
+        run(plan, launch, shards, lease, token, requests)
+        close_groups()
+    finally:
+        if lease is not None:
+            lease.release()
 
 
 def _dry_run(options: argparse.Namespace, launch: Launch) -> None:
@@ -73,6 +82,47 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
         options.source, options.target, options.to, options.precision, options.bin, options.model
     )
     print(f"{source.architecture.name} from {source.folder} is now in {Path(options.target)}")
+
+
+def checkpoint_list(options: argparse.Namespace, launch: Launch) -> int:
+    return _print_checkpoints(options, verify=False)
+
+
+def checkpoint_verify(options: argparse.Namespace, launch: Launch) -> int:
+    return _print_checkpoints(options, verify=True)
+
+
+def checkpoint_show(options: argparse.Namespace, launch: Launch) -> None:
+    from parallel_clip.checkpoint.inspect import describe_checkpoint, find_checkpoints
+    from parallel_clip.evaluate.results import check_json_target, write_json
+
+    check_json_target(options.json)
+    said = describe_checkpoint(find_checkpoints(options.run_folder)[-1])
+    if options.json != "-":
+        for name, value in said.items():
+            print(f"{name:15} {value}")
+    if options.json is not None:
+        write_json(said, options.json)
+
+
+def _print_checkpoints(options: argparse.Namespace, verify: bool) -> int:
+    """2 where a checkpoint is not whole or damaged and that was asked for, else 0."""
+    from parallel_clip.checkpoint.inspect import (
+        find_checkpoints,
+        inspect_checkpoint,
+        state_tree,
+    )
+    from parallel_clip.checkpoint.table import print_checkpoints
+    from parallel_clip.evaluate.results import check_json_target, write_json
+
+    check_json_target(options.json)
+    folders = find_checkpoints(options.run_folder)
+    states = [inspect_checkpoint(folder, verify=verify) for folder in folders]
+    if options.json != "-":
+        print_checkpoints(states)
+    if options.json is not None:
+        write_json([state_tree(state) for state in states], options.json)
+    return 2 if verify and not all(state.verified for state in states) else 0
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:

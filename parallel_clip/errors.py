@@ -13,6 +13,18 @@ class BadDataError(RuntimeError):
     """Too much of the training data could not be decoded: the run ends with exit code 1."""
 
 
+class BadStepsError(FloatingPointError):
+    """A loss or a gradient is not finite, and `bad_steps` does not allow it: exit code 1."""
+
+
+class SaveFailedError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were. Exit code 1."""
+
+
+class LeaseLostError(SaveFailedError):
+    """Another job has taken the run folder over; this one may write nothing more."""
+
+
 class WorkerError(Exception):
     """A process that reads data has ended or is stuck."""
 

@@ -23,7 +23,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "parallel_clip.cli",
-        "parallel_clip.training.loop",
+        "parallel_clip.training.train",
         "parallel_clip.plan.report",
         "parallel_clip.convert.openclip",
         "parallel_clip.evaluate.zero_shot",

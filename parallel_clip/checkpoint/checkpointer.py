@@ -2,47 +2,125 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from parallel_clip.checkpoint import commit
+from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.collect import collect_pieces
-from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import KINDS, PieceReader, write_index, write_pieces
+from parallel_clip.checkpoint.manifest import Manifest
+from parallel_clip.checkpoint.meta import META_FILE, Meta
+from parallel_clip.checkpoint.pieces import (
+    INDEX_FILE,
+    KINDS,
+    Piece,
+    PieceReader,
+    WrittenPieces,
+    write_index,
+    write_pieces,
+)
 from parallel_clip.engine.collectives import gather_objects
+from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
+from parallel_clip.errors import LeaseLostError, SaveFailedError
 from parallel_clip.model.parameters import Parameter, fill_slice
 from parallel_clip.optimizer.train_state import TrainState
+
+T = TypeVar("T")
 
 
 class Checkpointer:
     """The checkpoints of the run in `run_dir`. All ranks call each method together.
 
-    keep: how many `save` leaves, counted back from the one that it wrote; None: all.
+    keep: how many `save` leaves, counted back from the one that it wrote; None: all. asynchronous:
+    write on a thread while training goes on. failures: how many failed saves in a row are only
+    told. may_write: called on rank 0 before a checkpoint is shown; raises LeaseLostError where the
+    run folder is another job's by now. tick: called at each piece that is read or
+    written, to show that this goes on.
     """
 
-    def __init__(self, run_dir: Path, groups: Groups, keep: int | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        groups: Groups,
+        keep: int | None = None,
+        *,
+        asynchronous: bool = False,
+        failures: int = 0,
+        may_write: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = print,
+        tick: Callable[[], None] = lambda: None,
+    ):
         self.run_dir = run_dir
+        self.whole_step: int | None = None  # of the newest checkpoint that was loaded or saved
+        self.last_pause = 0.0  # seconds in which the last save kept training waiting
+        self.longest_save = 0.0  # seconds from the first byte to the rename
         self._groups = groups
         self._keep = keep
+        self._asynchronous = asynchronous
+        self._failures = failures
+        self._failed = 0
+        self._may_write = may_write
+        self._say = say if groups.is_rank_zero else lambda _: None
+        self._tick = tick
+        self._write: _Write | None = None
 
-    def save(self, meta: Meta, state: TrainState) -> Path:
-        """Collect, write, commit and prune; returns the checkpoint's folder.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes an asynchronous checkpoint. Where none does, `finish`
+        commits it without waiting."""
+        return self._write is not None and not self._write.done
 
-        A write beside training fits in here: collecting copies to host memory by collectives, so it
-        stays on the training thread (`list(collect_pieces(...))` takes all of it at once);
-        `write_pieces` uses no collective and may run on another thread; `_commit` is called once
-        that has ended.
+    @property
+    def has_pending(self) -> bool:
+        """Whether a checkpoint has been begun and not committed; the same on every rank."""
+        return self._write is not None
+
+    def save(self, meta: Meta, state: TrainState, *, last: bool = False) -> None:
+        """Save the checkpoint of `meta.step`; an asynchronous one is only begun.
+
+        last: none will follow, so it is waited for and its failure is never just told.
+
+        Raises:
+            SaveFailedError: it cannot be written, and it is the last or more than `failures` in a
+                row could not; the checkpoints before it are as they were. On every rank.
         """
-        folder = self._groups.run_on_rank_zero(lambda: commit.begin(self.run_dir, meta.step))
-        entries = write_pieces(folder, self._groups.rank, collect_pieces(state, self._groups))
-        checkpoint = self._commit(folder, meta, entries)
-        if self._keep is not None:
-            self._groups.run_on_rank_zero(lambda: commit.prune(self.run_dir, self._keep))
-        return checkpoint
+        began = time.monotonic()
+        self.finish()
+        try:
+            folder = self._on_rank_zero(lambda: commit.begin(self.run_dir, meta.step), meta.step)
+            pieces = self._ticking(collect_pieces(state, self._groups))
+            if self._asynchronous:
+                pieces = list(pieces)  # by collectives, so before training goes on
+            self._write = _Write(folder, self._groups.rank, meta, pieces, self._asynchronous)
+        except SaveFailedError as error:
+            self._tell_failure(error, last)
+        if last or not self._asynchronous:
+            self.finish(last=last)
+        self.last_pause = time.monotonic() - began
+
+    def finish(self, *, last: bool = False) -> None:
+        """Wait for the write that is going on, if one is, commit it and prune. Raises as `save`."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        step = write.meta.step
+        try:
+            of_ranks = self._all_or_none(lambda: write.result(self._tick), step)
+            self._on_rank_zero(lambda: self._commit(write, of_ranks), step)
+        except SaveFailedError as error:
+            if self._groups.is_rank_zero:
+                durable.remove_folder(write.folder)
+            self._tell_failure(error, last)
+            return
+        self._failed, self.whole_step = 0, step
+        self.longest_save = max(self.longest_save, time.monotonic() - write.began)
 
     def load(self, folder: Path, state: TrainState) -> Meta:
         """Fill a rank's weights, masters and moments from a checkpoint of any run and layout.
@@ -54,27 +132,83 @@ class Checkpointer:
         """
         meta = Meta.read(folder)
         reader = PieceReader(folder)
-        for parameter, tensor in state.global_parameters():
+        self.whole_step = meta.step
+        for parameter, tensor in self._ticking(state.global_parameters()):
             values = {
                 kind: self._read_local(reader, f"{kind}:{parameter.name}", parameter)
                 for kind in (KINDS if meta.has_moments else KINDS[:1])
             }
             state.optimizer.set_weight(tensor, values.pop("weight"))
-            if meta.has_moments and meta.step > 0:
-                state.optimizer.set_moments(tensor, values, meta.step)
+            if meta.has_moments and meta.updates > 0:
+                state.optimizer.set_moments(tensor, values, meta.updates)
         return meta
 
-    def _commit(self, folder: Path, meta: Meta, entries: list[dict]) -> Path:
-        """Once every rank has written: the index, `meta.json`, and the rename that makes it count.
-        Returns the final folder."""
-        of_ranks = gather_objects(entries, self._groups.world)
+    def verify(self, folder: Path) -> None:
+        """Hash every file of a checkpoint, each on one rank.
 
-        def finish() -> Path:
-            write_index(folder, [entry for of_rank in of_ranks for entry in of_rank])
-            meta.write(folder)
-            return commit.commit(self.run_dir, meta.step)
+        Raises:
+            InputError: one is not what was written; on every rank.
+        """
 
-        return self._groups.run_on_rank_zero(finish)
+        def verify_share() -> None:
+            manifest = Manifest.read(folder)
+            by_size = sorted(manifest.files, key=lambda name: manifest.files[name].bytes)
+            share = by_size[self._groups.rank :: self._groups.layout.world]
+            manifest.verify(folder, share)
+
+        self._groups.run_on_all_ranks(verify_share)
+
+    def _commit(self, write: _Write, of_ranks: list[WrittenPieces]) -> None:
+        """On rank 0, once every rank has written."""
+        files = {name: record for written in of_ranks for name, record in written.files.items()}
+        entries = [entry for written in of_ranks for entry in written.entries]
+        files[INDEX_FILE] = write_index(write.folder, entries)
+        files[META_FILE] = write.meta.write(write.folder)
+        Manifest(files).write(write.folder)
+        commit.commit(write.folder, write.meta.step, self._may_write)
+        if self._keep is not None:
+            try:
+                commit.prune(self.run_dir, self._keep)
+            except OSError as error:
+                self._say(f"an old checkpoint could not be removed: {error}")
+
+    def _all_or_none(self, function: Callable[[], T], step: int) -> list[T]:
+        """Run `function` on every rank; the results of all, or SaveFailedError on all."""
+        result, complaint, error_type = None, None, SaveFailedError
+        try:
+            try:
+                result = function()
+            except OSError:
+                self._may_write()  # who took the lease over has removed what this one was writing
+                raise
+        except OSError as error:
+            where = f" (rank {self._groups.rank} on {host_name()})"
+            complaint = f"{error.strerror or error}: {error.filename or self.run_dir}{where}"
+        except LeaseLostError as error:
+            complaint, error_type = str(error), LeaseLostError
+        outcomes = gather_objects((result, complaint, error_type), self._groups.world)
+        for _, complaint, error_type in outcomes:
+            if complaint is not None:
+                whole = "no checkpoint was written before"
+                if self.whole_step is not None:
+                    whole = f"the checkpoint of step {self.whole_step} is whole"
+                raise error_type(f"save of step {step} failed: {complaint}; {whole}")
+        return [result for result, _, _ in outcomes]
+
+    def _on_rank_zero(self, function: Callable[[], T], step: int) -> T:
+        zero = self._groups.is_rank_zero
+        return self._all_or_none(lambda: function() if zero else None, step)[0]
+
+    def _tell_failure(self, error: SaveFailedError, last: bool) -> None:
+        self._failed += 1
+        if last or self._failed > self._failures or isinstance(error, LeaseLostError):
+            raise error
+        self._say(f"{error}; training goes on (failed save {self._failed} of {self._failures})")
+
+    def _ticking(self, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            self._tick()
+            yield item
 
     def _read_local(self, reader: PieceReader, key: str, parameter: Parameter) -> Tensor:
         """This tensor rank's part of a tensor: fp32 on the CPU, zeros where padded."""
@@ -85,3 +219,53 @@ class Checkpointer:
         part = torch.zeros(parameter.local_shape(size))
         read_range = partial(reader.read_range, key)
         return fill_slice(part, parameter.placement, parameter.shape[axis], rank, size, read_range)
+
+
+class _Write:
+    """The write of one rank's pieces, on a thread of its own or at once."""
+
+    def __init__(
+        self, folder: Path, rank: int, meta: Meta, pieces: Iterable[Piece], on_thread: bool
+    ):
+        self.folder = folder
+        self.meta = meta
+        self.began = time.monotonic()
+        self._rank = rank
+        self._pieces = 0  # that the thread has written
+        self._outcome: WrittenPieces | Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(pieces,), daemon=True)
+        if on_thread:
+            self._thread.start()
+        else:
+            self._run(pieces)
+
+    @property
+    def done(self) -> bool:
+        return self._outcome is not None
+
+    def result(self, tick: Callable[[], None]) -> WrittenPieces:
+        """What was written, once it is; raises what `write_pieces` raised. tick: called while the
+        thread comes forward."""
+        seen = 0
+        while not self.done:
+            self._thread.join(0.2)
+            if self._pieces != seen:
+                seen = self._pieces
+                tick()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+    def _run(self, pieces: Iterable[Piece]) -> None:
+        pieces = self._counted(pieces)
+        try:
+            self._outcome = write_pieces(self.folder, self._rank, pieces)
+        except Exception as error:
+            for _ in pieces:  # the other ranks wait for this one in the collectives behind them
+                pass
+            self._outcome = error
+
+    def _counted(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            yield piece
+            self._pieces += 1

@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel_clip.checkpoint import durable
+from parallel_clip.checkpoint.durable import FileRecord
+from parallel_clip.checkpoint.manifest import Manifest
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 
 META_FILE = "meta.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,10 @@ class Meta:
     step: optimizer steps done; position: samples of the global order consumed; bad_samples:
     replaced so far; source_samples: pairs seen of each source; data: identifies the training
     samples and their order, see `RunShards.fingerprint`; model and preprocess: OpenCLIP's
-    model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute.
+    model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute;
+    updates: of the optimizer, which are fewer than the steps where bad ones were skipped;
+    grad_norms and skipped: what `bad_steps` remembers of the last steps; config: of the run, all
+    keys; layout and versions: those that wrote the checkpoint.
     """
 
     step: int
@@ -34,6 +40,12 @@ class Meta:
     source_samples: tuple[int, ...] = ()
     data: dict[str, Any] | None = None
     has_moments: bool = True
+    updates: int = 0
+    grad_norms: tuple[float, ...] = ()
+    skipped: tuple[int, ...] = ()
+    config: dict[str, Any] | None = None
+    layout: dict[str, Any] | None = None
+    versions: dict[str, str | None] | None = None
     format: int = FORMAT
 
     @classmethod
@@ -51,12 +63,14 @@ class Meta:
             tokenizer=tokenizer,
         )
 
-    def write(self, folder: Path) -> None:
-        (folder / META_FILE).write_text(json.dumps(asdict(self), indent=1))
+    def write(self, folder: Path) -> FileRecord:
+        return durable.write_new(folder / META_FILE, [json.dumps(asdict(self), indent=1).encode()])
 
     @classmethod
     def read(cls, folder: Path) -> Meta:
-        """Raises InputError where the folder holds no checkpoint of this format."""
+        """Raises InputError where the folder holds no checkpoint of this format, or a damaged one
+        (its manifest and this file are verified)."""
+        Manifest.read(folder).verify(folder, [META_FILE])
         try:
             values = json.loads((folder / META_FILE).read_text())
             if values["format"] != FORMAT:

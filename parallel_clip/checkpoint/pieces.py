@@ -6,18 +6,21 @@ Knows nothing of models or ranks. Tensors are named `KIND:NAME`, KIND one of `KI
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from parallel_clip.checkpoint import durable
+from parallel_clip.checkpoint.durable import FileRecord
+from parallel_clip.checkpoint.manifest import Manifest
 from parallel_clip.errors import InputError
 from parallel_clip.optimizer import MOMENTS
 
@@ -44,37 +47,52 @@ def host_copy(values: Tensor) -> Tensor:
     return values.detach().to("cpu", copy=True).contiguous()
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[dict]:
-    """Write one rank's pieces to files of bounded size; returns a row of the index for each."""
-    entries: list[dict] = []
+class WrittenPieces(NamedTuple):
+    """What one rank has written: a row of the index for each piece, and a record of each file."""
+
+    entries: list[dict]
+    files: dict[str, FileRecord]
+
+
+def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> WrittenPieces:
+    """Write one rank's pieces to files of bounded size. Uses no collective of its own."""
+    written = WrittenPieces([], {})
     pending: dict[str, Tensor] = {}
-    files = 0
     for piece in pieces:
-        file = f"rank_{rank:05d}_{files:03d}.safetensors"
+        file = f"rank_{rank:05d}_{len(written.files):03d}.safetensors"
         stored = f"{piece.key}@{piece.start}"
         pending[stored] = piece.values
-        entries.append(
+        written.entries.append(
             {"key": piece.key, "shape": list(piece.shape), "axis": piece.axis,
              "start": piece.start, "stored": stored, "file": file}
         )  # fmt: skip
         if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:
-            save_tensors(pending, folder / file)
+            written.files[file] = write_tensor_file(folder / file, pending)
             pending = {}
-            files += 1
     if pending:
-        save_tensors(pending, folder / file)
-    return entries
+        written.files[file] = write_tensor_file(folder / file, pending)
+    return written
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the process's default permissions (the library's are 0600)."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write fp32 tensors, on the CPU and contiguous, as a safetensors file.
+
+    The library's own writer neither flushes nor hashes; the format is a JSON header behind its
+    length, then the tensors (https://github.com/huggingface/safetensors, "Format").
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    contents = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values())
+    return durable.write_new(path, chain([struct.pack("<Q", len(text)), text], contents))
 
 
-def write_index(folder: Path, entries: list[dict]) -> None:
+def write_index(folder: Path, entries: Iterable[dict]) -> FileRecord:
     """Write `index.json` from the rows that `write_pieces` returned on all ranks."""
     tensors: dict[str, dict] = {}
     for entry in entries:
@@ -82,18 +100,20 @@ def write_index(folder: Path, entries: list[dict]) -> None:
             entry["key"], {"shape": entry["shape"], "axis": entry["axis"], "pieces": []}
         )
         tensor["pieces"].append({k: entry[k] for k in ("start", "file", "stored")})
-    (folder / INDEX_FILE).write_text(json.dumps(tensors, indent=1))
+    return durable.write_new(folder / INDEX_FILE, [json.dumps(tensors, indent=1).encode()])
 
 
 class PieceReader:
     """Reads whole tensors, or ranges of them, from a checkpoint written in any layout.
 
-    Raises InputError, here and in its methods, where the checkpoint is not whole.
+    The manifest and the index are verified, the tensors are not (`Manifest.verify` does). Raises
+    InputError, here and in its methods, where the checkpoint is not whole.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._open: dict[str, safe_open] = {}
+        Manifest.read(folder).verify(folder, [INDEX_FILE])
         try:
             index = json.loads((folder / INDEX_FILE).read_text())
             self._tensors = {key: _Tensor.from_json(value) for key, value in index.items()}

@@ -1,6 +1,7 @@
 """The config of a run. Everything outside this folder imports from here."""
 
 from parallel_clip.config.keys import (
+    BadSteps,
     Config,
     LearningRateSchedule,
     Loss,
@@ -9,11 +10,13 @@ from parallel_clip.config.keys import (
     Stages,
     Train,
     parse_bytes,
+    parse_seconds,
 )
 from parallel_clip.config.load import config_from_dict, load_config
 from parallel_clip.config.resume import resume_differences
 
 __all__ = [
+    "BadSteps",
     "Config",
     "Optimizer",
     "Parallel",
@@ -22,6 +25,7 @@ __all__ = [
     "Stages",
     "Train",
     "parse_bytes",
+    "parse_seconds",
     "config_from_dict",
     "load_config",
     "resume_differences",

@@ -113,6 +113,11 @@ class Train(ConfigSection):
     steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
     samples: int | None = Field(None, ge=1, description="length of the run in pairs")
     epochs: float | None = Field(None, gt=0, description="length of the run in passes")
+    time_limit: str | Annotated[float, Field(gt=0, strict=False)] | None = Field(
+        None,
+        description="time after which a process saves and ends by itself, such as 23h30m, or "
+        "seconds; counted from its start, the time of a save included",
+    )
 
 
 class Optimizer(ConfigSection):
@@ -193,6 +198,49 @@ class Data(ConfigSection):
 class Checkpoint(ConfigSection):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int | None = Field(3, ge=1, description="how many of the newest to keep; null: all")
+    async_: bool = Field(
+        False,
+        alias="async",
+        description="write while training goes on, from a copy in host memory",
+    )
+    verify: bool = Field(
+        True, description="hash every file of a checkpoint before a run starts or resumes from it"
+    )
+    fallback: bool = Field(
+        False, description="resume from the checkpoint before where the newest is damaged"
+    )
+    failures: int = Field(0, ge=0, description="failed writes in a row that training goes on over")
+
+
+class Watchdog(ConfigSection):
+    timeout: float = Field(
+        1800.0,
+        gt=0,
+        strict=False,
+        description="seconds without progress until the stalled rank is named and the job ends",
+    )
+
+
+class BadSteps(ConfigSection):
+    action: Literal["halt", "skip"] = Field(
+        "halt",
+        description="on a step whose loss or gradient is not finite: end the run, or leave it out",
+    )
+    limit: int = Field(3, ge=0, description="bad steps that skip allows within `window` steps")
+    window: int = Field(100, ge=1, description="steps over which bad ones and norms are counted")
+    spike: float | None = Field(
+        None,
+        gt=1,
+        strict=False,
+        description="a grad_norm of so many times the median of the last `window` good steps is "
+        "bad, too; null: none is",
+    )
+
+
+class Resume(ConfigSection):
+    allow: list[str] = Field(
+        [], description="keys whose change is accepted and recorded, e.g. [optimizer.lr]"
+    )
 
 
 class ZeroShot(ConfigSection):
@@ -238,6 +286,9 @@ class Config(ConfigSection):
     schedule: LearningRateSchedule = LearningRateSchedule()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
+    watchdog: Watchdog = Watchdog()
+    bad_steps: BadSteps = BadSteps()
+    resume: Resume = Resume()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     deterministic: bool = Field(
@@ -273,3 +324,22 @@ def parse_bytes(size: str | int, key: str = "parallel.memory") -> int:
             f"{', '.join(filter(None, _UNITS))}, such as 80GB, or bytes"
         )
     return whole
+
+
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
+
+
+def parse_seconds(time: str | float, key: str) -> float:
+    """23h30m is 84,600 seconds, 1d2h 93,600, 90 is 90; `key` is where the user wrote it.
+
+    Raises:
+        InputError: `time` is none of these.
+    """
+    if not isinstance(time, str):
+        return float(time)
+    parts = _TIME.fullmatch(time.strip().replace(" ", ""))
+    found = [float(part or 0) for part in parts.groups()] if parts else [0.0]
+    seconds = sum(n * unit for n, unit in zip(found, (86400, 3600, 60, 1), strict=False))
+    if seconds <= 0:
+        raise InputError(f"{key} {time!r} is no time; write such as 23h30m, 90m, 1d12h, or seconds")
+    return seconds

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
-from parallel_clip.config.keys import Config, parse_bytes
+from parallel_clip.config.keys import Config, parse_bytes, parse_seconds
+from parallel_clip.config.resume import check_allowed
 from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
 from parallel_clip.errors import InputError
 from parallel_clip.layout import check_virtual_pipeline
@@ -99,7 +100,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 
 def check_consistency(config: Config) -> Iterator[str]:
     """What is wrong between keys that are each right by themselves."""
-    lengths = {k: v for k, v in config.to_tree()["train"].items() if v is not None}
+    lengths = config.train.model_dump(include={"steps", "samples", "epochs"}, exclude_none=True)
     if len(lengths) != 1:
         given = " and ".join(f"train.{key}" for key in lengths) or "none"
         yield f"give exactly one of train.steps, train.samples and train.epochs; given: {given}"
@@ -125,6 +126,12 @@ def check_consistency(config: Config) -> Iterator[str]:
         parse_bytes(config.data.cache, "data.cache")
     except InputError as error:
         yield str(error)
+    if config.train.time_limit is not None:
+        try:
+            parse_seconds(config.train.time_limit, "train.time_limit")
+        except InputError as error:
+            yield str(error)
+    yield from check_allowed(config.resume.allow)
     if schedule.cooldown and schedule.kind != "wsd":
         yield f"schedule.cooldown is for schedule.kind wsd, not {schedule.kind}; leave it out"
     if schedule.min_lr and schedule.kind == "constant":

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from parallel_clip.config.keys import Config
-from parallel_clip.config.schema import show
+from parallel_clip.config.schema import keys_of, show
 
-_FREE_ON_RESUME = (
+# What changes no result, or only how a run is watched and kept.
+_FREE = (
     "parallel.",
     "batch.micro",
     "recompute",
+    "loss.exchange",
+    "loss.stages",
+    "loss.tile",
     "data.workers",
     "data.prefetch",
     "data.worker_patience",
@@ -18,25 +23,55 @@ _FREE_ON_RESUME = (
     "log.",
     "evaluate.",
     "checkpoint.",
+    "watchdog.",
+    "bad_steps.",
+    "resume.",
+    "train.time_limit",
     "run_dir",
 )
+# What the order of samples and the position in it depend on.
+_NEVER = ("batch.global", "seed", "model", "data.train")
 
 
-def resume_differences(saved: Config, new: Config) -> list[str]:
-    """The keys that keep `new` from going on with a run of `saved`: 'key: saved → new' each.
+class Differences(NamedTuple):
+    """The keys in which a config differs from that of a run, 'key: saved → new' each."""
 
-    Free to differ are those that change no result, and a longer `train` at constant learning rate.
-    """
+    refused: list[str]
+    accepted: list[str]
+
+
+def resume_differences(saved: Config, new: Config) -> Differences:
+    """What differs in `new` from the run of `saved`, but for what is free to: keys that change no
+    result, and a longer `train` at constant learning rate. `resume.allow` of `new` accepts more."""
     before, after = _flat(saved.to_tree()), _flat(new.to_tree())
     constant = saved.schedule.kind == new.schedule.kind == "constant"
-    differences = []
+    found = Differences([], [])
     for key in dict.fromkeys([*before, *after]):
         old, now = before.get(key), after.get(key)
         longer = key.startswith("train.") and None not in (old, now) and now > old
-        if old == now or key.startswith(_FREE_ON_RESUME) or longer and constant:
+        if old == now or key.startswith(_FREE) or longer and constant:
             continue
-        differences.append(f"{key}: {show(old)} → {show(now)}")
-    return differences
+        allowed = any(_is_below(key, name) for name in new.resume.allow)
+        (found.accepted if allowed else found.refused).append(f"{key}: {show(old)} → {show(now)}")
+    return found
+
+
+def check_allowed(names: Sequence[str]) -> Iterator[str]:
+    """What is wrong with `resume.allow`: a name that is no key, or one that may never differ."""
+    keys = [path for path, _ in keys_of(Config)]
+    for name in names:
+        if not any(_is_below(key, name) for key in keys):
+            yield f"resume.allow names {name!r}, which is no key"
+        for never in _NEVER:
+            if _is_below(name, never) or _is_below(never, name):
+                yield (
+                    f"resume.allow names {name!r}: the order of samples and the position in it "
+                    f"depend on {never}; begin a new run from the weights instead, with init.from"
+                )
+
+
+def _is_below(key: str, name: str) -> bool:
+    return f"{key}.".startswith(f"{name}.")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,16 +8,29 @@ from pathlib import Path
 from torch import Tensor
 
 from parallel_clip.checkpoint import commit
-from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import Piece, PieceReader, host_copy, write_index, write_pieces
+from parallel_clip.checkpoint.manifest import Manifest
+from parallel_clip.checkpoint.meta import META_FILE, Meta
+from parallel_clip.checkpoint.pieces import (
+    INDEX_FILE,
+    Piece,
+    PieceReader,
+    host_copy,
+    write_index,
+    write_pieces,
+)
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
 from parallel_clip.model.openclip_json import architecture_from_json
 
 
 class CheckpointSource:
-    """The weights (fp32 masters) of one of our checkpoints."""
+    """The weights (fp32 masters) of one of our checkpoints.
 
-    def __init__(self, folder: Path):
+    verify: hash all of its files first; InputError where one is not what was written.
+    """
+
+    def __init__(self, folder: Path, verify: bool = True):
+        if verify:
+            Manifest.read(folder).verify(folder)
         meta = Meta.read(folder)
         self._reader = PieceReader(folder)
         self.metadata = SourceMetadata(
@@ -49,7 +62,9 @@ def write_run(target: Path, weights: ModelWeights, preprocess: dict, tokenizer: 
         Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape))
         for name, tensor in tensors.items()
     )
-    write_index(folder, write_pieces(folder, 0, pieces))
+    entries, files = write_pieces(folder, 0, pieces)
     meta = Meta.of_model(weights.architecture, preprocess, tokenizer)
-    replace(meta, has_moments=False).write(folder)
-    commit.commit(target, 0)
+    files[META_FILE] = replace(meta, has_moments=False).write(folder)
+    files[INDEX_FILE] = write_index(folder, entries)
+    Manifest(files).write(folder)
+    commit.commit(folder, 0)

@@ -16,8 +16,10 @@ from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_models import load_architecture
 
 
-def open_source(path: str | Path) -> WeightSource:
+def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
     """Open a run folder (its latest checkpoint), a checkpoint folder, or OpenCLIP's file or folder.
+
+    verify: hash all files of a checkpoint of ours before anything is taken from it.
 
     Raises:
         InputError: it is none of these, or is not whole.
@@ -30,7 +32,7 @@ def open_source(path: str | Path) -> WeightSource:
         )
     folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
     if folder is not None:
-        return CheckpointSource(folder)
+        return CheckpointSource(folder, verify)
     for file in (path, *(path / name for name in OPENCLIP_WEIGHTS)):
         if file.is_file():
             return OpenClipSource(file)
@@ -46,12 +48,12 @@ def open_source(path: str | Path) -> WeightSource:
 
 
 def open_initial_weights(
-    path: str | Path | None, architecture: Architecture
+    path: str | Path | None, architecture: Architecture, *, verify: bool = True
 ) -> ModelWeights | None:
     """The weights of `init.from`; None where a run begins with random ones."""
     if path is None:
         return None
-    source = open_source(path)
+    source = open_source(path, verify=verify)
     # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
     return ModelWeights(source, architecture, optional=("logit_bias",))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from functools import cached_property
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel_clip.checkpoint.pieces import save_tensors
 from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
 from parallel_clip.errors import InputError
 from parallel_clip.model.openclip_json import architecture_from_json
@@ -102,6 +103,14 @@ def write_openclip(
     make_empty_folder(target)
     settings = {"model_cfg": weights.architecture.json, "preprocess_cfg": preprocess}
     (target / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    save_tensors(state, target / OPENCLIP_WEIGHTS[0])
+    _save_safetensors(state, target / OPENCLIP_WEIGHTS[0])
     if also_bin:
         torch.save(state, target / OPENCLIP_WEIGHTS[1])
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the process's default permissions (the library's are 0600)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -22,7 +22,7 @@ from parallel_clip.layout import Layout
 
 T = TypeVar("T")
 
-# A rank that dies takes its job down through the launcher at once; this is for one that hangs.
+# A rank that dies takes its job down at once, and one that hangs is named by the watchdog.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -73,13 +73,16 @@ class Groups:
             return function()
 
 
-def join_world(launch: Launch) -> None:
-    """Prepare this process's device and join the process group of all ranks."""
+def join_world(launch: Launch, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
+    """Prepare this process's device and join the process group of all ranks.
+
+    timeout: of a collective, after which it fails.
+    """
     silence_dependency_warnings()
     device = device_seam.prepare_device(launch.local_rank)
     if dist.is_initialized():
         return
-    options = {"timeout": COLLECTIVE_TIMEOUT}
+    options = {"timeout": timeout}
     if device.type == "cuda":
         options["device_id"] = device
     if launch.world_size == 1:  # no port needed, so none can be taken

@@ -148,7 +148,7 @@ def load_encoder(
     Raises:
         InputError: no checkpoint, one of another architecture, or no tokenizer at hand.
     """
-    source = open_source(checkpoint)
+    source = open_source(checkpoint, verify=groups.is_rank_zero)  # once is enough
     metadata = source.metadata
     architecture = load_architecture(model_name) if model_name else metadata.architecture
     if architecture is None:

@@ -35,7 +35,7 @@ def check_json_target(target: str | None) -> None:
         )
 
 
-def write_json(results: Mapping[str, float | int], target: str) -> None:
+def write_json(results: object, target: str) -> None:
     """Write to the file `target`, or to standard output where it is `-`; InputError if neither."""
     text = json.dumps(results, indent=2)
     if target == "-":

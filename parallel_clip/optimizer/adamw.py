@@ -61,7 +61,7 @@ class MegatronAdamW:
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=first.ddp_config.use_distributed_optimizer,
-                # The norm is only computed where it may be clipped; infinity clips nothing.
+                # Infinity clips nothing.
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
             self.wrapped,
@@ -84,13 +84,25 @@ class MegatronAdamW:
             ddp.zero_grad_buffer()
         self._megatron.zero_grad()
 
-    def step(self, lr: float) -> float:
-        """Clip and update; returns the gradient's L2 norm over all ranks, before clipping."""
+    def clip_gradients(self) -> float:
+        """Clip the gradients, and update nothing yet; returns their L2 norm over all ranks, before
+        clipping, or NaN where this rank has one that is not finite.
+
+        The norm takes each parameter from one rank alone: a copy that was spoilt, by a flipped bit
+        or in a collective, would not show in it.
+        """
+        buffers = [buffer.grad_data for ddp in self.wrapped for buffer in ddp.buffers]
+        all_finite = torch.stack([buffer.sum() for buffer in buffers]).isfinite().all()
+        self._megatron.prepare_grads()
+        norm = float(self._megatron.clip_grad_norm(self._megatron.config.clip_grad))
+        return norm if all_finite.item() else float("nan")
+
+    def update(self, lr: float) -> None:
+        """Update the weights with the gradients that were clipped."""
         for group in self._adam.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
-        _, grad_norm, _ = self._megatron.step()
-        return float(grad_norm)
+        self._megatron.step_with_ready_grads()
 
     # ------------------------------------------------------------- masters and moments by tensor
 

@@ -3,66 +3,130 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel_clip.checkpoint import commit
+from parallel_clip.checkpoint import commit, durable
+from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.config import Config, load_config, resume_differences
+from parallel_clip.checkpoint.pieces import INDEX_FILE
+from parallel_clip.config import Config, config_from_dict, load_config, resume_differences
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.openclip_json import architecture_from_json
 
 CONFIG_FILE = "config.yaml"
+RUN_FILES = (CONFIG_FILE, "lease", "status.json")  # of which any shows that a folder is a run's
 
 
 @dataclass(frozen=True)
 class ResumePoint:
     """The newest complete checkpoint (None: train from the beginning) and what it says of the run.
 
-    data: the fingerprint of the data that its order of samples was computed from.
+    manifest_hash: of the checkpoint's manifest, by which ranks compare what they see; accepted:
+    the differences of the config that `resume.allow` lets through.
     """
 
     checkpoint: Path | None = None
-    step: int = 0
-    bad_samples: int = 0
-    source_samples: tuple[int, ...] = ()
-    data: dict[str, Any] | None = None
+    meta: Meta | None = None
+    manifest_hash: str | None = None
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return 0 if self.meta is None else self.meta.step
 
 
-def find_resume_point(config: Config, architecture: Architecture) -> ResumePoint:
+def find_resume_point(
+    config: Config,
+    architecture: Architecture,
+    *,
+    before: int | None = None,
+    say: Callable[[str], None] = print,
+) -> ResumePoint:
     """Look into `run_dir` and check that this config may resume what is there. Writes nothing.
 
+    before: take a checkpoint of an earlier step than this. A checkpoint whose manifest, index or
+    meta.json is damaged is passed over where `checkpoint.fallback` says so.
+
     Raises:
-        InputError: the folder belongs to a run of another config or model, or to something else.
+        InputError: the folder belongs to a run of another config or model, or to something else, or
+            its newest checkpoint is damaged.
     """
     run_dir = Path(config.run_dir)
     _check_writable(run_dir)
-    saved = run_dir / CONFIG_FILE
     newest = commit.latest(run_dir)
-    if saved.is_file():
-        differences = resume_differences(load_config(saved), config)
-        if differences:
-            heading = (
-                f"{run_dir} holds a run of another config; choose another run_dir, or undo what "
-                "differs (saved → new):"
-            )
-            raise InputError("\n- ".join([heading, *differences]))
-    elif newest is None and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise InputError(
-            f"run_dir {run_dir} is not empty and holds no run; name a new or empty folder"
-        )
     if newest is None:
+        _check_new_run(run_dir, config)
         return ResumePoint()
-    meta = Meta.read(newest)
+    if not (newest.parent / commit.LATEST).is_file():
+        say(f"{newest.parent} has no file {commit.LATEST}; going on from the newest, {newest.name}")
+    meta, damage = None, None
+    for folder in reversed(commit.step_folders(run_dir)):
+        step = commit.step_of(folder)
+        if step > commit.step_of(newest) or before is not None and step >= before:
+            continue
+        try:
+            Manifest.read(folder).verify(folder, [INDEX_FILE])
+            meta = Meta.read(folder)
+            break
+        except InputError as error:
+            damage = damage or error
+            if not config.checkpoint.fallback:
+                raise InputError(
+                    f"{error}, or set checkpoint.fallback=true to go on from the one before"
+                ) from None
+            say(f"{error}: checkpoint.fallback takes the one before")
+    if meta is None:
+        raise damage or InputError(f"{run_dir} has no checkpoint before step {before}")
     if architecture_from_json(meta.model, meta.model_name) != architecture:
         raise InputError(
-            f"the checkpoint {newest} is of another architecture ({meta.model_name}) than "
+            f"the checkpoint {folder} is of another architecture ({meta.model_name}) than "
             f"model.name {config.model.name}; set model.name to the checkpoint's model, or choose "
             "another run_dir"
         )
-    return ResumePoint(newest, meta.step, meta.bad_samples, tuple(meta.source_samples), meta.data)
+    accepted: list[str] = []
+    if meta.config is not None:  # the checkpoint of a conversion is of no config
+        accepted = _check_same_run(run_dir, config_from_dict(meta.config), config)
+    manifest_hash = durable.hash_file(folder / MANIFEST_FILE).hash
+    return ResumePoint(folder, meta, manifest_hash, tuple(accepted))
+
+
+def _check_new_run(run_dir: Path, config: Config) -> None:
+    """Of a folder without a checkpoint: it is new, empty, or that of a run that had not come to
+    one."""
+    saved = run_dir / CONFIG_FILE
+    if saved.is_file():
+        try:
+            before = load_config(saved)
+        except InputError as error:
+            raise InputError(
+                f"{saved} is damaged, and {run_dir} has no checkpoint: remove the folder to begin "
+                f"anew, or choose another run_dir ({error})"
+            ) from None
+        _check_same_run(run_dir, before, config)
+    elif run_dir.is_dir():
+        others = [
+            f for f in run_dir.iterdir() if f.name not in RUN_FILES and f.suffix != ".partial"
+        ]
+        if others:
+            raise InputError(
+                f"run_dir {run_dir} is not empty and holds no run; name a new or empty folder"
+            )
+
+
+def _check_same_run(run_dir: Path, before: Config, config: Config) -> list[str]:
+    """The differences that are accepted; InputError where others are there."""
+    refused, accepted = resume_differences(before, config)
+    if refused:
+        heading = (
+            f"{run_dir} holds a run of another config; choose another run_dir, undo what differs "
+            "(saved → new), or name it in resume.allow:"
+        )
+        raise InputError("\n- ".join([heading, *refused]))
+    return accepted
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -82,9 +146,9 @@ def require_same_data(resume: ResumePoint, data_fingerprint: dict[str, Any]) -> 
     Raises:
         InputError: a source has other shards than when the checkpoint was written.
     """
-    if resume.step == 0 or resume.data == data_fingerprint:
+    if resume.step == 0 or resume.meta.data == data_fingerprint:
         return
-    before = resume.data or {}
+    before = resume.meta.data or {}
     if before.get("order") != data_fingerprint["order"]:
         raise InputError(
             f"{resume.checkpoint} was written by a version of parallel_clip that puts samples in "

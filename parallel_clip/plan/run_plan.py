@@ -14,6 +14,7 @@ from parallel_clip.convert.open import open_initial_weights, open_source
 from parallel_clip.data.feeding.open import RunShards, check_samples, find_run_shards
 from parallel_clip.data.samples.tokenizer import TokenizerSource
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
+from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
@@ -29,8 +30,8 @@ class RunPlan:
 
     tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
     data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
-    epoch; prompts: of `evaluate.zero_shot`; memory: what each pipeline stage holds, None where it
-    was not counted.
+    epoch; prompts: of `evaluate.zero_shot`; versions: of the packages on rank 0; memory: what each
+    pipeline stage holds, None where it was not counted.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class RunPlan:
     data_fingerprint: dict[str, Any]
     epoch_pairs: tuple[int, ...]
     prompts: ClassPrompts | None
+    versions: dict[str, str | None]
     memory: tuple[RankMemory, ...] | None
 
     @property
@@ -81,9 +83,10 @@ def make_run_plan(
     resume = find_resume_point(config, architecture)
     stored = None
     if resume.checkpoint is not None:
-        stored = open_source(resume.checkpoint).metadata
+        stored = open_source(resume.checkpoint, verify=False).metadata  # all ranks do that later
     elif config.init.from_ is not None:
-        stored = open_initial_weights(config.init.from_, architecture).metadata
+        verify = config.checkpoint.verify
+        stored = open_initial_weights(config.init.from_, architecture, verify=verify).metadata
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
     preprocess = Preprocess.from_openclip(
         architecture.vision.image_size, stored.preprocess if stored else None, chosen
@@ -123,6 +126,7 @@ def make_run_plan(
         fingerprint,
         tuple(shards.order.source_samples),
         prompts,
+        versions(),
         memory,
     )
     return plan, shards

@@ -1,8 +1,10 @@
-"""Train a planned run: from its plan to a trained run folder."""
+"""The loop over steps, and what happens between them."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -10,89 +12,27 @@ import torch.distributed as dist
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.convert.open import open_initial_weights
-from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import (
-    RunShards,
-    build_held_out_data,
-    build_training_data,
-    reopen_run_shards,
-)
-from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.storage.progress import Print, print_nothing
 from parallel_clip.engine import device
-from parallel_clip.engine.groups import Groups, join_world, make_groups
-from parallel_clip.engine.launch import Launch
-from parallel_clip.errors import InputError
-from parallel_clip.evaluate.encoder import ModelEncoder
+from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
-from parallel_clip.model.initialize import initial_value
-from parallel_clip.model.megatron_config import DTYPES
-from parallel_clip.model.parameters import local_slice
 from parallel_clip.optimizer.train_state import TrainState
-from parallel_clip.plan.build import build_planned_state
-from parallel_clip.plan.describe import describe_data, describe_run
 from parallel_clip.plan.run_plan import RunPlan
-from parallel_clip.training.feed import DeviceFeed
+from parallel_clip.training.bad_steps import BadStepPolicy
+from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
-from parallel_clip.training.run_folder import prepare_run_folder
+from parallel_clip.training.lease import LeaseToken
+from parallel_clip.training.run_folder import layout_tree
 from parallel_clip.training.run_log import RunLog, StepRecord, StepTimer
 from parallel_clip.training.sample_log import SampleLog
+from parallel_clip.training.status import State, write_failure, write_status
 from parallel_clip.training.step import TrainStep, build_loss
-
-
-def train(plan: RunPlan, launch: Launch, shards: RunShards | None = None) -> None:
-    """Run, or resume, a training. Called by every process with the same plan.
-
-    shards: what rank 0 found when it made the plan; None: they are looked up.
-
-    Raises:
-        InputError: the input is wrong; nothing has been written.
-        BadDataError: more of the samples are bad than `data.max_bad_fraction`.
-    """
-    print_ = print if launch.is_rank_zero else print_nothing
-    if plan.is_finished:
-        print_(f"{plan.run_dir} is finished: {plan.resume.step} of {plan.steps} steps done")
-        return
-    config = plan.config
-    if config.deterministic:
-        device.make_deterministic()
-    join_world(launch)
-    groups = make_groups(plan.layout)
-    state = build_planned_state(config, plan.architecture, plan.layout_plan, groups)
-    checkpointer = Checkpointer(plan.run_dir, groups, config.checkpoint.keep)
-    groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups))
-    # Nothing before this writes anything.
-    groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
-    shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
-    tokenizer = plan.tokenizer.build(plan.architecture.text)
-    held_out = HeldOutEvaluation(
-        build_held_out_data(
-            config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
-        ),
-        plan.prompts,
-        ModelEncoder(state.chunks, plan.preprocess, tokenizer, groups),
-        groups,
-        loss_kind=config.loss.kind,
-        batch=config.evaluate.batch,
-    )
-    data = build_training_data(config, shards, plan.preprocess, tokenizer)
-    print_(describe_run(plan))
-    print_(describe_data(plan))
-    feed = DeviceFeed(
-        _loader(plan, data, groups) if groups.reads_data else None,
-        plan.architecture,
-        plan.batch,
-        groups,
-        DTYPES[config.precision],
-        config.seed,
-    )
-    TrainingLoop(plan, groups, state, checkpointer, held_out).run(feed)
-    print_(f"finished: {plan.steps} steps, {plan.run_dir}")
+from parallel_clip.training.stop import REASONS, StopRequests
+from parallel_clip.training.watchdog import Progress
 
 
 class TrainingLoop:
-    """The loop over steps, and what happens between them: metrics, checkpoints, evaluations."""
+    """The loop over steps, and what happens between them: metrics, checkpoints, evaluations, and
+    the agreement of all ranks to stop."""
 
     def __init__(
         self,
@@ -101,18 +41,39 @@ class TrainingLoop:
         state: TrainState,
         checkpointer: Checkpointer,
         held_out: HeldOutEvaluation,
+        requests: StopRequests,
+        progress: Progress,
+        token: LeaseToken | None,
     ):
         self.plan = plan
+        self.token = token
         self.config = plan.config
         self.groups = groups
         self.state = state
         self.checkpointer = checkpointer
         self.held_out = held_out
-        layout_plan = plan.layout_plan
+        self.requests = requests
+        self.progress = progress
+        layout_plan, before = plan.layout_plan, plan.resume.meta
         on_all_stages = layout_plan.loss_on_all_stages
-        loss = build_loss(plan.config.loss, groups, on_all_stages)
-        self.step = TrainStep(state, loss, layout_plan.stash, groups.pipeline, on_all_stages)
+        self.policy = BadStepPolicy(
+            plan.config.bad_steps,
+            tuple(before.grad_norms) if before else (),
+            tuple(before.skipped) if before else (),
+        )
+        self.updates = before.updates if before else 0
+        self.step = TrainStep(
+            state,
+            build_loss(plan.config.loss, groups, on_all_stages),
+            layout_plan.stash,
+            groups.pipeline,
+            on_all_stages,
+            self.policy.complaint,
+            groups.world,
+        )
         self.timer = StepTimer()
+        self.recent_steps = deque([0.0], maxlen=20)  # seconds
+        self.longest_evaluation = 0.0
         self.log: RunLog | None = None
         if groups.is_rank_zero:
             self.log = RunLog(plan.run_dir, plan.steps, plan.batch.global_batch, plan.resume.step)
@@ -121,31 +82,95 @@ class TrainingLoop:
             groups,
             plan.batch.global_batch,
             plan.config.data.max_bad_fraction,
-            plan.resume.bad_samples,
-            list(plan.resume.source_samples) or [0] * len(plan.epoch_pairs),
+            before.bad_samples if before else 0,
+            list(before.source_samples if before else ()) or [0] * len(plan.epoch_pairs),
         )
 
     def run(self, feed: DeviceFeed) -> None:
-        """Train from the step resumed from to the last one."""
-        settings, first = self.config.optimizer, self.plan.resume.step
-        batches = feed.batches(first, self.plan.steps)
-        for step in range(first + 1, self.plan.steps + 1):
-            began = time.perf_counter()
-            batch = next(batches)
-            self.timer.add_step(data_seconds=time.perf_counter() - began)
-            self.samples.count(step, batch)
-            lr = learning_rate(step - 1, self.plan.steps, settings.lr, self.config.schedule)
-            try:
-                record = self.step(batch.inputs, lr)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {step}: {error}") from None
-            if self.config.log.ledger:
-                self.samples.write_ledger(step, batch)
-            if step == 1 or step % self.config.log.every == 0:
-                self._write_metrics(step, record)
-            self.save_and_evaluate(step)
+        """Train from the step resumed from to the last one, or until all ranks agree to stop."""
+        first = self.plan.resume.step
+        self._write_status("running", first)
+        done = first
+        try:
+            batches = feed.batches(first, self.plan.steps)
+            for step in range(first + 1, self.plan.steps + 1):
+                reason = self._reason_to_stop(step)
+                if reason is not None:
+                    self._stop(step - 1, reason)
+                    return
+                self._train_step(step, batches)
+                done = step
+                self._save_and_evaluate(step)
+            self._write_status("finished", self.plan.steps)
+            if self.log is not None:
+                print(f"finished: {self.plan.steps} steps, {self.plan.run_dir}")
+        except BaseException as error:
+            if self.token is None or self.token.is_seen():  # else the folder is another job's
+                write_failure(self.plan.run_dir, done, error)
+            raise
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _reason_to_stop(self, step: int) -> str | None:
+        """What any rank has been asked, before `step`; the same on every rank. Also commits an
+        asynchronous checkpoint that every rank has written."""
+        needed = 2 * max(self.recent_steps) + 1.5 * self._save_seconds()
+        if self.config.evaluate.every and step % self.config.evaluate.every == 0:
+            needed += self.longest_evaluation
+        self.progress.mark("agreeing whether to go on", step)
+        flags = [*self.requests.flags(needed), int(self.checkpointer.is_writing)]
+        found = torch.tensor(flags, device=self.groups.device)
+        dist.all_reduce(found, group=self.groups.world)
+        *asked, writing = found.tolist()
+        if self.checkpointer.has_pending and not writing:
+            self.checkpointer.finish()
+        return next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
+
+    def _save_seconds(self) -> float:
+        """How long a save takes: the longest so far, else by size at 100 MB/s."""
+        if self.checkpointer.longest_save:
+            return self.checkpointer.longest_save
+        own = sum(tensor.numel() for _, tensor in self.state.global_parameters())
+        return 12 * own / self.groups.layout.data / 1e8
+
+    def _stop(self, step: int, reason: str) -> None:
+        """Save the state after `step`, unless it is saved, and note why the run stops."""
+        self.progress.mark("saving before the end", step)
+        self.checkpointer.finish()
+        if self.checkpointer.whole_step != step:
+            self.checkpointer.save(self._meta(step), self.state, last=True)
+        self._write_status("stopped", step, reason)
         if self.log is not None:
-            self.log.close()
+            print(
+                f"stopped after step {step} of {self.plan.steps} ({reason}), saved; the same "
+                "command goes on",
+                flush=True,
+            )
+
+    def _train_step(self, step: int, batches: Iterator[StepBatch]) -> None:
+        self.progress.mark("waiting for data", step)
+        began = time.perf_counter()
+        batch = next(batches)
+        self.timer.add_step(data_seconds=time.perf_counter() - began)
+        self.progress.mark("counting samples")
+        self.samples.count(step, batch)
+        settings = self.config.optimizer
+        lr = learning_rate(step - 1, self.plan.steps, settings.lr, self.config.schedule)
+        self.progress.mark("forward, backward and update")
+        record = self.step(batch.inputs, lr)
+        self.progress.mark("writing logs")
+        if record.complaint is None:
+            self.updates += 1
+            self.policy.count_good(record.grad_norm)
+        else:
+            self.policy.count_bad(step, record.complaint)
+            self.samples.write_skipped(step, batch)
+        if self.config.log.ledger:
+            self.samples.write_ledger(step, batch)
+        self.recent_steps.append(time.perf_counter() - began)
+        if step == 1 or step % self.config.log.every == 0 or record.complaint is not None:
+            self._write_metrics(step, record)
 
     def _write_metrics(self, step: int, record: StepRecord) -> None:
         memory = torch.tensor(device.peak_memory_bytes(), device=self.groups.device)
@@ -155,19 +180,26 @@ class TrainingLoop:
         if self.log is not None:
             bad, of_sources = self.samples.bad_samples, self.samples.source_samples
             self.log.write_step(step, record, means, int(memory), bad, of_sources)
+            self._write_status("running", step)
 
-    def save_and_evaluate(self, step: int) -> None:
+    def _save_and_evaluate(self, step: int) -> None:
         """Save and evaluate where the config asks for it after `step`, and after the last one."""
         began = time.perf_counter()
         last = step == self.plan.steps
         evaluate, checkpoint = self.config.evaluate.every, self.config.checkpoint.every
         # Saved first: held-out shards that turn out to be bad must not cost the training.
         if (checkpoint and step % checkpoint == 0) or last:
-            self.checkpointer.save(self._meta(step), self.state)
+            self.progress.mark("saving a checkpoint", step)
+            self.checkpointer.save(self._meta(step), self.state, last=last)
+            self.timer.add_pause(self.checkpointer.last_pause)
         if evaluate and (step % evaluate == 0 or last):
-            results = self.held_out.evaluate()
+            evaluation_began = time.perf_counter()
+            self.progress.mark("evaluating", step)
+            results = self.held_out.evaluate(self.progress.mark_again)
             if self.log is not None:
                 self.log.write_evaluation(step, results)
+            seconds = time.perf_counter() - evaluation_began
+            self.longest_evaluation = max(self.longest_evaluation, seconds)
         self.timer.leave_out(time.perf_counter() - began)
 
     def _meta(self, step: int) -> Meta:
@@ -180,58 +212,19 @@ class TrainingLoop:
             bad_samples=self.samples.bad_samples,
             source_samples=tuple(self.samples.source_samples),
             data=plan.data_fingerprint,
+            updates=self.updates,
+            grad_norms=tuple(self.policy.grad_norms),
+            skipped=tuple(self.policy.skipped),
+            config=plan.config.to_tree(),
+            layout=layout_tree(plan) | {"world": plan.layout.world},
+            versions=plan.versions,
         )
 
-
-def _write_first_files(plan: RunPlan, shards: RunShards | None, print_: Print) -> None:
-    prepare_run_folder(plan.config, plan.layout, device.describe_device(), plan.resume.step)
-    if shards is not None:
-        shards.save_index(print_)
-
-
-def _find_planned_shards(plan: RunPlan, groups: Groups) -> RunShards:
-    """The shards of the run as this rank sees them.
-
-    Raises:
-        InputError: they are not those of the plan, as where this node sees another state of a
-            shared file system than rank 0.
-    """
-    shards = reopen_run_shards(plan.config)
-    if shards.fingerprint != plan.data_fingerprint:
-        raise InputError(
-            f"rank {groups.rank} on {device.host_name()} sees other training shards than rank 0; "
-            "see that data.train names the same files on every node, or make their index first: "
-            "parallel-clip data index"
-        )
-    return shards
-
-
-def _loader(plan: RunPlan, data: TrainingData, groups: Groups) -> TrainingLoader:
-    batch, settings = plan.batch, plan.config.data
-    return TrainingLoader(
-        data,
-        RankBatchSlice(batch.global_batch, batch.micro_batch, groups.data_rank, plan.layout.data),
-        plan.resume.step,
-        plan.steps,
-        workers=settings.workers,
-        prefetch=settings.prefetch,
-        patience=settings.worker_patience,
-        pin_memory=groups.device.type == "cuda",
-    )
-
-
-def _set_weights(
-    state: TrainState, plan: RunPlan, checkpointer: Checkpointer, groups: Groups
-) -> None:
-    """From the checkpoint to resume, else from `init.from`, else random."""
-    if plan.resume.checkpoint is not None:
-        checkpointer.load(plan.resume.checkpoint, state)
-        return
-    initial = open_initial_weights(plan.config.init.from_, plan.architecture)
-    rank, size = groups.tensor_rank, groups.layout.tensor
-    for parameter, tensor in state.global_parameters():
-        whole = initial.read(parameter.name) if initial is not None else None
-        if whole is None:
-            whole = initial_value(parameter, plan.config.seed)
-        part = local_slice(whole.float(), parameter.placement, rank, size)
-        state.optimizer.set_weight(tensor, part)
+    def _write_status(self, state: State, step: int, reason: str | None = None) -> None:
+        if not self.groups.is_rank_zero:
+            return
+        try:
+            write_status(self.plan.run_dir, state, step, reason)
+        except OSError:  # while it runs, a save decides whether it goes on
+            if state != "running":
+                raise

@@ -2,74 +2,94 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from parallel_clip import __version__
-from parallel_clip.config import Config
+from parallel_clip.checkpoint import durable
 from parallel_clip.errors import InputError
-from parallel_clip.layout import Layout
 from parallel_clip.plan.resume import CONFIG_FILE
+from parallel_clip.plan.run_plan import RunPlan
 
 ENVIRONMENT_FILE = "environment.json"
+RESUMES_FILE = "resumes.jsonl"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
+SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
 LEDGER_FOLDER = "ledger"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def prepare_run_folder(config: Config, layout: Layout, device: str, resumed_step: int) -> None:
-    """Write the config and the environment, and truncate the logs to the step resumed from."""
-    run_dir = Path(config.run_dir)
+def prepare_run_folder(plan: RunPlan, device: str) -> None:
+    """Write the config and the environment, note a resumption, and cut the logs back to the step
+    resumed from.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    run_dir = plan.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config.to_yaml())
-    except OSError as error:  # what permissions do not tell: a quota, a file system of its own kind
+        durable.replace_text(run_dir / CONFIG_FILE, plan.config.to_yaml())
+        environment = json.dumps(environment_of(plan, device), indent=2)
+        durable.replace_text(run_dir / ENVIRONMENT_FILE, environment + "\n")
+        names = METRICS_FILE, EVALUATIONS_FILE, BAD_SAMPLES_FILE, SKIPPED_SAMPLES_FILE
+        for log in (
+            *(run_dir / name for name in names),
+            *(run_dir / LEDGER_FOLDER).glob("*.jsonl"),
+        ):
+            if log.is_file():
+                truncate_log(log, plan.resume.step)
+        if plan.resume.checkpoint is not None:
+            _note_resumption(plan)
+    except OSError as error:  # what permissions do not tell: a quota, a full disk
         raise InputError(
-            f"run_dir {run_dir} cannot be written to: {error.strerror}; choose another run_dir"
+            f"run_dir {run_dir} cannot be written to: {error.strerror}; make room, or choose "
+            "another run_dir"
         ) from None
-    environment = json.dumps(_environment(layout, device), indent=2)
-    (run_dir / ENVIRONMENT_FILE).write_text(environment + "\n")
-    logs = [run_dir / METRICS_FILE, run_dir / EVALUATIONS_FILE, run_dir / BAD_SAMPLES_FILE]
-    logs += sorted((run_dir / LEDGER_FOLDER).glob("*.jsonl"))
-    for log in logs:
-        if log.is_file():
-            truncate_log(log, resumed_step)
 
 
 def truncate_log(log: Path, step: int) -> None:
     """Keep the lines of steps up to `step`; drop those that a crash left incomplete."""
     kept = []
-    for line in log.read_text().splitlines():
+    for line in log.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = log.with_suffix(".partial")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(log)
+    durable.replace_text(log, "".join(line + "\n" for line in kept))
 
 
-def _environment(layout: Layout, device: str) -> dict:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("torch", "torchvision", "megatron-core", "transformer-engine", "apex", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+def environment_of(plan: RunPlan, device: str) -> dict:
+    """What a run runs on, ready for JSON."""
+    packages = dict(plan.versions)
     return {
-        "parallel_clip": __version__,
-        "python": sys.version.split()[0],
-        "packages": versions,
+        "parallel_clip": packages.pop("parallel_clip"),
+        "python": packages.pop("python"),
+        "packages": packages,
         "device": device,
-        "world_size": layout.world,
-        "layout": {
-            name: getattr(layout, name)
-            for name in ("data", "tensor", "pipeline", "virtual_pipeline", "sequence")
-        },
+        "world_size": plan.layout.world,
+        "layout": layout_tree(plan),
     }
+
+
+def layout_tree(plan: RunPlan) -> dict:
+    """The layout, ready for JSON."""
+    layout = asdict(plan.layout)
+    return {"data": plan.layout.data} | {k: v for k, v in layout.items() if k != "world"}
+
+
+def _note_resumption(plan: RunPlan) -> None:
+    noted = {
+        "step": plan.resume.step,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "checkpoint": plan.resume.checkpoint.name,
+        "layout": layout_tree(plan),
+        "versions": plan.versions,
+        "changed": list(plan.resume.accepted),
+    }
+    with (plan.run_dir / RESUMES_FILE).open("a") as file:
+        file.write(json.dumps(noted) + "\n")

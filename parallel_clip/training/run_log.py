@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -16,13 +20,14 @@ from parallel_clip.training.run_folder import EVALUATIONS_FILE, METRICS_FILE, TE
 @dataclass(frozen=True)
 class StepRecord:
     """One step's own values: loss and multiplier as its forward used them, lr as its update did,
-    grad_norm before clipping."""
+    grad_norm before clipping. complaint: why the update was left out; None: it was done."""
 
     loss: float
     grad_norm: float
     lr: float
     logit_scale: float
     logit_bias: float | None
+    complaint: str | None = None
 
 
 @dataclass
@@ -32,10 +37,15 @@ class StepTimer:
     began: float = field(default_factory=time.perf_counter)
     steps: int = 0
     data_seconds: float = 0.0
+    pause_seconds: float = 0.0
 
     def add_step(self, data_seconds: float) -> None:
         self.steps += 1
         self.data_seconds += data_seconds
+
+    def add_pause(self, seconds: float) -> None:
+        """Time in which a checkpoint kept training waiting."""
+        self.pause_seconds += seconds
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not spent on steps: a checkpoint, an evaluation."""
@@ -47,17 +57,43 @@ class StepTimer:
             "samples_per_second": self.steps * global_batch / elapsed,
             "step_seconds": elapsed / self.steps,
             "data_seconds": self.data_seconds / self.steps,
+            "checkpoint_seconds": self.pause_seconds,
         }
+
+
+class LineLog:
+    """A file of JSON lines. Where a line cannot be written, as on a full disk, it is kept and
+    written before the next one: a save decides whether the run goes on, not its log."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._waiting: list[str] = []
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._waiting.append(json.dumps(line) + "\n")
+        whole = None
+        try:
+            with self._path.open("a") as file:
+                whole = file.tell()
+                file.writelines(self._waiting)
+        except OSError as error:
+            if len(self._waiting) == 1:
+                print(f"{self._path} cannot be written to, and is caught up later: {error}")
+            if whole is not None:
+                with suppress(OSError):
+                    os.truncate(self._path, whole)  # no half of a line
+        else:
+            self._waiting.clear()
 
 
 class RunLog:
     """Rank 0's record of the run. On other ranks there is none."""
 
     def __init__(self, run_dir: Path, total_steps: int, global_batch: int, resumed_from: int):
-        self._run_dir = run_dir
         self._total = total_steps
         self._global_batch = global_batch
-        self._metrics = (run_dir / METRICS_FILE).open("a", buffering=1)
+        self._metrics = LineLog(run_dir / METRICS_FILE)
+        self._evaluations = LineLog(run_dir / EVALUATIONS_FILE)
         self._board = SummaryWriter(
             str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_from + 1 if resumed_from else None
         )
@@ -71,28 +107,35 @@ class RunLog:
         bad_samples: int,
         source_samples: list[int],
     ) -> None:
+        values = asdict(record)
+        skipped = values.pop("complaint") is not None
         line = {
             "step": step,
             "samples_seen": step * self._global_batch,
-            **asdict(record),
+            **{k: v if v is None or math.isfinite(v) else None for k, v in values.items()},
             **means,
             "memory_bytes": memory_bytes,
             "bad_samples": bad_samples,
         }
-        self._metrics.write(json.dumps({**line, "source_samples": source_samples}) + "\n")
+        if skipped:
+            line["skipped"] = True
+        self._metrics.write({**line, "source_samples": source_samples})
         if len(source_samples) > 1:
             line |= {f"samples_of_source_{i}": count for i, count in enumerate(source_samples)}
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"train/{name}", value, step)
+        with suppress(OSError):  # metrics.jsonl has it all, and tells of a full disk
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"train/{name}", value, step)
+        if skipped:
+            print(f"step {step} is left out: {record.complaint}", flush=True)
         print(self._progress_line(step, record, means, bad_samples), flush=True)
 
     def write_evaluation(self, step: int, results: dict) -> None:
-        with (self._run_dir / EVALUATIONS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **results}) + "\n")
+        self._evaluations.write({"step": step, **results})
         figures = dict(_flat(results))
-        for name, value in figures.items():
-            self._board.add_scalar(f"evaluate/{name}", value, step)
+        with suppress(OSError):
+            for name, value in figures.items():
+                self._board.add_scalar(f"evaluate/{name}", value, step)
         # The whole is in the file and on the board; a line shows one figure of each kind.
         shown = "  ".join(
             f"{name.partition('/')[2] or name} {value:.4g}"
@@ -102,8 +145,8 @@ class RunLog:
         print(f"held out at step {step}: {shown}", flush=True)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._board.close()
+        with suppress(OSError):
+            self._board.close()
 
     def _progress_line(
         self, step: int, record: StepRecord, means: dict[str, float], bad_samples: int

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from parallel_clip.data.feeding.training_data import Microbatch
 from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import BadDataError
 from parallel_clip.training.feed import StepBatch
-from parallel_clip.training.run_folder import BAD_SAMPLES_FILE, LEDGER_FOLDER
+from parallel_clip.training.run_folder import (
+    BAD_SAMPLES_FILE,
+    LEDGER_FOLDER,
+    SKIPPED_SAMPLES_FILE,
+)
 
 
 @dataclass
@@ -62,6 +68,13 @@ class SampleLog:
                 f"{bad_file}; `parallel-clip data check` finds the rest"
             )
 
+    def write_skipped(self, step: int, batch: StepBatch) -> None:
+        """Write which samples a step that was left out had. Called by all ranks."""
+        own = [sample for read in batch.read for sample in _samples(step, read)]
+        of_ranks = gather_objects(own, self.groups.world)
+        if self.groups.is_rank_zero:
+            _append(self.run_dir / SKIPPED_SAMPLES_FILE, chain.from_iterable(of_ranks))
+
     def write_ledger(self, step: int, batch: StepBatch) -> None:
         """Write where each sample of a step lies: one file for each rank that reads."""
         if not self.groups.reads_data:
@@ -70,12 +83,14 @@ class SampleLog:
         folder.mkdir(exist_ok=True)
         _append(
             folder / f"rank_{self.groups.data_rank:05d}.jsonl",
-            (
-                {"step": step, "position": position, **address._asdict()}
-                for read in batch.read
-                for position, address in zip(read.positions.tolist(), read.addresses, strict=True)
-            ),
+            (sample for read in batch.read for sample in _samples(step, read)),
         )
+
+
+def _samples(step: int, read: Microbatch) -> Iterator[dict]:
+    """Where each sample of a microbatch lies, ready for JSON."""
+    for position, address in zip(read.positions.tolist(), read.addresses, strict=True):
+        yield {"step": step, "position": position, **address._asdict()}
 
 
 def _append(file: Path, lines: Iterable[dict]) -> None:

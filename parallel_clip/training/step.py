@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from parallel_clip.config import Loss
-from parallel_clip.engine.collectives import broadcast_from_last_stage
+from parallel_clip.engine.collectives import broadcast_from_last_stage, gather_objects
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.loss.contrastive import ContrastiveLoss
@@ -27,7 +28,9 @@ class TrainStep:
     """One optimizer step on this rank's share of the global batch. Made once for a run.
 
     stash: the microbatches of a step that keep their graphs (see pipeline/forward_backward.py);
-    loss_on_all_stages: whether `loss` is computed on all stages of the pipeline.
+    loss_on_all_stages: whether `loss` is computed on all stages of the pipeline; complain: given a
+    loss and a gradient norm, what is wrong with the step, or None (`BadStepPolicy.complaint`);
+    world: the ranks that have to agree on that; None: this one alone.
     """
 
     state: TrainState
@@ -35,38 +38,50 @@ class TrainStep:
     stash: int
     pipeline_group: ProcessGroup
     loss_on_all_stages: bool = False
+    complain: Callable[[float, float], str | None] = lambda loss, grad_norm: None
+    world: ProcessGroup | None = None
 
     def __call__(self, inputs: StepInputs, lr: float) -> StepRecord:
         """Run forward, backward and the optimizer; the same record on every rank.
 
-        Raises:
-            FloatingPointError: the loss is not finite, before the weights change; or the gradient
-                norm is not, and the weights are only whole in the last checkpoint.
+        Where any rank has a complaint, no weight, moment or counter changes, and the record has it.
         """
         state, group = self.state, self.pipeline_group
         loss_group = group if self.loss_on_all_stages else None
         logit_scale, logit_bias = read_logit_parameters(state.chunks, group)
         state.optimizer.zero_grad()
         report = forward_backward(state.wrapped, inputs, self.loss, self.stash, loss_group)
-        loss_value, *bad = broadcast_from_last_stage(torch.stack(report), group).tolist()
-        if not math.isfinite(loss_value):
-            raise FloatingPointError(
-                f"the loss is {loss_value} (logit_scale {logit_scale:.4g}); {nonfinite_ranks(*bad)}"
-            )
-        grad_norm = state.optimizer.step(lr)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient norm is {grad_norm} (loss {loss_value:.4g})")
-        clamp_logit_scale(state.chunks[-1])
-        return StepRecord(loss_value, grad_norm, lr, logit_scale, logit_bias)
+        loss_and_bad = broadcast_from_last_stage(torch.stack(report), group)
+        loss_value, *bad = loss_and_bad.tolist()
+        found = loss_value, state.optimizer.clip_gradients()
+        complaint, (loss_value, grad_norm) = self._agree(
+            self.complain(*found), found, loss_and_bad.device
+        )
+        if complaint is None:
+            state.optimizer.update(lr)
+            clamp_logit_scale(state.chunks[-1])
+        elif not math.isfinite(loss_value):
+            where = nonfinite_ranks(*bad, self.world)
+            complaint = f"{complaint} (logit_scale {logit_scale:.4g}); {where}"
+        return StepRecord(loss_value, grad_norm, lr, logit_scale, logit_bias, complaint)
+
+    def _agree(
+        self, complaint: str | None, found: tuple[float, float], device: torch.device
+    ) -> tuple[str | None, tuple[float, float]]:
+        """The complaint of any rank, with the loss and gradient norm that it found: a flipped bit
+        may show on one alone. Without one this rank's own."""
+        if self.world is None:
+            return complaint, found
+        any_complaint = torch.tensor(float(complaint is not None), device=device)
+        dist.all_reduce(any_complaint, op=dist.ReduceOp.MAX, group=self.world)
+        if not any_complaint.item():
+            return None, found
+        return next(own for own in gather_objects((complaint, found), self.world) if own[0])
 
 
-def nonfinite_ranks(bad_images: float, bad_texts: float) -> str:
-    """Name the ranks whose features are not finite. Called by all ranks: the loss is the same on
-    all."""
-    everyones: list = [(bad_images, bad_texts)]
-    if dist.is_initialized():
-        everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, (bad_images, bad_texts))
+def nonfinite_ranks(bad_images: float, bad_texts: float, world: ProcessGroup | None) -> str:
+    """Name the ranks of `world` whose features are not finite. Called by all of them."""
+    everyones = gather_objects((bad_images, bad_texts), world)
     sides = [
         f"{side} features of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         for number, side in enumerate(("image", "text"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -75,6 +76,24 @@ def collect_and_go_on(groups: Groups, task: Task) -> list[tuple[str, bool, bool]
     ]
 
 
+def save_many(groups: Groups, task: Task, saves: int, run_dir: Path) -> list[tuple[int, int, int]]:
+    """(descriptors, threads, resident MiB) of this rank after each tenth of so many saves, every
+    other one asynchronous."""
+    if groups.is_rank_zero:
+        run_dir.mkdir()
+    state, found = _loaded(groups, task), []
+    writers = [Checkpointer(run_dir, groups, 2, asynchronous=way) for way in (False, True)]
+    for number in range(1, saves + 1):
+        writer = writers[number % 2]
+        writer.save(Meta(number, 0, 0, "small", task.model_cfg, {}), state)
+        writer.finish()
+        if number % (saves // 10) == 0:
+            own = psutil.Process()
+            memory = own.memory_info().rss >> 20
+            found.append((own.num_fds(), own.num_threads(), memory))
+    return found
+
+
 def _loaded(groups: Groups, task: Task) -> TrainState:
     config = config_of(groups.layout, **task.settings)
     architecture = architecture_from_json(task.model_cfg, "small")
@@ -98,7 +117,9 @@ def _train(groups: Groups, task: Task, built: TrainState, steps: int) -> list[di
 
 
 def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> None:
-    meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {})
+    meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {}, updates=step)
+    if groups.is_rank_zero:
+        run_dir.mkdir(exist_ok=True)
     Checkpointer(run_dir, groups).save(meta, built)
 
 

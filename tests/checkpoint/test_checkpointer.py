@@ -13,6 +13,7 @@ from tests.checkpoint.checkpoint_cases import (
     collect_and_go_on,
     interrupt,
     load_and_save,
+    save_many,
     train_and_save,
 )
 from tests.ranks import copies, whole_tensors
@@ -113,6 +114,7 @@ def test_every_layout_loads_every_layouts_checkpoint(saved, processes, tmp_path,
     ranks = processes.run(
         layout,
         load_and_save,
+        save_many,
         task=task(target),
         sources={name: folder for name, (folder, _) in saved.items()},
         target=tmp_path,
@@ -144,3 +146,16 @@ def test_collected_pieces_can_be_written_while_training_goes_on(processes):
         assert any(changed for _, _, changed in pieces)
         keys |= {key for key, _, _ in pieces}
     assert keys == KEYS
+
+
+@pytest.mark.parametrize("saves", [30, pytest.param(500, marks=pytest.mark.long)])
+def test_many_saves_leave_nothing_behind(processes, tmp_path, saves):
+    name = "data2-tensor2-zero"
+    run_dir = tmp_path / "run"
+    for found in processes.run(
+        LAYOUTS[name][0], save_many, task=task(name), saves=saves, run_dir=run_dir
+    ):
+        descriptors, threads, memory = zip(*found[3:], strict=True)
+        assert max(descriptors) - min(descriptors) <= 2 and max(threads) - min(threads) <= 2, found
+        assert max(memory) - min(memory) < 30, found
+    assert len(list((run_dir / "checkpoints").iterdir())) == 3

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from parallel_clip.checkpoint import pieces
+from parallel_clip.checkpoint.durable import hash_file
+from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
 from parallel_clip.checkpoint.pieces import Piece, PieceReader, host_copy, write_index, write_pieces
 from parallel_clip.errors import InputError
 
@@ -26,8 +28,15 @@ def write(folder: Path, tensors: dict[str, tuple[torch.Tensor, int, list[int]]],
             piece = Piece(key, host_copy(piece), tuple(tensor.shape), axis, start)
             hands[turn % writers].append(piece)
             turn += 1
-    entries = [write_pieces(folder, rank, hand) for rank, hand in enumerate(hands)]
-    write_index(folder, [entry for of_rank in reversed(entries) for entry in of_rank])
+    written = [write_pieces(folder, rank, hand) for rank, hand in enumerate(hands)]
+    write_index(folder, [entry for of_rank in reversed(written) for entry in of_rank.entries])
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """The manifest of the files as they are."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    Manifest({file.name: hash_file(file) for file in folder.iterdir()}).write(folder)
 
 
 @given(data=st.data())
@@ -68,7 +77,8 @@ def test_a_piece_is_a_copy(tmp_path):
     tensor = torch.zeros(4)
     piece = Piece("weight:a", host_copy(tensor), (4,))
     tensor.fill_(1)
-    write_index(tmp_path, write_pieces(tmp_path, 0, [piece]))
+    write_index(tmp_path, write_pieces(tmp_path, 0, [piece]).entries)
+    write_manifest(tmp_path)
     assert torch.equal(PieceReader(tmp_path).read("weight:a"), torch.zeros(4))
 
 
@@ -121,6 +131,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(checkpoint, damage):
     DAMAGE[damage](checkpoint)
+    write_manifest(checkpoint)  # as if it had been written so
     with pytest.raises(InputError, match="whole|damaged") as error:
         PieceReader(checkpoint).read("weight:a")
     assert str(checkpoint) in str(error.value)
@@ -133,5 +144,6 @@ def test_a_file_outside_the_checkpoint_is_refused(checkpoint, tmp_path_factory):
         checkpoint,
         lambda c: c["weight:a"]["pieces"][0].update(file=f"../{elsewhere.name}/x.safetensors"),
     )
+    write_manifest(checkpoint)
     with pytest.raises(InputError):
         PieceReader(checkpoint).read("weight:a")

@@ -12,6 +12,7 @@ from parallel_clip.config import (
     config_from_dict,
     load_config,
     parse_bytes,
+    parse_seconds,
     resume_differences,
 )
 from parallel_clip.config.docs import with_key_table
@@ -361,15 +362,19 @@ FREE = {
     "data": {"workers": 0, "prefetch": 9},
     "log": {"every": 1, "ledger": True},
     "evaluate": {"every": 5, "loss": "b.tar"},
-    "checkpoint": {"every": 7, "keep": None},
+    "checkpoint": {"every": 7, "keep": None, "async": True, "failures": 2, "fallback": True},
+    "loss": {"exchange": "ring", "stages": "last", "tile": 64},
+    "train": {"time_limit": "23h30m"},
+    "watchdog": {"timeout": 60},
+    "bad_steps": {"action": "skip", "spike": 10},
     "run_dir": "elsewhere",
 }
 
 
 def test_what_may_differ_on_resume():
     saved = config_from_dict(SMALL)
-    assert resume_differences(saved, saved) == []
-    assert resume_differences(saved, config_from_dict(merged(FREE))) == []
+    assert resume_differences(saved, saved) == ([], [])
+    assert resume_differences(saved, config_from_dict(merged(FREE))) == ([], [])
 
 
 def test_what_may_not_differ_on_resume():
@@ -379,7 +384,7 @@ def test_what_may_not_differ_on_resume():
         "optimizer": {"betas": [0.9, 0.95]},
         "data": {"train": [{"shards": "b.tar"}, {"shards": "c.tar"}]},
     }
-    assert resume_differences(config_from_dict(SMALL), config_from_dict(merged(new))) == [
+    assert resume_differences(config_from_dict(SMALL), config_from_dict(merged(new))).refused == [
         "batch.global: 32768 → 8",
         "optimizer.betas: [0.9, 0.98] → [0.9, 0.95]",
         'data.train.0.shards: "a.tar" → "b.tar"',
@@ -387,6 +392,40 @@ def test_what_may_not_differ_on_resume():
         'data.train.1.shards: null → "c.tar"',
         "data.train.1.weight: null → 1.0",
     ]
+
+
+def test_what_is_allowed_may_differ_and_is_told():
+    new = merged({"optimizer": {"lr": 0.5, "eps": 1e-8}, "resume": {"allow": ["optimizer.lr"]}})
+    found = resume_differences(config_from_dict(SMALL), config_from_dict(new))
+    assert found.accepted == ["optimizer.lr: 0.0005 → 0.5"]
+    assert found.refused == ["optimizer.eps: 1e-06 → 1e-08"]
+    new["resume"]["allow"] = ["optimizer"]
+    assert resume_differences(config_from_dict(SMALL), config_from_dict(new)).refused == []
+
+
+@pytest.mark.parametrize("name", ["batch.global", "batch", "seed", "model", "model.name", "data"])
+def test_what_the_order_depends_on_cannot_be_allowed(name):
+    with pytest.raises(InputError, match="with init.from"):
+        config_from_dict(SMALL | {"resume": {"allow": [name]}})
+
+
+def test_a_key_that_is_none_cannot_be_allowed():
+    with pytest.raises(InputError, match="optimizer.lrr', which is no key"):
+        config_from_dict(SMALL | {"resume": {"allow": ["optimizer.lrr"]}})
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("23h30m", 84600), ("1d2h", 93600), ("90m", 5400), ("45s", 45), ("1h 5s", 3605), (90, 90)],
+)
+def test_times(time, seconds):
+    assert parse_seconds(time, "train.time_limit") == seconds
+
+
+@pytest.mark.parametrize("time", ["", "5", "h", "12x", "0s", "30m23h"])
+def test_what_is_no_time(time):
+    with pytest.raises(InputError, match="train.time_limit"):
+        config_from_dict(SMALL | {"train": {"steps": 1, "time_limit": time}})
 
 
 @pytest.mark.parametrize(
@@ -404,7 +443,7 @@ def test_a_longer_run_on_resume(kind, before, after, allowed):
         config_from_dict(SMALL | {"train": train, "schedule": {"kind": kind}})
         for train in (before, after)
     )
-    assert (resume_differences(saved, new) == []) == allowed
+    assert (resume_differences(saved, new).refused == []) == allowed
 
 
 def test_the_documentation_holds_todays_keys():

@@ -16,7 +16,9 @@ PRECISIONS = ("fp32", "bf16")
 GOLDEN_FILE = Path(__file__).with_name("losses.json")
 
 # Lines of metrics.jsonl have these too; they differ from one run to the next.
-MEASURED = ("samples_per_second", "step_seconds", "data_seconds", "memory_bytes")
+MEASURED = (
+    "samples_per_second", "step_seconds", "data_seconds", "checkpoint_seconds", "memory_bytes",
+)  # fmt: skip
 
 
 class GoldenLayout(NamedTuple):

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parallel_clip.config import BadSteps
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.layout_plan import choose_stash
+from parallel_clip.training.bad_steps import BadStepPolicy
 from parallel_clip.training.step import TrainStep
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
@@ -38,6 +40,7 @@ def train(
     stash = choose_stash(config.parallel, microbatches)
     step = TrainStep(built, loss, stash, groups.pipeline)
     records = [asdict(step(batch, lr)) for _ in range(steps)]
+    assert all(record.pop("complaint") is None for record in records)
     return records, {p.name: tensor.detach() for p, tensor in built.global_parameters()}
 
 
@@ -62,7 +65,8 @@ def masters(groups: Groups, task: Task) -> dict[str, tuple[Tensor, Tensor, list[
 
 
 def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
-    """What a step says to pictures that are not finite, and whether the weights stayed."""
+    """What a step complains of about pictures that are not finite, and whether the weights
+    stayed."""
     config = config_of(groups.layout, **task.settings)
     architecture = architecture_from_json(task.model_cfg, "small")
     built = loaded_training(groups, config, architecture, task.weights)
@@ -70,10 +74,8 @@ def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
     images[0] = torch.inf
     batch = own_microbatches(groups, images, task.tokens, 1)
     before = [p.detach().clone() for _, p in built.global_parameters()]
-    try:
-        TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)(batch, lr=1e-3)
-    except FloatingPointError as error:
-        after = [p for _, p in built.global_parameters()]
-        same = all(map(torch.equal, before, after))
-        return str(error), same
-    return "no error", False
+    complain, loss = BadStepPolicy(BadSteps()).complaint, ClipLoss(group=groups.data)
+    step = TrainStep(built, loss, 1, groups.pipeline, complain=complain, world=groups.world)
+    complaint = step(batch, lr=1e-3).complaint
+    after = [p for _, p in built.global_parameters()]
+    return complaint or "no complaint", all(map(torch.equal, before, after))

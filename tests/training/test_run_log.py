@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from parallel_clip.checkpoint.pieces import PieceReader
+from parallel_clip.training.run_log import LineLog
 from tests.launcher import run, succeed
-from tests.small_world import make_world, metrics
+from tests.small_world import lines, make_world, metrics
 
 FIELDS = {
     "step", "samples_seen", "loss", "grad_norm", "lr", "logit_scale", "logit_bias",
-    "samples_per_second", "step_seconds", "data_seconds", "memory_bytes", "bad_samples",
+    "samples_per_second", "step_seconds", "data_seconds", "checkpoint_seconds", "memory_bytes",
+    "bad_samples",
 }  # fmt: skip
 
 
@@ -107,3 +109,14 @@ def test_a_run_that_breaks_says_where(config, tmp_path):
     (ended,) = run("train", config, f"run_dir={tmp_path / 'run'}", "train.steps=3", *WILD)
     assert ended.code == 1 and "Traceback" not in ended.err
     assert ended.err.startswith("parallel-clip: step 2: the ") and " nan" in ended.err
+
+
+def test_lines_that_cannot_be_written_are_caught_up(tmp_path, capsys):
+    log = LineLog(tmp_path / "folder" / "metrics.jsonl")
+    log.write({"step": 1})
+    log.write({"step": 2})
+    assert capsys.readouterr().out.count("is caught up later") == 1
+    (tmp_path / "folder").mkdir()
+    log.write({"step": 3})
+    log.write({"step": 4})
+    assert [line["step"] for line in lines(tmp_path / "folder" / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -134,7 +134,7 @@ def without_key_bias(name: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(2, pipeline=2)], ids=str)
-def test_numbers_that_are_not_finite_end_the_run_before_the_update(processes, layout):
+def test_a_step_whose_numbers_are_not_finite_is_not_done(processes, layout):
     given = task("infonce", BATCH, None, True)
     for message, unchanged in processes.run(layout, bad_number, task=given):
         assert "loss is nan" in message

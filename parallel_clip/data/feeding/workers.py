@@ -147,7 +147,8 @@ class WorkerMonitor:
         """Called first in each worker."""
         global _own_row
         # A job that is told to end may still write a checkpoint; its workers end when it does.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(ignored, signal.SIG_IGN)
         _monitors.clear()
         start = number * _ROW
         _own_row = memoryview(self._memory).cast("B").cast("d")[start : start + _ROW]

@@ -1,0 +1,111 @@
+"""How a job starts: rank 0 plans and takes the run folder, then all ranks compare what they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from parallel_clip.checkpoint import commit, durable
+from parallel_clip.checkpoint.checkpointer import Checkpointer
+from parallel_clip.checkpoint.manifest import MANIFEST_FILE
+from parallel_clip.config import Config
+from parallel_clip.data.feeding.open import RunShards
+from parallel_clip.engine.device import host_name
+from parallel_clip.engine.groups import Groups
+from parallel_clip.engine.versions import versions
+from parallel_clip.errors import InputError
+from parallel_clip.plan.resume import ResumePoint, find_resume_point
+from parallel_clip.plan.run_plan import RunPlan, make_run_plan
+from parallel_clip.training.lease import Lease, LeaseToken, take_lease
+
+
+def plan_and_take_lease(
+    config: Config, world_size: int
+) -> tuple[tuple[RunPlan, LeaseToken | None], tuple[RunShards, Lease | None]]:
+    """On rank 0: the plan and the lease's token for all ranks; the shards and the lease for itself.
+
+    Nothing is written before everything else has been checked. A finished run takes no lease.
+
+    Raises:
+        InputError: whatever is wrong, with the way out; nothing is left behind.
+    """
+    plan, shards = make_run_plan(config, world_size)
+    if plan.is_finished:
+        return (plan, None), (shards, None)
+    lease = take_lease(plan.run_dir)
+    try:
+        for line in commit.clean(plan.run_dir):
+            print(line)
+        # Until the lease was taken another job may have written a checkpoint.
+        if find_resume_point(config, plan.architecture, say=lambda _: None) != plan.resume:
+            plan, shards = make_run_plan(config, world_size)
+    except BaseException:
+        lease.release()
+        raise
+    return (plan, lease.token), (shards, lease)
+
+
+def check_same_view(plan: RunPlan, token: LeaseToken | None, groups: Groups) -> None:
+    """See that this rank's machine has the plan's files and versions.
+
+    Raises:
+        InputError: it has others, or sees an older state of a shared file system.
+    """
+    where = f"rank {groups.rank} on {host_name()}"
+    if token is not None and not token.wait_until_seen():
+        raise InputError(
+            f"{where} does not see the run folder {plan.run_dir} in which rank 0 writes; run_dir "
+            "has to be on a file system that all machines share, and paths start from the working "
+            "directory"
+        )
+    resume = plan.resume
+    if resume.checkpoint is not None:
+        try:
+            found = durable.hash_file(resume.checkpoint / MANIFEST_FILE).hash
+        except OSError:
+            found = None
+        if found != resume.manifest_hash:
+            raise InputError(
+                f"{where} {'does not see' if found is None else 'sees another'} checkpoint "
+                f"{resume.checkpoint} than rank 0: its file system shows an older state. Start "
+                "again once that has passed, or leave that machine out"
+            )
+    differing = [
+        f"{package} {own} (rank 0 has {plan.versions.get(package)})"
+        for package, own in versions().items()
+        if own != plan.versions.get(package)
+    ]
+    if differing:
+        raise InputError(
+            f"{where} has other versions: {', '.join(differing)}; install the same on every machine"
+        )
+
+
+def verify_checkpoint(
+    plan: RunPlan, checkpointer: Checkpointer, groups: Groups, say: Callable[[str], None]
+) -> RunPlan:
+    """Hash the checkpoint to resume from, each file on one rank; with `checkpoint.fallback`, the
+    one before where it is damaged. Returns the plan with what is resumed from.
+
+    Raises:
+        InputError: it is damaged, and there is none to fall back on.
+    """
+    config = plan.config
+    while config.checkpoint.verify and plan.resume.checkpoint is not None:
+        try:
+            checkpointer.verify(plan.resume.checkpoint)
+            break
+        except InputError as error:
+            if not config.checkpoint.fallback:
+                raise InputError(
+                    f"{error}, or set checkpoint.fallback=true to go on from the one before"
+                ) from None
+            say(f"{error}: checkpoint.fallback takes the one before")
+        before = groups.run_on_rank_zero(partial(_resume_point_before, plan, say))
+        plan = replace(plan, resume=before)
+    return plan
+
+
+def _resume_point_before(plan: RunPlan, say: Callable[[str], None]) -> ResumePoint:
+    return find_resume_point(plan.config, plan.architecture, before=plan.resume.step, say=say)

@@ -1,0 +1,216 @@
+"""Train a planned run: from its plan to a trained run folder."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+from parallel_clip.checkpoint.checkpointer import Checkpointer
+from parallel_clip.config import parse_seconds
+from parallel_clip.convert.open import open_initial_weights
+from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
+from parallel_clip.data.feeding.open import (
+    RunShards,
+    build_held_out_data,
+    build_training_data,
+    reopen_run_shards,
+)
+from parallel_clip.data.feeding.training_data import TrainingData
+from parallel_clip.data.storage.progress import Print, print_nothing
+from parallel_clip.engine import device
+from parallel_clip.engine.groups import Groups, join_world, make_groups
+from parallel_clip.engine.launch import Launch
+from parallel_clip.engine.rendezvous import job_store
+from parallel_clip.errors import InputError
+from parallel_clip.evaluate.encoder import ModelEncoder
+from parallel_clip.evaluate.held_out import HeldOutEvaluation
+from parallel_clip.model.initialize import initial_value
+from parallel_clip.model.megatron_config import DTYPES
+from parallel_clip.model.parameters import local_slice
+from parallel_clip.optimizer.train_state import TrainState
+from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.describe import describe_data, describe_run
+from parallel_clip.plan.run_plan import RunPlan
+from parallel_clip.training.feed import DeviceFeed
+from parallel_clip.training.lease import Lease, LeaseToken
+from parallel_clip.training.loop import TrainingLoop
+from parallel_clip.training.run_folder import prepare_run_folder
+from parallel_clip.training.start import check_same_view, verify_checkpoint
+from parallel_clip.training.status import write_status
+from parallel_clip.training.stop import StopRequests
+from parallel_clip.training.watchdog import Progress, Watchdog
+
+# A collective that waits longer than the watchdog does ends with torch's own message.
+_BEHIND_WATCHDOG = datetime.timedelta(minutes=10)
+
+
+def train(
+    plan: RunPlan,
+    launch: Launch,
+    shards: RunShards | None = None,
+    lease: Lease | None = None,
+    token: LeaseToken | None = None,
+    requests: StopRequests | None = None,
+) -> None:
+    """Run, or resume, a training. Called by every process with the same plan.
+
+    shards and lease: what rank 0 found and took when it made the plan; without shards they are
+    looked up. token: of the lease. requests: the signals that this process has had.
+
+    Raises:
+        InputError: the input is wrong; nothing has been written.
+        BadDataError: more of the samples are bad than `data.max_bad_fraction`.
+        BadStepsError, SaveFailedError: as `bad_steps` and `checkpoint.failures` say.
+    """
+    if plan.is_finished:
+        if launch.is_rank_zero:
+            print(f"{plan.run_dir} is finished: {plan.resume.step} of {plan.steps} steps done")
+        return
+    if plan.config.deterministic:
+        device.make_deterministic()
+    timeout = datetime.timedelta(seconds=plan.config.watchdog.timeout)
+    join_world(launch, timeout + _BEHIND_WATCHDOG)
+    groups = make_groups(plan.layout)
+    requests = requests or StopRequests()
+    requests.time_limit = _time_limit(plan)
+    progress = Progress()
+    watchdog = Watchdog(
+        progress,
+        plan.config.watchdog.timeout,
+        launch.rank,
+        launch.world_size,
+        job_store(launch) if launch.world_size > 1 else None,
+        plan.run_dir,
+        lambda message: write_status(
+            plan.run_dir, "failed", progress.step, f"watchdog: {message.splitlines()[0]}"
+        ),
+    )
+    watchdog.start()
+    try:
+        loop, feed = _prepare(plan, groups, shards, lease, token, requests, progress)
+        loop.run(feed)
+    finally:
+        watchdog.stop()
+
+
+def _prepare(
+    plan: RunPlan,
+    groups: Groups,
+    shards: RunShards | None,
+    lease: Lease | None,
+    token: LeaseToken | None,
+    requests: StopRequests,
+    progress: Progress,
+) -> tuple[TrainingLoop, DeviceFeed]:
+    """Build everything that steps need. Arguments as those of `train`."""
+    print_ = print if groups.is_rank_zero else print_nothing
+    groups.run_on_all_ranks(lambda: check_same_view(plan, token, groups))
+    checkpoint = plan.config.checkpoint
+    checkpointer = Checkpointer(
+        plan.run_dir,
+        groups,
+        checkpoint.keep,
+        asynchronous=checkpoint.async_,
+        failures=checkpoint.failures,
+        may_write=lease.check if lease is not None else lambda: None,
+        tick=progress.mark_again,
+    )
+    plan = verify_checkpoint(plan, checkpointer, groups, print_)
+    config = plan.config
+    state = build_planned_state(config, plan.architecture, plan.layout_plan, groups)
+    tick = progress.mark_again
+    groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups, tick))
+    # Nothing before this writes anything but the lease.
+    groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
+    shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
+    tokenizer = plan.tokenizer.build(plan.architecture.text)
+    held_out = HeldOutEvaluation(
+        build_held_out_data(
+            config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
+        ),
+        plan.prompts,
+        ModelEncoder(state.chunks, plan.preprocess, tokenizer, groups),
+        groups,
+        loss_kind=config.loss.kind,
+        batch=config.evaluate.batch,
+    )
+    data = build_training_data(config, shards, plan.preprocess, tokenizer)
+    print_(describe_run(plan))
+    print_(describe_data(plan))
+    feed = DeviceFeed(
+        _loader(plan, data, groups) if groups.reads_data else None,
+        plan.architecture,
+        plan.batch,
+        groups,
+        DTYPES[config.precision],
+        config.seed,
+    )
+    loop = TrainingLoop(plan, groups, state, checkpointer, held_out, requests, progress, token)
+    return loop, feed
+
+
+def _time_limit(plan: RunPlan) -> float | None:
+    limit = plan.config.train.time_limit
+    return None if limit is None else parse_seconds(limit, "train.time_limit")
+
+
+def _write_first_files(plan: RunPlan, shards: RunShards | None, print_: Print) -> None:
+    prepare_run_folder(plan, device.describe_device())
+    if shards is not None:
+        shards.save_index(print_)
+
+
+def _find_planned_shards(plan: RunPlan, groups: Groups) -> RunShards:
+    """The shards of the run as this rank sees them.
+
+    Raises:
+        InputError: they are not those of the plan, as where this node sees another state of a
+            shared file system than rank 0.
+    """
+    shards = reopen_run_shards(plan.config)
+    if shards.fingerprint != plan.data_fingerprint:
+        raise InputError(
+            f"rank {groups.rank} on {device.host_name()} sees other training shards than rank 0; "
+            "see that data.train names the same files on every node, or make their index first: "
+            "parallel-clip data index"
+        )
+    return shards
+
+
+def _loader(plan: RunPlan, data: TrainingData, groups: Groups) -> TrainingLoader:
+    batch, settings = plan.batch, plan.config.data
+    return TrainingLoader(
+        data,
+        RankBatchSlice(batch.global_batch, batch.micro_batch, groups.data_rank, plan.layout.data),
+        plan.resume.step,
+        plan.steps,
+        workers=settings.workers,
+        prefetch=settings.prefetch,
+        patience=settings.worker_patience,
+        pin_memory=groups.device.type == "cuda",
+    )
+
+
+def _set_weights(
+    state: TrainState,
+    plan: RunPlan,
+    checkpointer: Checkpointer,
+    groups: Groups,
+    tick: Callable[[], None],
+) -> None:
+    """From the checkpoint to resume, else from `init.from`, else random. tick: called at each
+    tensor, to show that this goes on."""
+    if plan.resume.checkpoint is not None:
+        checkpointer.load(plan.resume.checkpoint, state)
+        return
+    initial = open_initial_weights(
+        plan.config.init.from_, plan.architecture, verify=False
+    )  # rank 0 did when it planned
+    rank, size = groups.tensor_rank, groups.layout.tensor
+    for parameter, tensor in state.global_parameters():
+        tick()
+        whole = initial.read(parameter.name) if initial is not None else None
+        if whole is None:
+            whole = initial_value(parameter, plan.config.seed)
+        part = local_slice(whole.float(), parameter.placement, rank, size)
+        state.optimizer.set_weight(tensor, part)
