@@ -16,6 +16,7 @@ NODES="${NODES:-1}"               # machines
 PROCESSES="${PROCESSES:-}"        # processes on each machine; empty: one a GPU, or one without GPUs
 RENDEZVOUS="${RENDEZVOUS:-}"      # host:port that every machine can reach; one of the machines
 JOB="${JOB:-parallel_clip}"       # a name that tells this job from others at the same address
+SAVE_SECONDS="${SAVE_SECONDS:-300}"  # that a job which is told to stop has to save, before it is killed
 
 # Lets communication of tensor parallelism overlap with computation (Hopper GPUs and older).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
@@ -51,7 +52,18 @@ if [ "$NODES" -gt 1 ]; then
     where=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB")
 fi
 
+# torchrun dies of USR1, by which schedulers announce a time limit, unless it is told to pass it on,
+# and gives its processes 30 s to save. Older ones cannot be told otherwise.
+options=()
+help="$("$PYTHON" -m torch.distributed.run --help)"
+if [[ "$help" == *--signals-to-handle* ]]; then
+    options+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+fi
+if [[ "$help" == *--shutdown-timeout* ]]; then
+    options+=(--shutdown-timeout "$SAVE_SECONDS")
+fi
+
 echo "Starting $PROCESSES process(es) on this machine, $NODES machine(s) in all."
 # No restarts: a wrong input would only be wrong again, and the command itself resumes.
-exec "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc-per-node "$PROCESSES" \
+exec "$PYTHON" -m torch.distributed.run "${where[@]}" "${options[@]}" --nproc-per-node "$PROCESSES" \
     --max-restarts 0 -m parallel_clip train "$@"
