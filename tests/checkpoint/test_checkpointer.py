@@ -114,7 +114,6 @@ def test_every_layout_loads_every_layouts_checkpoint(saved, processes, tmp_path,
     ranks = processes.run(
         layout,
         load_and_save,
-        save_many,
         task=task(target),
         sources={name: folder for name, (folder, _) in saved.items()},
         target=tmp_path,
