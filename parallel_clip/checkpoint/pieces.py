@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +27,7 @@ from parallel_clip.optimizer import MOMENTS
 
 KINDS = ("weight", *MOMENTS)
 INDEX_FILE = "index.json"
-FILE_BYTES = 2 << 30  # a writer holds so much before it begins another file
+FILE_BYTES = 128 << 20  # a writer holds so much, and as much again that is being written
 
 
 class Piece(NamedTuple):
@@ -55,23 +56,34 @@ class WrittenPieces(NamedTuple):
 
 
 def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> WrittenPieces:
-    """Write one rank's pieces to files of bounded size. Uses no collective of its own."""
-    written = WrittenPieces([], {})
+    """Write one rank's pieces to files of bounded size. Uses no collective of its own.
+
+    A file is written and flushed on a thread while the pieces of the next one are collected.
+    """
+    entries: list[dict] = []
+    files: dict[str, Future[FileRecord]] = {}
     pending: dict[str, Tensor] = {}
-    for piece in pieces:
-        file = f"rank_{rank:05d}_{len(written.files):03d}.safetensors"
-        stored = f"{piece.key}@{piece.start}"
-        pending[stored] = piece.values
-        written.entries.append(
-            {"key": piece.key, "shape": list(piece.shape), "axis": piece.axis,
-             "start": piece.start, "stored": stored, "file": file}
-        )  # fmt: skip
-        if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:
-            written.files[file] = write_tensor_file(folder / file, pending)
-            pending = {}
-    if pending:
-        written.files[file] = write_tensor_file(folder / file, pending)
-    return written
+    with ThreadPoolExecutor(1) as writer:
+
+        def write_pending(file: str) -> None:
+            for before in files.values():
+                before.result()  # no more than one waits: memory is bounded
+            files[file] = writer.submit(write_tensor_file, folder / file, pending)
+
+        for piece in pieces:
+            file = f"rank_{rank:05d}_{len(files):03d}.safetensors"
+            stored = f"{piece.key}@{piece.start}"
+            pending[stored] = piece.values
+            entries.append(
+                {"key": piece.key, "shape": list(piece.shape), "axis": piece.axis,
+                 "start": piece.start, "stored": stored, "file": file}
+            )  # fmt: skip
+            if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:
+                write_pending(file)
+                pending = {}
+        if pending:
+            write_pending(file)
+        return WrittenPieces(entries, {name: record.result() for name, record in files.items()})
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
