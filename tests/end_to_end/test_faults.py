@@ -280,7 +280,7 @@ STALLS = {
 def test_a_stalled_rank_is_named(config, tmp_path, name):
     layout, rank, action, named = STALLS[name]
     run_dir = tmp_path / "run"
-    words = ("train", config, layout, f"run_dir={run_dir}", "watchdog.timeout=4")
+    words = ("train", config, layout, f"run_dir={run_dir}", "watchdog.timeout=10")
     running = start(*words, processes=2, before=fault("forward", 3, rank, action))
     running.processes[1 - rank].join(60)
     if action is not faults.stop_process:
@@ -289,7 +289,7 @@ def test_a_stalled_rank_is_named(config, tmp_path, name):
     ended = running.wait(10)
     assert ended[1 - rank].code == 1
     err = ended[1 - rank].err + ended[rank].err
-    assert "no progress for watchdog.timeout 4 s" in err and named in err, err
+    assert "no progress for watchdog.timeout 10 s" in err and named in err, err
     assert status(run_dir)["reason"].startswith("watchdog: ")
     if name == "an endless sleep":
         assert "sleep_for_ever" in (run_dir / "stalled.txt").read_text()

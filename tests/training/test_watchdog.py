@@ -61,8 +61,8 @@ def test_a_stall_is_found_in_time_and_its_stack_is_written(tmp_path, capfd):
 
 def test_progress_is_no_stall(tmp_path):
     progress = Progress()
-    watchdog, exits, _ = watch(tmp_path, progress, 1.0)
-    for _ in range(15):
+    watchdog, exits, _ = watch(tmp_path, progress, 4.0)
+    for _ in range(50):
         time.sleep(0.1)
         progress.mark_again()
     watchdog.stop()
@@ -93,8 +93,8 @@ def on_threads(tmp_path, progresses, timeout):
 def test_ranks_that_wait_for_one_that_moves_have_not_stalled(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(watchdog_module, "QUIET_SECONDS", 0.5)
     moving, waiting = Progress(), Progress()
-    watchdogs, exits = on_threads(tmp_path, [waiting, moving], 1.0)
-    for _ in range(40):
+    watchdogs, exits = on_threads(tmp_path, [waiting, moving], 4.0)
+    for _ in range(60):
         time.sleep(0.1)
         moving.mark_again()
     assert exits == {} and capfd.readouterr().err == ""
