@@ -6,6 +6,7 @@ Torch and megatron-core are imported by the command that needs them: `--help` is
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from parallel_clip.config import load_config
@@ -107,11 +108,7 @@ def checkpoint_show(options: argparse.Namespace, launch: Launch) -> None:
 
 def _print_checkpoints(options: argparse.Namespace, verify: bool) -> int:
     """2 where a checkpoint is not whole or damaged and that was asked for, else 0."""
-    from parallel_clip.checkpoint.inspect import (
-        find_checkpoints,
-        inspect_checkpoint,
-        state_tree,
-    )
+    from parallel_clip.checkpoint.inspect import find_checkpoints, inspect_checkpoint
     from parallel_clip.checkpoint.table import print_checkpoints
     from parallel_clip.evaluate.results import check_json_target, write_json
 
@@ -121,7 +118,7 @@ def _print_checkpoints(options: argparse.Namespace, verify: bool) -> int:
     if options.json != "-":
         print_checkpoints(states)
     if options.json is not None:
-        write_json([state_tree(state) for state in states], options.json)
+        write_json([asdict(state) for state in states], options.json)
     return 2 if verify and not all(state.verified for state in states) else 0
 
 

@@ -54,6 +54,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return lines(run / "metrics.jsonl")
 
 
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
 def ledger(run: Path) -> list[tuple[int, int, str, str]]:
     """(step, position, shard, key) of all ranks, in the order of positions."""
     found = [line for file in (run / "ledger").glob("*.jsonl") for line in lines(file)]

@@ -34,9 +34,8 @@ def begin(run_dir: Path, step: int) -> Path:
     """Make and return a new folder to write the checkpoint of `step` into."""
     checkpoints = run_dir / CHECKPOINTS
     folder = checkpoints / f"{_UNFINISHED}{_step_name(step)}_{secrets.token_hex(4)}"
-    checkpoints.mkdir(
-        exist_ok=True
-    )  # not its parents: a run folder that is gone must not come back
+    # Not its parents: a run folder that is gone must not come back.
+    checkpoints.mkdir(exist_ok=True)
     folder.mkdir()
     return folder
 

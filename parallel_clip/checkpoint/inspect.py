@@ -68,11 +68,6 @@ def inspect_checkpoint(folder: Path, *, verify: bool = False) -> CheckpointState
     )  # fmt: skip
 
 
-def state_tree(state: CheckpointState) -> dict[str, Any]:
-    """Ready for JSON."""
-    return asdict(state)
-
-
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Everything that a checkpoint says of itself but its config, ready for JSON. Raises InputError
     as `Meta.read`."""

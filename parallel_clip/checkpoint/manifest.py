@@ -20,7 +20,8 @@ MANIFEST_FILE = "manifest.json"
 _READERS = 8  # files hashed at once; hashing and reading release the interpreter's lock
 
 
-def _now() -> str:
+def utc_now() -> str:
+    """The time as files of a run have it: ISO 8601, UTC, whole seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -29,7 +30,7 @@ class Manifest:
     """The files of a checkpoint, and when it was written (UTC)."""
 
     files: Mapping[str, FileRecord]
-    time: str = field(default_factory=_now)
+    time: str = field(default_factory=utc_now)
 
     @property
     def bytes(self) -> int:

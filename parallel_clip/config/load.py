@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,29 +108,17 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
 
     parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
-    try:
-        check_virtual_pipeline(parallel.pipeline, parallel.virtual_pipeline)
-    except InputError as error:
-        yield str(error)
+    yield from _complaint_of(check_virtual_pipeline, parallel.pipeline, parallel.virtual_pipeline)
     if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):
         yield (
             f"parallel.memory {parallel.memory} is for parallel.schedule auto with parallel.stash "
             f"auto, not {parallel.schedule} with {parallel.stash}; leave parallel.memory out"
         )
     elif parallel.memory is not None:
-        try:
-            parse_bytes(parallel.memory)
-        except InputError as error:
-            yield str(error)
-    try:
-        parse_bytes(config.data.cache, "data.cache")
-    except InputError as error:
-        yield str(error)
+        yield from _complaint_of(parse_bytes, parallel.memory)
+    yield from _complaint_of(parse_bytes, config.data.cache, "data.cache")
     if config.train.time_limit is not None:
-        try:
-            parse_seconds(config.train.time_limit, "train.time_limit")
-        except InputError as error:
-            yield str(error)
+        yield from _complaint_of(parse_seconds, config.train.time_limit, "train.time_limit")
     yield from check_allowed(config.resume.allow)
     if schedule.cooldown and schedule.kind != "wsd":
         yield f"schedule.cooldown is for schedule.kind wsd, not {schedule.kind}; leave it out"
@@ -149,3 +137,11 @@ def check_consistency(config: Config) -> Iterator[str]:
             f"evaluate.every {evaluate.every} has nothing to evaluate; give evaluate.loss, "
             "evaluate.retrieval or evaluate.zero_shot, or set evaluate.every to 0"
         )
+
+
+def _complaint_of(check: Callable[..., object], *arguments: Any) -> Iterator[str]:
+    """The message of the InputError that a check raises, if it raises one."""
+    try:
+        check(*arguments)
+    except InputError as error:
+        yield str(error)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from parallel_clip.engine.versions import package_version
 
 PACKAGES = (
     "torch",
@@ -23,10 +24,7 @@ def doctor_report() -> str:
     """One line a package, then the devices and the shared memory that data workers need."""
     lines = []
     for package in PACKAGES:
-        try:
-            lines.append(f"{package:20} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package:20} not installed")
+        lines.append(f"{package:20} {package_version(package) or 'not installed'}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     none = "none: training runs on the CPU over gloo"
     lines.append(f"{'devices':20} {', '.join(devices) or none}")

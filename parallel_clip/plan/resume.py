@@ -74,11 +74,7 @@ def find_resume_point(
             break
         except InputError as error:
             damage = damage or error
-            if not config.checkpoint.fallback:
-                raise InputError(
-                    f"{error}, or set checkpoint.fallback=true to go on from the one before"
-                ) from None
-            say(f"{error}: checkpoint.fallback takes the one before")
+            fall_back(config, error, say)
     if meta is None:
         raise damage or InputError(f"{run_dir} has no checkpoint before step {before}")
     if architecture_from_json(meta.model, meta.model_name) != architecture:
@@ -92,6 +88,16 @@ def find_resume_point(
         accepted = _check_same_run(run_dir, config_from_dict(meta.config), config)
     manifest_hash = durable.hash_file(folder / MANIFEST_FILE).hash
     return ResumePoint(folder, meta, manifest_hash, tuple(accepted))
+
+
+def fall_back(config: Config, damage: InputError, say: Callable[[str], None]) -> None:
+    """Tell that the checkpoint before a damaged one is taken; InputError where
+    `checkpoint.fallback` does not allow it."""
+    if not config.checkpoint.fallback:
+        raise InputError(
+            f"{damage}, or set checkpoint.fallback=true to go on from the one before"
+        ) from None
+    say(f"{damage}: checkpoint.fallback takes the one before")
 
 
 def _check_new_run(run_dir: Path, config: Config) -> None:

@@ -74,6 +74,8 @@ class TrainingLoop:
         self.timer = StepTimer()
         self.recent_steps = deque([0.0], maxlen=20)  # seconds
         self.longest_evaluation = 0.0
+        own = sum(tensor.numel() for _, tensor in state.global_parameters())
+        self.first_save_seconds = 12 * own / groups.layout.data / 1e8  # by size, at 100 MB/s
         self.log: RunLog | None = None
         if groups.is_rank_zero:
             self.log = RunLog(plan.run_dir, plan.steps, plan.batch.global_batch, plan.resume.step)
@@ -115,11 +117,11 @@ class TrainingLoop:
     def _reason_to_stop(self, step: int) -> str | None:
         """What any rank has been asked, before `step`; the same on every rank. Also commits an
         asynchronous checkpoint that every rank has written."""
-        needed = 2 * max(self.recent_steps) + 1.5 * self._save_seconds()
-        if self.config.evaluate.every and step % self.config.evaluate.every == 0:
-            needed += self.longest_evaluation
         self.progress.mark("agreeing whether to go on", step)
-        flags = [*self.requests.flags(needed), int(self.checkpointer.is_writing)]
+        flags = [
+            *self.requests.flags(self._needed_seconds(step)),
+            int(self.checkpointer.is_writing),
+        ]
         found = torch.tensor(flags, device=self.groups.device)
         dist.all_reduce(found, group=self.groups.world)
         *asked, writing = found.tolist()
@@ -127,12 +129,13 @@ class TrainingLoop:
             self.checkpointer.finish()
         return next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
 
-    def _save_seconds(self) -> float:
-        """How long a save takes: the longest so far, else by size at 100 MB/s."""
-        if self.checkpointer.longest_save:
-            return self.checkpointer.longest_save
-        own = sum(tensor.numel() for _, tensor in self.state.global_parameters())
-        return 12 * own / self.groups.layout.data / 1e8
+    def _needed_seconds(self, step: int) -> float:
+        """What `step` and a save would take, with something to spare."""
+        save = self.checkpointer.longest_save or self.first_save_seconds
+        needed = 2 * max(self.recent_steps) + 1.5 * save
+        if self.config.evaluate.every and step % self.config.evaluate.every == 0:
+            needed += self.longest_evaluation
+        return needed
 
     def _stop(self, step: int, reason: str) -> None:
         """Save the state after `step`, unless it is saved, and note why the run stops."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from parallel_clip.checkpoint import durable
+from parallel_clip.checkpoint.manifest import utc_now
 from parallel_clip.errors import InputError
 from parallel_clip.plan.resume import CONFIG_FILE
 from parallel_clip.plan.run_plan import RunPlan
@@ -85,7 +85,7 @@ def layout_tree(plan: RunPlan) -> dict:
 def _note_resumption(plan: RunPlan) -> None:
     noted = {
         "step": plan.resume.step,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": utc_now(),
         "checkpoint": plan.resume.checkpoint.name,
         "layout": layout_tree(plan),
         "versions": plan.versions,

@@ -15,7 +15,7 @@ from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
 from parallel_clip.engine.versions import versions
 from parallel_clip.errors import InputError
-from parallel_clip.plan.resume import ResumePoint, find_resume_point
+from parallel_clip.plan.resume import ResumePoint, fall_back, find_resume_point
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
 from parallel_clip.training.lease import Lease, LeaseToken, take_lease
 
@@ -91,17 +91,12 @@ def verify_checkpoint(
     Raises:
         InputError: it is damaged, and there is none to fall back on.
     """
-    config = plan.config
-    while config.checkpoint.verify and plan.resume.checkpoint is not None:
+    while plan.config.checkpoint.verify and plan.resume.checkpoint is not None:
         try:
             checkpointer.verify(plan.resume.checkpoint)
             break
         except InputError as error:
-            if not config.checkpoint.fallback:
-                raise InputError(
-                    f"{error}, or set checkpoint.fallback=true to go on from the one before"
-                ) from None
-            say(f"{error}: checkpoint.fallback takes the one before")
+            fall_back(plan.config, error, say)
         before = groups.run_on_rank_zero(partial(_resume_point_before, plan, say))
         plan = replace(plan, resume=before)
     return plan

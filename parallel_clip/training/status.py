@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
 from typing import Literal
 
 from parallel_clip.checkpoint import durable
+from parallel_clip.checkpoint.manifest import utc_now
 from parallel_clip.errors import BadDataError, BadStepsError, SaveFailedError
 
 STATUS_FILE = "status.json"
@@ -17,12 +17,12 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 def write_status(run_dir: Path, state: State, step: int, reason: str | None = None) -> None:
     """Replace the status of a run. step: optimizer steps done; reason: of a stop or a failure, one
-    of the kinds that the README lists, a colon, and words."""
+    of the kinds in docs/reliability.md, a colon, and words."""
     status = {
         "state": state,
         "step": step,
         "reason": reason,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": utc_now(),
     }
     durable.replace_text(run_dir / STATUS_FILE, json.dumps(status) + "\n")
 

@@ -105,7 +105,7 @@ def _prepare(
     """Build everything that steps need. Arguments as those of `train`."""
     print_ = print if groups.is_rank_zero else print_nothing
     groups.run_on_all_ranks(lambda: check_same_view(plan, token, groups))
-    checkpoint = plan.config.checkpoint
+    checkpoint, tick = plan.config.checkpoint, progress.mark_again
     checkpointer = Checkpointer(
         plan.run_dir,
         groups,
@@ -113,12 +113,11 @@ def _prepare(
         asynchronous=checkpoint.async_,
         failures=checkpoint.failures,
         may_write=lease.check if lease is not None else lambda: None,
-        tick=progress.mark_again,
+        tick=tick,
     )
     plan = verify_checkpoint(plan, checkpointer, groups, print_)
     config = plan.config
     state = build_planned_state(config, plan.architecture, plan.layout_plan, groups)
-    tick = progress.mark_again
     groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups, tick))
     # Nothing before this writes anything but the lease.
     groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))

@@ -18,7 +18,7 @@ from parallel_clip.checkpoint.manifest import Manifest
 from tests import faults
 from tests.faults import fault
 from tests.launcher import Ended, run, start, succeed
-from tests.small_world import ledger, lines, make_world, metrics, tensors
+from tests.small_world import ledger, lines, make_world, metrics, status, tensors
 
 STEPS, EVERY = 6, 2
 TIMES = {"samples_per_second", "step_seconds", "data_seconds", "checkpoint_seconds", "memory_bytes"}
@@ -44,10 +44,6 @@ def undisturbed(config) -> Callable[[str], Path]:
 
 def values(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
-
-
-def status(run_dir: Path) -> dict:
-    return json.loads((run_dir / "status.json").read_text())
 
 
 def last_checkpoint(run_dir: Path) -> Path:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.launcher import succeed
-from tests.small_world import make_world, metrics
+from tests.small_world import make_world, metrics, status
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -43,10 +43,6 @@ def wait_for_step(run_dir: Path, step: int, seconds: float = 120) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step} within {seconds} s")
-
-
-def status(run_dir: Path) -> dict:
-    return json.loads((run_dir / "status.json").read_text())
 
 
 def long_run(config: Path, run_dir: Path) -> tuple:
