@@ -22,7 +22,7 @@ POINTS: dict[str, tuple[str, str | None, str]] = {
     "save": ("parallel_clip.checkpoint.checkpointer", "Checkpointer", "save"),
     "write": ("parallel_clip.checkpoint.durable", None, "write_new"),
     "rename": ("parallel_clip.checkpoint.commit", None, "commit"),
-    "evaluate": ("parallel_clip.evaluate.held_out", "HeldOutEvaluation", "evaluate"),
+    "evaluate": ("parallel_clip.evaluate.encoder", "ModelEncoder", "encode_text"),
 }
 
 Fault = Callable[[int], None]

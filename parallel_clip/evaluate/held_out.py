@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from parallel_clip.config.keys import ZeroShot
-from parallel_clip.data.feeding.evaluation_data import EvaluationBatch, EvaluationData
+from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder
+from parallel_clip.evaluate.interrupt import Iterate
 from parallel_clip.evaluate.prompts import read_classes, read_templates
 from parallel_clip.evaluate.retrieval import PairFeatures, encode_pairs, retrieval
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
@@ -51,36 +52,28 @@ class HeldOutEvaluation:
     loss_kind: LossKind
     batch: int
 
-    def evaluate(
-        self, tick: Callable[[], None] = lambda: None
-    ) -> dict[str, float | dict[str, float]]:
+    def evaluate(self, iterate: Iterate = iter) -> dict[str, float | dict[str, float]]:
         """Called by all ranks; every data rank encodes its part. The same result on each.
 
-        tick: called at each batch, to show that this goes on.
+        iterate: see `InterruptibleBatches`; what it raises is raised.
         """
         encoder, group, batch = self.encoder, self.groups.data, self.batch
         loss, retrieved, labelled = map(self.data.get, ("loss", "retrieval", "zero_shot"))
-
-        def ticking(batches: EvaluationData) -> Iterator[EvaluationBatch]:
-            for one in batches:
-                tick()
-                yield one
-
         results: dict[str, float | dict[str, float]] = {}
         if loss is not None:
             logit_scale, logit_bias = read_logit_parameters(encoder.chunks, self.groups.pipeline)
-            pairs = encode_pairs(encoder, ticking(loss), batch, group)
+            pairs = encode_pairs(encoder, loss, batch, group, iterate)
             found = held_out_loss(pairs, self.loss_kind, logit_scale, logit_bias, batch)
             results["loss"] = found["loss"]
         if retrieved is not None:
             if retrieved is not loss:  # one set for both is encoded once
-                pairs = encode_pairs(encoder, ticking(retrieved), batch, group)
+                pairs = encode_pairs(encoder, retrieved, batch, group, iterate)
             results["retrieval"] = retrieval(pairs)
         if labelled is not None:
             classes = encode_classes(
-                encoder, self.prompts.names, self.prompts.templates, batch, group
+                encoder, self.prompts.names, self.prompts.templates, batch, group, iterate
             )
-            results["zero_shot"] = zero_shot(encoder, ticking(labelled), classes, group)
+            results["zero_shot"] = zero_shot(encoder, labelled, classes, group, iterate)
         return results
 
 

@@ -13,6 +13,7 @@ from parallel_clip.data.feeding.evaluation_data import EvaluationBatch
 from parallel_clip.engine.collectives import gather_rows
 from parallel_clip.evaluate.bad_samples import BadSamples
 from parallel_clip.evaluate.encoder import Encoder
+from parallel_clip.evaluate.interrupt import Iterate
 from parallel_clip.evaluate.ranking import image_to_text_ranks, recall, text_to_image_ranks
 
 RECALLS = (1, 5, 10)
@@ -43,10 +44,12 @@ def encode_pairs(
     batches: Iterable[EvaluationBatch],
     text_batch: int = 64,
     group: ProcessGroup | None = None,
+    iterate: Iterate = iter,
 ) -> PairFeatures:
     """Encode this rank's part of the samples, and gather the parts of all ranks of `group`.
 
     The parts follow one another in the order of ranks. Texts are encoded `text_batch` at a time.
+    iterate: what goes through the batches.
 
     Raises:
         InputError: too many samples are bad, on every rank; see `BadSamples`.
@@ -55,7 +58,7 @@ def encode_pairs(
     images, texts = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)]
     owners = [torch.empty(0, dtype=torch.int64)]
     pictures, bad = 0, BadSamples()
-    for batch in batches:
+    for batch in iterate(batches):
         bad.add(batch)
         if len(batch.images):
             images.append(encoder.encode_image(batch.images.to(device)))

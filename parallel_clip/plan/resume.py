@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.openclip_json import architecture_from_json
 
 CONFIG_FILE = "config.yaml"
+EVALUATIONS_FILE = "evaluations.jsonl"
 RUN_FILES = (CONFIG_FILE, "lease", "status.json")  # of which any shows that a folder is a run's
 
 
@@ -26,13 +28,15 @@ class ResumePoint:
     """The newest complete checkpoint (None: train from the beginning) and what it says of the run.
 
     manifest_hash: of the checkpoint's manifest, by which ranks compare what they see; accepted:
-    the differences of the config that `resume.allow` lets through.
+    the differences of the config that `resume.allow` lets through; is_evaluated: whether the log
+    has an evaluation of this step.
     """
 
     checkpoint: Path | None = None
     meta: Meta | None = None
     manifest_hash: str | None = None
     accepted: tuple[str, ...] = ()
+    is_evaluated: bool = False
 
     @property
     def step(self) -> int:
@@ -87,7 +91,8 @@ def find_resume_point(
     if meta.config is not None:  # the checkpoint of a conversion is of no config
         accepted = _check_same_run(run_dir, config_from_dict(meta.config), config)
     manifest_hash = durable.hash_file(folder / MANIFEST_FILE).hash
-    return ResumePoint(folder, meta, manifest_hash, tuple(accepted))
+    is_evaluated = _is_evaluated(run_dir / EVALUATIONS_FILE, meta.step)
+    return ResumePoint(folder, meta, manifest_hash, tuple(accepted), is_evaluated)
 
 
 def fall_back(config: Config, damage: InputError, say: Callable[[str], None]) -> None:
@@ -98,6 +103,19 @@ def fall_back(config: Config, damage: InputError, say: Callable[[str], None]) ->
             f"{damage}, or set checkpoint.fallback=true to go on from the one before"
         ) from None
     say(f"{damage}: checkpoint.fallback takes the one before")
+
+
+def _is_evaluated(log: Path, step: int) -> bool:
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return any(read_step(line) == step for line in lines)
+
+
+def read_step(line: str) -> int | None:
+    """The step of a line of JSON in a log; None: a crash left it incomplete."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_new_run(run_dir: Path, config: Config) -> None:

@@ -62,7 +62,17 @@ class RunPlan:
 
     @property
     def is_finished(self) -> bool:
-        return self.resume.step >= self.steps
+        return self.resume.step >= self.steps and not self.evaluates_first
+
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether the run ended in the evaluation of the step that it resumes from."""
+        step = self.resume.step
+        return step > 0 and self.evaluates_after(step) and not self.resume.is_evaluated
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.config.evaluate.every
+        return every > 0 and (step % every == 0 or step == self.steps)
 
 
 def make_run_plan(

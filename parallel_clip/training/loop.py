@@ -15,6 +15,7 @@ from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
+from parallel_clip.evaluate.interrupt import EvaluationInterrupted, InterruptibleBatches
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.bad_steps import BadStepPolicy
@@ -73,7 +74,6 @@ class TrainingLoop:
         )
         self.timer = StepTimer()
         self.recent_steps = deque([0.0], maxlen=20)  # seconds
-        self.longest_evaluation = 0.0
         own = sum(tensor.numel() for _, tensor in state.global_parameters())
         self.first_save_seconds = 12 * own / groups.layout.data / 1e8  # by size, at 100 MB/s
         self.log: RunLog | None = None
@@ -90,19 +90,19 @@ class TrainingLoop:
 
     def run(self, feed: DeviceFeed) -> None:
         """Train from the step resumed from to the last one, or until all ranks agree to stop."""
-        first = self.plan.resume.step
-        self._write_status("running", first)
-        done = first
+        done = self.plan.resume.step
+        self._write_status("running", done)
         try:
-            batches = feed.batches(first, self.plan.steps)
-            for step in range(first + 1, self.plan.steps + 1):
-                reason = self._reason_to_stop(step)
+            batches = feed.batches(done, self.plan.steps)
+            interrupted = self.plan.evaluates_first and not self._evaluate(done)
+            while done < self.plan.steps or interrupted:
+                reason = self._reason_to_stop(done + 1)
                 if reason is not None:
-                    self._stop(step - 1, reason)
+                    self._stop(done, reason)
                     return
-                self._train_step(step, batches)
-                done = step
-                self._save_and_evaluate(step)
+                self._train_step(done + 1, batches)
+                done += 1
+                interrupted = not self._save_and_evaluate(done)
             self._write_status("finished", self.plan.steps)
             if self.log is not None:
                 print(f"finished: {self.plan.steps} steps, {self.plan.run_dir}")
@@ -119,7 +119,7 @@ class TrainingLoop:
         asynchronous checkpoint that every rank has written."""
         self.progress.mark("agreeing whether to go on", step)
         flags = [
-            *self.requests.flags(self._needed_seconds(step)),
+            *self.requests.flags(self._needed_seconds()),
             int(self.checkpointer.is_writing),
         ]
         found = torch.tensor(flags, device=self.groups.device)
@@ -129,13 +129,10 @@ class TrainingLoop:
             self.checkpointer.finish()
         return next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
 
-    def _needed_seconds(self, step: int) -> float:
-        """What `step` and a save would take, with something to spare."""
+    def _needed_seconds(self) -> float:
+        """What one more step and a save would take, with something to spare."""
         save = self.checkpointer.longest_save or self.first_save_seconds
-        needed = 2 * max(self.recent_steps) + 1.5 * save
-        if self.config.evaluate.every and step % self.config.evaluate.every == 0:
-            needed += self.longest_evaluation
-        return needed
+        return 2 * max(self.recent_steps) + 1.5 * save
 
     def _stop(self, step: int, reason: str) -> None:
         """Save the state after `step`, unless it is saved, and note why the run stops."""
@@ -185,25 +182,37 @@ class TrainingLoop:
             self.log.write_step(step, record, means, int(memory), bad, of_sources)
             self._write_status("running", step)
 
-    def _save_and_evaluate(self, step: int) -> None:
-        """Save and evaluate where the config asks for it after `step`, and after the last one."""
+    def _save_and_evaluate(self, step: int) -> bool:
+        """Save and evaluate where the config asks for it after `step`, and after the last one.
+        False where the evaluation was interrupted."""
         began = time.perf_counter()
-        last = step == self.plan.steps
-        evaluate, checkpoint = self.config.evaluate.every, self.config.checkpoint.every
+        last, every = step == self.plan.steps, self.config.checkpoint.every
         # Saved first: held-out shards that turn out to be bad must not cost the training.
-        if (checkpoint and step % checkpoint == 0) or last:
+        if (every and step % every == 0) or last:
             self.progress.mark("saving a checkpoint", step)
             self.checkpointer.save(self._meta(step), self.state, last=last)
             self.timer.add_pause(self.checkpointer.last_pause)
-        if evaluate and (step % evaluate == 0 or last):
-            evaluation_began = time.perf_counter()
-            self.progress.mark("evaluating", step)
-            results = self.held_out.evaluate(self.progress.mark_again)
-            if self.log is not None:
-                self.log.write_evaluation(step, results)
-            seconds = time.perf_counter() - evaluation_began
-            self.longest_evaluation = max(self.longest_evaluation, seconds)
+        complete = not self.plan.evaluates_after(step) or self._evaluate(step)
         self.timer.leave_out(time.perf_counter() - began)
+        return complete
+
+    def _evaluate(self, step: int) -> bool:
+        """False: all ranks left the evaluation because one of them is asked to stop."""
+        self.progress.mark("evaluating", step)
+        batches = InterruptibleBatches(
+            self.groups.world,
+            self.groups.device,
+            lambda: any(self.requests.flags(self._needed_seconds())),
+            ahead=self.groups.layout.pipeline,
+            tick=self.progress.mark_again,
+        )
+        try:
+            results = self.held_out.evaluate(batches)
+        except EvaluationInterrupted:
+            return False
+        if self.log is not None:
+            self.log.write_evaluation(step, results)
+        return True
 
     def _meta(self, step: int) -> Meta:
         plan = self.plan

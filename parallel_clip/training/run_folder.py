@@ -9,13 +9,12 @@ from pathlib import Path
 from parallel_clip.checkpoint import durable
 from parallel_clip.checkpoint.manifest import utc_now
 from parallel_clip.errors import InputError
-from parallel_clip.plan.resume import CONFIG_FILE
+from parallel_clip.plan.resume import CONFIG_FILE, EVALUATIONS_FILE, read_step
 from parallel_clip.plan.run_plan import RunPlan
 
 ENVIRONMENT_FILE = "environment.json"
 RESUMES_FILE = "resumes.jsonl"
 METRICS_FILE = "metrics.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
 LEDGER_FOLDER = "ledger"
@@ -53,13 +52,8 @@ def prepare_run_folder(plan: RunPlan, device: str) -> None:
 
 def truncate_log(log: Path, step: int) -> None:
     """Keep the lines of steps up to `step`; drop those that a crash left incomplete."""
-    kept = []
-    for line in log.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
+    steps = ((line, read_step(line)) for line in log.read_text(errors="replace").splitlines())
+    kept = [line for line, of_step in steps if of_step is not None and of_step <= step]
     durable.replace_text(log, "".join(line + "\n" for line in kept))
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.manifest import Manifest
@@ -136,6 +137,27 @@ def test_a_request_to_stop_saves_once_and_says_so(config, undisturbed, tmp_path,
     assert not (run_dir / "lease").exists()
     succeed("train", config, layout, f"run_dir={run_dir}", processes=2)
     assert_same_run(run_dir, undisturbed(layout))
+
+
+def test_an_evaluation_is_left_and_done_again(config, tmp_path):
+    """Of 10 batches each: with two stages a request is known of at the third after it."""
+    shards = yaml.safe_load(config.read_text())["data"]["train"][0]["shards"]
+    layout = "parallel.pipeline=2"
+    args = ("evaluate.every=4", "evaluate.batch=4", f"evaluate.loss={shards}")
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    succeed("train", config, layout, *args, f"run_dir={whole}", processes=2)
+    for rank, call, step in ((1, 3, 4), (0, 13, 6)):  # the second after an evaluation of step 4
+        stop = fault("evaluate", call, rank, faults.terminate)
+        ended = disturbed(config, run_dir, layout, stop, args=args)
+        assert [one.code for one in ended] == [0, 0], ended
+        assert f"stopped after step {step} of {STEPS} (signal:SIGTERM), saved" in ended[0].out
+        assert f"held out at step {step}" not in ended[0].out
+    out = succeed("train", config, layout, *args, f"run_dir={run_dir}", processes=2)
+    assert "held out at step 6" in out
+    assert_same_run(run_dir, whole)
+    assert lines(run_dir / "evaluations.jsonl") == lines(whole / "evaluations.jsonl")
+    out = succeed("train", config, layout, *args, f"run_dir={run_dir}", processes=2)
+    assert "is finished" in out
 
 
 def test_the_time_limit_saves_and_ends_by_itself(config, undisturbed, tmp_path):
