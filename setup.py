@@ -45,6 +45,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "open_clip_torch",
+            "transformers",  # open_clip's tokenizers of Hugging Face
             "ruff",
             "aiohttp",
             "matplotlib",  # the tests of benchmarks/

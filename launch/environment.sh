@@ -35,7 +35,7 @@ _missing_modules() {
     modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil xxhash"
     for extra in "$@"; do
         case "$extra" in
-            test) modules+=" pytest pytest_timeout hypothesis open_clip ruff aiohttp matplotlib" ;;
+            test) modules+=" pytest pytest_timeout hypothesis open_clip transformers ruff aiohttp matplotlib" ;;
             remote) modules+=" fsspec aiohttp" ;;
             demo) modules+=" open_clip matplotlib" ;;
             plot) modules+=" matplotlib" ;;

@@ -160,7 +160,7 @@ def _add_evaluate(parent) -> None:
         kind.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
         kind.add_argument("--data", required=True, metavar="SHARDS", help="held-out shards")
         kind.add_argument("--json", metavar="FILE", help="write the figures; - prints them alone")
-        kind.add_argument("--model", metavar="NAME", help="where the checkpoint does not say it")
+        _add_model(kind)
         kind.add_argument("--tokenizer", metavar="T", help="as data.tokenizer of a config")
         kind.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
         kind.add_argument("--batch", type=_positive, default=64, help="encoded at once (64)")
@@ -181,8 +181,31 @@ def _add_convert(parent) -> None:
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32"
     )
     parser.add_argument("--bin", action="store_true", help="also write open_clip_pytorch_model.bin")
-    parser.add_argument("--model", metavar="NAME", help="where the source does not say it")
+    _add_model(parser)
+    parser.add_argument(
+        "--with-optimizer",
+        action="store_true",
+        help="with --to run: go on where open_clip_train stopped (epoch_N.pt)",
+    )
+    parser.add_argument(
+        "--global-batch", type=_positive, metavar="N", help="pairs in a batch of that run"
+    )
     parser.set_defaults(run=commands.convert)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="model name or JSON file (default: what the checkpoint says)",
+    )
+    parser.add_argument(
+        "--override",
+        metavar="KEYS",
+        type=lambda text: text.split(","),
+        default=[],
+        help="where --model differs from what the checkpoint says, and means it: quick_gelu,...",
+    )
 
 
 def _add_checkpoint(parent) -> None:

@@ -77,12 +77,24 @@ def retrieval(options: argparse.Namespace, launch: Launch) -> None:
 def convert(options: argparse.Namespace, launch: Launch) -> None:
     if launch.world_size > 1:
         raise InputError("convert runs in one process; start it without torchrun")
+    from parallel_clip.convert.choose_model import ModelChoice
     from parallel_clip.convert.open import convert_checkpoint
 
-    source = convert_checkpoint(
-        options.source, options.target, options.to, options.precision, options.bin, options.model
+    if options.with_optimizer != (options.global_batch is not None):
+        raise InputError(
+            "--with-optimizer and --global-batch N belong together: N is the number of pairs in a "
+            "batch of the run that the optimizer is from"
+        )
+    said = convert_checkpoint(
+        options.source,
+        options.target,
+        options.to,
+        options.precision,
+        options.bin,
+        ModelChoice(options.model, options.override),
+        options.global_batch,
     )
-    print(f"{source.architecture.name} from {source.folder} is now in {Path(options.target)}")
+    print("\n".join(said))
 
 
 def checkpoint_list(options: argparse.Namespace, launch: Launch) -> int:
@@ -192,6 +204,7 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
         workers=options.workers,
         caption_key=options.caption_key,
         model_name=options.model,
+        override=options.override,
         tokenizer=options.tokenizer,
         precision=options.precision,
         say=print_nothing if options.json == "-" else print,

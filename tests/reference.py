@@ -186,11 +186,13 @@ def reference_run(
     loss: Literal["infonce", "sigmoid"] = "infonce",
     kept_patches: Callable[[int], Tensor] | None = None,
     precision: Precision = "fp32",
+    save: tuple[int, Path] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
     `learning_rate` and `kept_patches` take the step counted from 0; the latter gives the patches
-    [B, K] that each sample of the batch keeps. In "pure_bf16" weights and optimizer are bf16, in
+    [B, K] that each sample of the batch keeps. `save`: after so many steps write the file that
+    open_clip_train does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in
     "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer.
     """
     model = build_model(model_cfg)
@@ -206,8 +208,8 @@ def reference_run(
 
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for n, p in trained.items() if decayed(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in trained.items() if not decayed(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in trained.items() if decayed(n, p)], "weight_decay": weight_decay},
     ]
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
@@ -236,6 +238,10 @@ def reference_run(
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
+        if save is not None and step + 1 == save[0]:
+            state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+            content = {"epoch": 1, "name": "run", "state_dict": state}
+            torch.save(content | {"optimizer": optimizer.state_dict()}, save[1])
     return Reference(records, {n: v.detach().float() for n, v in model.state_dict().items()})
 
 

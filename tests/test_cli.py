@@ -51,6 +51,7 @@ def world(tmp_path_factory) -> Path:
     (folder / "garbage.safetensors").write_bytes(b"garbage" * 100)
     (folder / "pickled.pt").write_bytes(pickle.dumps({"logit_scale": _Trap(folder / "sprung")}))
     torch.save({"logit_scale": _Trap(folder / "sprung")}, folder / "trap.pt")
+    torch.save({"logit_scale": torch.zeros(())}, folder / "bare.pt")
     (folder / "file").write_text("")
     (folder / "full").mkdir()
     (folder / "full/thesis.tex").write_text("mine")
@@ -96,7 +97,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "tokenizer": (["model.name=ViT-L-14-CLIPA"], ["bert-base-uncased", "data.tokenizer="]),
     "tokenizer folder": (["data.tokenizer={}/full"], ["data.tokenizer", "tokenizer.json"]),
     "switch": (["model.name={}/pooled.json"], ["vision_cfg.attentional_pool", "not supported"]),
-    "other weights": (["init.from={}/other"], ["another architecture", "[48], not [32]"]),
+    "other weights": (["init.from={}/other"], ["vision_cfg.width is 48 there and 32 here"]),
     "no weights": (["init.from={}/nowhere"], ["nowhere does not exist", "OpenCLIP"]),
     "garbage": (["init.from={}/garbage.bin"], ["garbage.bin", "fetched again"]),
     "garbage tensors": (["init.from={}/garbage.safetensors"], ["garbage.safetensors", "header"]),
@@ -179,11 +180,11 @@ def one_message(ranks: list[Ended]) -> str:
         (["plan", "config.yaml", "--gpus", "8", "--gpu-memory", "80GB"], "not built yet"),
         (["convert", "other", "new", "--to", "huggingface"], "not built yet"),
         (["convert", "other", "full", "--to", "openclip"], "full is not empty"),
-        (["convert", "other", "file/new", "--to", "openclip"], "cannot write to file/new"),
+        (["convert", "other", "file/new", "--to", "openclip"], "file/new: "),
         (["convert", "nowhere", "new", "--to", "openclip"], "nowhere does not exist"),
         (["convert", "train", "new", "--to", "run"], "train holds no checkpoint"),
         (["convert", "other", "new", "--to", "run", "--bin"], "leave --bin"),
-        (["convert", "other", "new", "--to", "openclip", "--model", "ViT-B-32"], "another arch"),
+        (["convert", "other", "new", "--to", "openclip", "--model", "ViT-B-32"], "another model"),
         (["evaluate", "retrieval", "other", "--data", "no.tar"], "1 of 1 shards"),
         (["evaluate", "retrieval", "nowhere", "--data", "train"], "nowhere does not exist"),
         (["evaluate", "retrieval", "other", "--data", "broken/pictures.tar"], "no .txt"),
@@ -192,7 +193,8 @@ def one_message(ranks: list[Ended]) -> str:
             "start 2 processes",
         ),
         (["evaluate", "retrieval", "trap.pt", "--data", "train", "--model", "ViT-B-32"], "trap.pt"),
-        (["evaluate", "retrieval", "trap.pt", "--data", "train"], "--model NAME"),
+        (["evaluate", "retrieval", "trap.pt", "--data", "train"], "code could be run"),
+        (["evaluate", "retrieval", "bare.pt", "--data", "train"], "--model NAME"),
         (["evaluate", "retrieval", "other", "--data", "train", "--json", "file/x"], "file/x"),
         (
             ["evaluate", "zero-shot", "other", "--data", "train", "--classes", "no.txt"],

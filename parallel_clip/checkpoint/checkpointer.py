@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -40,9 +40,9 @@ class Checkpointer:
 
     keep: how many `save` leaves, counted back from the one that it wrote; None: all. asynchronous:
     write on a thread while training goes on. failures: how many failed saves in a row are only
-    told. may_write: called on rank 0 before a checkpoint is shown; raises LeaseLostError where the
-    run folder is another job's by now. tick: called at each piece that is read or
-    written, to show that this goes on.
+    told. files: that belong to the model and go into each checkpoint, by name. may_write: called on
+    rank 0 before a checkpoint is shown; raises LeaseLostError where the run folder is another job's
+    by now. tick: called at each piece that is read or written, to show that this goes on.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Checkpointer:
         *,
         asynchronous: bool = False,
         failures: int = 0,
+        files: Mapping[str, bytes] | None = None,
         may_write: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
         tick: Callable[[], None] = lambda: None,
@@ -66,6 +67,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._failures = failures
         self._failed = 0
+        self._files = files or {}
         self._may_write = may_write
         self._say = say if groups.is_rank_zero else lambda _: None
         self._tick = tick
@@ -162,6 +164,8 @@ class Checkpointer:
         """On rank 0, once every rank has written."""
         files = {name: record for written in of_ranks for name, record in written.files.items()}
         entries = [entry for written in of_ranks for entry in written.entries]
+        for name, content in self._files.items():
+            files[name] = durable.write_new(write.folder / name, [content])
         files[INDEX_FILE] = write_index(write.folder, entries)
         files[META_FILE] = write.meta.write(write.folder)
         Manifest(files).write(write.folder)

@@ -47,7 +47,7 @@ def commit(folder: Path, step: int, check: Callable[[], None] = lambda: None) ->
     """
     checkpoints = folder.parent
     final = checkpoints / _step_name(step)
-    durable.sync_folder(folder)
+    durable.sync(folder)
     pointer = checkpoints / f".{LATEST}_{secrets.token_hex(4)}"
     durable.write_new(pointer, [f"{final.name}\n".encode()])
     check()
@@ -59,9 +59,9 @@ def commit(folder: Path, step: int, check: Callable[[], None] = lambda: None) ->
     else:
         replaced = final.rename(checkpoints / f"{_REPLACED}{final.name}")
         folder.rename(final)
-    durable.sync_folder(checkpoints)
+    durable.sync(checkpoints)
     pointer.replace(checkpoints / LATEST)
-    durable.sync_folder(checkpoints)
+    durable.sync(checkpoints)
     if replaced is not None:
         durable.remove_folder(replaced)
     return final

@@ -29,9 +29,14 @@ class ConfigSection(BaseModel):
 
 
 class Model(ConfigSection):
-    name: str = Field(
-        "ViT-L-14",
-        description="OpenCLIP model name, or path of a JSON file in its model-config format",
+    name: str | None = Field(
+        None,
+        description="OpenCLIP model name, or path of a JSON file in its model-config format; null: "
+        "the model of init.from, else ViT-L-14",
+    )
+    override: list[str] = Field(
+        [],
+        description="switches in which name may differ from what init.from says, e.g. [quick_gelu]",
     )
 
 

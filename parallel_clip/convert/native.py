@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from parallel_clip.checkpoint import commit
+from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.manifest import Manifest
 from parallel_clip.checkpoint.meta import META_FILE, Meta
 from parallel_clip.checkpoint.pieces import (
@@ -18,7 +20,11 @@ from parallel_clip.checkpoint.pieces import (
     write_index,
     write_pieces,
 )
-from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
+from parallel_clip.convert.model_weights import ModelWeights
+from parallel_clip.convert.openclip_optimizer import AdamWState
+from parallel_clip.convert.target_folder import new_folder
+from parallel_clip.convert.weight_source import SourceMetadata
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles, has_tokenizer
 from parallel_clip.model.openclip_json import architecture_from_json
 
 
@@ -34,10 +40,12 @@ class CheckpointSource:
         meta = Meta.read(folder)
         self._reader = PieceReader(folder)
         self.metadata = SourceMetadata(
+            path=folder,
+            folder=folder,
             architecture=architecture_from_json(meta.model, meta.model_name),
             preprocess=meta.preprocess,
-            tokenizer=meta.tokenizer,
-            folder=folder,
+            tokenizer=str(folder) if has_tokenizer(folder) else meta.tokenizer,
+            said_by=folder / META_FILE,
             step=meta.step,
         )
 
@@ -49,22 +57,46 @@ class CheckpointSource:
         return self._reader.read(f"weight:{name}")
 
 
-def write_run(target: Path, weights: ModelWeights, preprocess: dict, tokenizer: str | None) -> None:
-    """Write a run folder whose only checkpoint is step 0, without optimizer moments.
+def write_run(
+    target: Path,
+    weights: ModelWeights,
+    preprocess: Mapping[str, Any],
+    tokenizer: TokenizerFiles,
+    optimizer: AdamWState | None = None,
+    global_batch: int = 0,
+) -> None:
+    """Write a run folder with one checkpoint: step 0 without optimizer moments, or the step of an
+    optimizer's state, after so many batches of `global_batch`.
 
-    preprocess: OpenCLIP's preprocess_cfg; tokenizer: as `data.tokenizer`. InputError: `target` is
-    not a new or empty folder.
+    preprocess: OpenCLIP's preprocess_cfg. InputError: `target` is not a new or empty folder.
     """
     tensors = weights.read_all()  # before anything is written: the source may be damaged
-    make_empty_folder(target)
-    folder = commit.begin(target, 0)
-    pieces = (
-        Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape))
-        for name, tensor in tensors.items()
+    step = optimizer.step if optimizer is not None else 0
+    choice = "openclip" if tokenizer.name is None else None
+    meta = Meta.of_model(weights.architecture, preprocess, choice)
+    meta = replace(
+        meta,
+        step=step,
+        position=step * global_batch,
+        updates=step,
+        has_moments=optimizer is not None,
+        model=tokenizer.named_in(meta.model),
     )
-    entries, files = write_pieces(folder, 0, pieces)
-    meta = Meta.of_model(weights.architecture, preprocess, tokenizer)
-    files[META_FILE] = replace(meta, has_moments=False).write(folder)
-    files[INDEX_FILE] = write_index(folder, entries)
-    Manifest(files).write(folder)
-    commit.commit(folder, 0)
+
+    def pieces() -> Iterator[Piece]:
+        for name, tensor in tensors.items():
+            yield Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape))
+            moments = optimizer.moments[name] if optimizer is not None else {}
+            for kind, values in moments.items():
+                values = host_copy(values.float()).reshape(tensor.shape)
+                yield Piece(f"{kind}:{name}", values, tuple(tensor.shape))
+
+    with new_folder(target) as run:
+        folder = commit.begin(run, step)
+        entries, files = write_pieces(folder, 0, pieces())
+        files[META_FILE] = meta.write(folder)
+        for name, content in tokenizer.files.items():
+            files[name] = durable.write_new(folder / name, [content])
+        files[INDEX_FILE] = write_index(folder, entries)
+        Manifest(files).write(folder)
+        commit.commit(folder, step)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import META_FILE
+from parallel_clip.convert.choose_model import (
+    ModelChoice,
+    choose_model,
+    resolve_preprocess,
+    tokenizer_files,
+)
+from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.native import CheckpointSource, write_run
-from parallel_clip.convert.openclip import OPENCLIP_WEIGHTS, OpenClipSource, write_openclip
-from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, WeightSource
-from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.convert.openclip import OpenClipSource, find_openclip_file, write_openclip
+from parallel_clip.convert.openclip_optimizer import read_adamw
+from parallel_clip.convert.target_folder import check_target
+from parallel_clip.convert.weight_source import WeightSource
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.known_models import load_architecture
 
 
 def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
-    """Open a run folder (its latest checkpoint), a checkpoint folder, or OpenCLIP's file or folder.
+    """Open a run folder (its latest checkpoint), a checkpoint folder, or a file or folder of
+    OpenCLIP's, or a file of OpenAI's.
 
     verify: hash all files of a checkpoint of ours before anything is taken from it.
 
@@ -30,30 +37,31 @@ def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
             f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
             "a checkpoint folder, or an OpenCLIP file or folder"
         )
+    if path.is_file():
+        return OpenClipSource(path)
     folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
     if folder is not None:
         return CheckpointSource(folder, verify)
-    for file in (path, *(path / name for name in OPENCLIP_WEIGHTS)):
-        if file.is_file():
-            return OpenClipSource(file)
-    if (path / "config.json").is_file():
+    file, notes = find_openclip_file(path)
+    source = OpenClipSource(file, notes) if file is not None else None
+    names = source.shapes() if source is not None else ()
+    if any(name.startswith(("vision_model.", "text_model.")) for name in names) or (
+        source is None and (path / "config.json").is_file()
+    ):
         raise InputError(
-            f"{path} looks like a Hugging Face checkpoint, which is not read yet; "
-            "give an OpenCLIP checkpoint (open_clip_model.safetensors) of the same model"
+            f"{path} looks like a Hugging Face checkpoint, which is not read yet; give an OpenCLIP "
+            "checkpoint (open_clip_model.safetensors) of the same model"
         )
-    raise InputError(
-        f"{path} holds no checkpoint: expected a run folder (checkpoints/latest), a checkpoint "
-        f"folder ({META_FILE}), or an OpenCLIP folder ({' or '.join(OPENCLIP_WEIGHTS)})"
-    )
+    if source is None:
+        raise InputError(
+            f"{path} holds no checkpoint: expected a run folder (checkpoints/latest), a checkpoint "
+            f"folder ({META_FILE}), or OpenCLIP's weights (open_clip_model.safetensors)"
+        )
+    return source
 
 
-def open_initial_weights(
-    path: str | Path | None, architecture: Architecture, *, verify: bool = True
-) -> ModelWeights | None:
-    """The weights of `init.from`; None where a run begins with random ones."""
-    if path is None:
-        return None
-    source = open_source(path, verify=verify)
+def open_initial_weights(source: WeightSource, architecture: Architecture) -> ModelWeights:
+    """The weights of `init.from`."""
     # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
     return ModelWeights(source, architecture, optional=("logit_bias",))
 
@@ -64,32 +72,55 @@ def convert_checkpoint(
     to: str,
     precision: str = "fp32",
     also_bin: bool = False,
-    model_name: str | None = None,
-) -> SourceMetadata:
+    choice: ModelChoice | None = None,
+    optimizer_batch: int | None = None,
+) -> list[str]:
     """Write the model of `source` to the new or empty folder `target`, in another format.
 
     to: openclip or run. precision: fp32, bf16 or fp16, and also_bin: the pickled file as well, are
-    for openclip. model_name: for a source that does not say which model it is. Returns the source's
-    metadata, with the architecture in any case.
+    for openclip. choice: of another model than the source's own. optimizer_batch: carry AdamW's
+    state of open_clip_train to a run, which has seen batches of so many pairs. Returns what to tell
+    the user, a line each.
 
     Raises:
         InputError: no checkpoint, one of another architecture or damaged, a target that holds
-            something, or options that do not go together.
+            something, or options that do not go together. Nothing is written then.
     """
     if to == "huggingface":
         raise InputError("--to huggingface is not built yet; --to openclip and --to run are")
     if to == "run" and (also_bin or precision != "fp32"):
         raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
-    opened, target = open_source(source), Path(target)
+    if to != "run" and optimizer_batch is not None:
+        raise InputError(f"--with-optimizer is for --to run, not --to {to}")
+    target, choice, optimizer = Path(target), choice or ModelChoice(), None
+    check_target(target)
+    opened = open_source(source)
     metadata = opened.metadata
-    architecture = load_architecture(model_name) if model_name else metadata.architecture
-    if architecture is None:
-        raise InputError(f"{source} does not say which model it is; add --model NAME")
-    weights = ModelWeights(opened, architecture)
-    size = architecture.vision.image_size
-    preprocess = Preprocess.from_openclip(size, metadata.preprocess).to_openclip()
+    architecture, settings = choose_model(choice, metadata)
+    weights = ModelWeights(opened, architecture, option=choice.name_option)
+    preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
+    tokenizer = tokenizer_files(metadata, architecture)
+    notes = [*weights.notes, f"preprocessing: {preprocess_words}"]
+    if tokenizer.name is not None:
+        notes.append(
+            f"tokenizer: {tokenizer.name}, in {target}"
+            if tokenizer.files
+            else f"tokenizer: the files of {tokenizer.name} are not beside the weights; put them "
+            f"into {target}"
+        )
+    content = opened.content if isinstance(opened, OpenClipSource) else None
+    if optimizer_batch is not None:
+        file, names = metadata.path, weights.stored_names
+        optimizer = read_adamw(content, names, opened.shapes(), file)
+        notes.append(f"AdamW's state after step {optimizer.step:,} comes along")
+    elif (content or {}).get("optimizer"):
+        notes.append(
+            "its optimizer is left behind; --to run --with-optimizer --global-batch N takes it"
+        )
     if to == "run":
-        write_run(target, weights, preprocess, metadata.tokenizer)
+        write_run(
+            target, weights, preprocess.to_openclip(), tokenizer, optimizer, optimizer_batch or 0
+        )
     else:
-        write_openclip(target, weights, preprocess, precision, also_bin)
-    return replace(metadata, architecture=architecture)
+        write_openclip(target, weights, preprocess.to_openclip(), tokenizer, precision, also_bin)
+    return [*notes, f"{architecture.name} from {metadata.path} is now in {target}"]

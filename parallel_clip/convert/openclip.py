@@ -1,111 +1,143 @@
-"""OpenCLIP's checkpoints: its folder or one of its files as a source, and writing its folder."""
+"""OpenCLIP's checkpoints: a folder or one of its files as a source, and writing such a folder."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel_clip.convert.weight_source import ModelWeights, SourceMetadata, make_empty_folder
+from parallel_clip.convert.model_weights import LOGIT_PARAMETERS, ModelWeights
+from parallel_clip.convert.openai import openai_architecture
+from parallel_clip.convert.target_folder import new_folder
+from parallel_clip.convert.tensor_files import open_tensor_file
+from parallel_clip.convert.weight_source import SourceMetadata
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
-from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.known_models import load_model
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# In the order of open_clip's `local-dir:`; other files of these kinds come after, if there is one.
+_PREFERRED = (
+    OPENCLIP_WEIGHTS[0],
+    "open_clip_pytorch_model.safetensors",
+    OPENCLIP_WEIGHTS[1],
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+_KINDS = (".safetensors", ".bin", ".pth")
+
 
 class OpenClipSource:
-    """An OpenCLIP state dict in safetensors or as torch saves it, with its config if beside it.
+    """A state dict of OpenCLIP's or OpenAI's, with its config if one is beside it.
 
-    A pickled file is read with `weights_only=True`: nothing in it is run.
+    notes: what to tell beside what is found here.
     """
 
-    def __init__(self, file: Path):
-        self._file = file
+    def __init__(self, file: Path, notes: tuple[str, ...] = ()):
+        self._tensors = open_tensor_file(file)
+        self.content = self._tensors.content
         config = file.parent / OPENCLIP_CONFIG
-        architecture = preprocess = None
+        model, said_by = None, None
         if config.is_file():
-            try:
-                settings = json.loads(config.read_text())
-                preprocess = settings.get("preprocess_cfg")
-                architecture = architecture_from_json(settings["model_cfg"], file.parent.name)
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise InputError(f"{config} is not an OpenCLIP config: {error!r}") from None
-        self.metadata = SourceMetadata(architecture, preprocess, tokenizer=None, folder=file.parent)
+            model, said_by = load_model(str(config)), config
+        architecture = model.architecture if model else openai_architecture(self.shapes(), file)
+        if architecture is not None and model is None:
+            said_by = file
+            notes += (f"{file} is a checkpoint of OpenAI's: {architecture.name}, with QuickGELU",)
+        self.metadata = SourceMetadata(
+            file,
+            file.parent,
+            architecture,
+            model.preprocess if model else None,
+            said_by=said_by,
+            notes=notes,
+        )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        if self._file.suffix == ".safetensors":
-            file = self._safetensors
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+        return self._tensors.shapes()
 
     def read(self, name: str) -> Tensor:
-        if self._file.suffix == ".safetensors":
-            return self._safetensors.get_tensor(name)
-        return self._pickled[name]
+        return self._tensors.read(name)
 
-    @cached_property
-    def _safetensors(self) -> safe_open:
-        try:
-            return safe_open(self._file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self._file} is not a safetensors file: {error}") from None
 
-    @cached_property
-    def _pickled(self) -> dict[str, Tensor]:
-        try:
-            # Only torch's newer format, a zip, can be mapped into memory.
-            content = torch.load(
-                self._file,
-                map_location="cpu",
-                weights_only=True,
-                mmap=zipfile.is_zipfile(self._file),
-            )
-        except (OSError, EOFError) as error:
-            raise InputError(f"{self._file} cannot be read: {error}") from None
-        except (RuntimeError, ValueError, pickle.UnpicklingError):
-            raise InputError(
-                f"{self._file} is no torch file of plain tensors; a damaged one has to be fetched "
-                "again, and from one that holds more (code could be run by reading it) the state "
-                "dict has to be saved alone, as .safetensors or with torch.save"
-            ) from None
-        # open_clip_train saves {"state_dict": ..., "optimizer": ...}; DDP adds "module.".
-        state = content.get("state_dict", content) if isinstance(content, dict) else None
-        if not state or not all(isinstance(v, Tensor) for v in state.values()):
-            raise InputError(f"{self._file} holds no state dict of tensors")
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+def find_openclip_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The weights that open_clip's `local-dir:` takes from a folder, and what to tell of it.
+
+    Raises:
+        InputError: there are several, and none has a name that it prefers.
+    """
+    files = sorted(f for f in folder.iterdir() if f.suffix in _KINDS and f.is_file())
+    files = files or sorted(f for f in folder.glob("*.pt") if f.is_file())
+    preferred = [folder / name for name in _PREFERRED if folder / name in files]
+    if not preferred and len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise InputError(f"{folder} holds {len(files)} checkpoints ({names}); name one of them")
+    chosen = next(iter(preferred or files), None)
+    others = [file.name for file in files if file != chosen]
+    if not others:
+        return chosen, ()
+    return chosen, (f"{folder}: {chosen.name} is taken, not {', '.join(others[:5])}",)
 
 
 def write_openclip(
     target: Path,
     weights: ModelWeights,
-    preprocess: dict,
+    preprocess: Mapping[str, Any],
+    tokenizer: TokenizerFiles,
     precision: str = "fp32",
     also_bin: bool = False,
 ) -> None:
-    """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` loads.
+    """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` and its
+    `get_tokenizer` load. The logit parameters stay in fp32.
 
-    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too. InputError: `target` is
-    not a new or empty folder.
+    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too.
+
+    Raises:
+        InputError: `target` is not a new or empty folder, or a weight does not fit the precision.
     """
-    dtype = PRECISIONS[precision]
     # Read before anything is written: the source may be damaged.
-    state = {name: tensor.to(dtype) for name, tensor in weights.read_all().items()}
-    make_empty_folder(target)
-    settings = {"model_cfg": weights.architecture.json, "preprocess_cfg": preprocess}
-    (target / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    _save_safetensors(state, target / OPENCLIP_WEIGHTS[0])
-    if also_bin:
-        torch.save(state, target / OPENCLIP_WEIGHTS[1])
+    state = _read_rounded(weights, PRECISIONS[precision])
+    settings = {
+        "model_cfg": tokenizer.named_in(weights.architecture.json),
+        "preprocess_cfg": preprocess,
+    }
+    tokenizer_files = tokenizer.for_transformers()
+    with new_folder(target) as folder:
+        (folder / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        _save_safetensors(state, folder / OPENCLIP_WEIGHTS[0])
+        if also_bin:
+            torch.save(state, folder / OPENCLIP_WEIGHTS[1])
+        for name, content in tokenizer_files.items():
+            (folder / name).write_bytes(content)
+
+
+def _read_rounded(weights: ModelWeights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights, each a tensor of its own: of two names for one, safetensors writes none."""
+    rounded = {}
+    for name in weights.stored_names:
+        tensor = weights.read(name)
+        # bf16 would put the multiplier off by up to 1%.
+        own = torch.float32 if name in LOGIT_PARAMETERS else dtype
+        rounded[name] = tensor.to(own, copy=True, memory_format=torch.contiguous_format)
+        if not torch.isfinite(rounded[name]).all():
+            largest = float(tensor.abs().max())
+            raise InputError(
+                f"{name} has values up to {largest:.4g}, which become infinite as {own} (the "
+                f"largest there is {torch.finfo(own).max:.4g}); choose another --precision"
+            )
+    return rounded
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -37,6 +37,11 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def keep_random_state() -> contextlib.AbstractContextManager[None]:
+    """Inside, random numbers may be drawn; afterwards torch's generators are as they were."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if has_cuda() else [])
+
+
 def collective_backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 

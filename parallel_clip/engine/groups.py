@@ -18,6 +18,7 @@ from parallel_clip.engine.collectives import raise_on_all_ranks
 from parallel_clip.engine.launch import Launch
 from parallel_clip.engine.quiet import silence_dependency_warnings
 from parallel_clip.engine.rendezvous import job_store
+from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
 
 T = TypeVar("T")
@@ -99,19 +100,36 @@ def join_world(launch: Launch, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT)
 
 
 def make_groups(layout: Layout) -> Groups:
-    """Cut the process group of all ranks, which this process has joined, into the layout's."""
+    """Cut the process group of all ranks, which this process has joined, into the layout's. Groups
+    of this process that are cut so already are taken.
+
+    Raises:
+        InputError: this process has groups of another layout.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
-        ),
-        create_gloo_process_groups=False,
+    virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            create_gloo_process_groups=False,
+        )
+        # TransformerBlock forks this tracker under sequence parallelism; nothing of ours draws
+        # from it, and whoever else does in this process shall not notice.
+        with device_seam.keep_random_state():
+            tensor_parallel.model_parallel_cuda_manual_seed(0)
+    found = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
     )
-    # TransformerBlock forks this tracker under sequence parallelism; nothing of ours draws from it.
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    if found != (layout.tensor, layout.pipeline, virtual):
+        raise InputError(
+            f"this process has groups of tensor {found[0]}, pipeline {found[1]} already, not of "
+            f"tensor {layout.tensor}, pipeline {layout.pipeline}; close_groups() ends them"
+        )
     return Groups(
         layout=layout,
         rank=dist.get_rank(),
@@ -122,6 +140,18 @@ def make_groups(layout: Layout) -> Groups:
         model=parallel_state.get_model_parallel_group(),
         device=device_seam.current_device(),
     )
+
+
+def whole_model_groups() -> Groups:
+    """Groups in which each process holds a whole model: those of a world of one, or of the world
+    that the caller has joined. In such a world all processes call it together.
+
+    Raises:
+        InputError: this process has groups of another layout.
+    """
+    current = device_seam.current_device().index or 0
+    join_world(Launch(rank=0, local_rank=current, world_size=1))  # joins none where one is joined
+    return make_groups(Layout(dist.get_world_size()))
 
 
 def close_groups() -> None:

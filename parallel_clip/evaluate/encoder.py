@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel_clip.convert.choose_model import ModelChoice, choose_model, resolve_preprocess
+from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.open import open_source
-from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.engine.collectives import broadcast_from_last_stage
-from parallel_clip.engine.groups import Groups
-from parallel_clip.errors import InputError
+from parallel_clip.engine.device import keep_random_state
+from parallel_clip.engine.groups import Groups, whole_model_groups
 from parallel_clip.layout import check_model
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel, global_parameters, normalised
 from parallel_clip.model.handover import Handover, Shape
-from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.parameters import load_slice
 from parallel_clip.stages.stage import whole_model
@@ -132,36 +133,39 @@ class ModelEncoder:
 
 
 def load_encoder(
-    checkpoint: str,
-    groups: Groups,
+    checkpoint: str | Path,
+    groups: Groups | None = None,
     *,
     model_name: str | None = None,
+    override: Sequence[str] = (),
     tokenizer: str | None = None,
     precision: str = "fp32",
+    say: Callable[[str], None] = lambda _: None,
 ) -> ModelEncoder:
     """Load a checkpoint of any format, without pipeline stages; every tensor rank its slice.
 
-    checkpoint: as in `open_source`. model_name: needed where the checkpoint does not say which
-    model it is (a bare OpenCLIP state dict). tokenizer: as `data.tokenizer`. precision: fp32 or
-    bf16.
+    checkpoint: as in `open_source`. groups: None for a whole model in this process. model_name:
+    needed where the checkpoint does not say which model it is (a bare OpenCLIP state dict);
+    override: the switches in which it may differ from what the checkpoint says. tokenizer: as
+    `data.tokenizer`. precision: fp32 or bf16. say: told what is used, and where that is from.
 
     Raises:
-        InputError: no checkpoint, one of another architecture, or no tokenizer at hand.
+        InputError: no checkpoint, one of another architecture or with weights that are not finite,
+            or no tokenizer at hand.
     """
+    groups = groups or whole_model_groups()
     source = open_source(checkpoint, verify=groups.is_rank_zero)  # once is enough
     metadata = source.metadata
-    architecture = load_architecture(model_name) if model_name else metadata.architecture
-    if architecture is None:
-        raise InputError(
-            f"{checkpoint} does not say which model it is (no open_clip_config.json beside it); "
-            "add --model NAME"
-        )
-    weights = ModelWeights(source, architecture)
-    preprocess = Preprocess.from_openclip(architecture.vision.image_size, metadata.preprocess)
+    choice = ModelChoice(model_name, override, tokenizer_chosen=tokenizer is not None)
+    architecture, settings = choose_model(choice, metadata)
+    weights = ModelWeights(source, architecture, option=choice.name_option)
+    preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
+    for note in (*weights.notes, f"preprocessing: {preprocess_words}"):
+        say(note)
     tokenize = build_tokenizer(tokenizer or metadata.tokenizer, architecture.text, metadata.folder)
     check_model(groups.layout.tensor, architecture.costs)
 
-    with groups.device:
+    with groups.device, keep_random_state():  # nothing that is drawn here stays
         options = ModelOptions(precision=precision, sequence=groups.layout.sequence)
         whole = whole_model(architecture.vision.layers, architecture.text.layers)
         model = CLIPModel(architecture, options, groups.tensor, [whole])

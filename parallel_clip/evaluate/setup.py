@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.open import Need, check_first_samples
 from parallel_clip.data.index.shard_table import (
@@ -10,7 +12,7 @@ from parallel_clip.data.index.shard_table import (
     open_shards,
     save_index,
 )
-from parallel_clip.data.storage.progress import Print
+from parallel_clip.data.storage.progress import Print, print_nothing
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder, load_encoder
 
@@ -25,6 +27,7 @@ def open_evaluation(
     workers: int = 0,
     caption_key: str | None = None,
     model_name: str | None = None,
+    override: Sequence[str] = (),
     tokenizer: str | None = None,
     precision: str = "fp32",
     say: Print = print,
@@ -37,7 +40,13 @@ def open_evaluation(
     """
     encoder = groups.run_on_all_ranks(
         lambda: load_encoder(
-            checkpoint, groups, model_name=model_name, tokenizer=tokenizer, precision=precision
+            checkpoint,
+            groups,
+            model_name=model_name,
+            override=override,
+            tokenizer=tokenizer,
+            precision=precision,
+            say=say if groups.is_rank_zero else print_nothing,
         )
     )
 

@@ -33,6 +33,16 @@ class Architecture:
     custom_text: bool
     json: dict[str, Any] = field(compare=False, repr=False)
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the model's features, by OpenCLIP's keys ("vision_cfg.pool_type"), defaults
+        filled in. Initial values and what matters in training alone are left out."""
+        settings: dict[str, Any] = {"embed_dim": self.embed_dim}
+        for section, tower in (("vision_cfg", self.vision), ("text_cfg", self.text)):
+            for key, value in tower.settings().items():
+                # OpenCLIP has one activation for both towers.
+                settings[key if key == "quick_gelu" else f"{section}.{key}"] = value
+        return settings
+
     @property
     def costs(self) -> ModelCosts:
         """What arithmetic on layouts needs to know of the model."""

@@ -22,19 +22,28 @@ def known_names() -> list[str]:
     return list(MODELS)
 
 
-def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
+class NamedModel(NamedTuple):
+    """A model, and OpenCLIP's preprocess_cfg where the file that describes it has one."""
+
+    architecture: Architecture
+    preprocess: dict[str, Any] | None
+
+
+def load_model(name_or_path: str, loss: str = "infonce") -> NamedModel:
     """A model by its OpenCLIP name, or from a JSON file in OpenCLIP's model-config format; with
     the logit parameters that `loss` ("infonce" or "sigmoid") needs.
 
-    The file may also be an `open_clip_config.json`, which has the model config under "model_cfg".
+    The file may also be an `open_clip_config.json`, which has the model config under "model_cfg"
+    and the preprocessing under "preprocess_cfg".
     Raises InputError for an unknown name, a file that cannot be read, or a model not built here.
     """
     name = name_or_path.replace("/", "-")
     path = Path(name_or_path)
+    preprocess = None
     if name in MODELS:
         config = model_config(name)
     elif path.suffix == ".json" or path.is_file():
-        name, config = _read_file(path)
+        name, config, preprocess = _read_file(path)
     else:
         lower_names = {known.lower(): known for known in MODELS}
         nearest = get_close_matches(name.lower(), lower_names, 3, cutoff=0.0)
@@ -43,7 +52,21 @@ def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
             f"(nearest: {', '.join(lower_names[near] for near in nearest)}) nor a JSON file in "
             "OpenCLIP's model-config format"
         )
-    return architecture_from_json(with_logit_defaults(config, loss), name)
+    return NamedModel(architecture_from_json(with_logit_defaults(config, loss), name), preprocess)
+
+
+def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
+    """The architecture of `load_model`."""
+    return load_model(name_or_path, loss).architecture
+
+
+def known_name(architecture: Architecture, loss: str = "infonce") -> str | None:
+    """The name by which `load_model` knows an architecture, None where it does not: its own name
+    before others of the same architecture."""
+    for name in (architecture.name, *MODELS):
+        if name in MODELS and load_architecture(name, loss) == architecture:
+            return name
+    return None
 
 
 def with_logit_defaults(config: Any, loss: str) -> Any:
@@ -58,16 +81,20 @@ def with_logit_defaults(config: Any, loss: str) -> Any:
     return defaults | given
 
 
-def _read_file(path: Path) -> tuple[str, Any]:
-    """A model's name and its config, which may still be anything."""
+def _read_file(path: Path) -> tuple[str, Any, dict[str, Any] | None]:
+    """A model's name, its config, which may still be anything, and its preprocessing."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"model config {str(path)!r} cannot be read as JSON: {error}") from error
+    preprocess = None
     if isinstance(config, dict) and "model_cfg" in config:
-        config = config["model_cfg"]
+        config, preprocess = config["model_cfg"], config.get("preprocess_cfg")
+        if preprocess is not None and not isinstance(preprocess, dict):
+            raise InputError(f"{path}: preprocess_cfg must be a JSON object, not {preprocess!r}")
     # Every OpenCLIP checkpoint's file has the same name; its folder's name says which model it is.
-    return path.resolve().parent.name if path.stem == "open_clip_config" else path.stem, config
+    name = path.resolve().parent.name if path.stem == "open_clip_config" else path.stem
+    return name, config, preprocess
 
 
 class Size(NamedTuple):

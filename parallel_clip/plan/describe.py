@@ -38,6 +38,7 @@ def describe_run(plan: RunPlan) -> str:
         lines.append(f"  goes on from {plan.resume.checkpoint} (step {plan.resume.step})")
     elif config.init.from_ is not None:
         lines.append(f"  starts from {config.init.from_}")
+    lines += [f"  {note}" for note in plan.notes]
     lines.append(f"  steps: {plan.steps}")
     return "\n".join(lines)
 

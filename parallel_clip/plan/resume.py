@@ -15,12 +15,16 @@ from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import INDEX_FILE
 from parallel_clip.config import Config, config_from_dict, load_config, resume_differences
 from parallel_clip.errors import InputError
-from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.openclip_json import architecture_from_json
 
 CONFIG_FILE = "config.yaml"
 EVALUATIONS_FILE = "evaluations.jsonl"
-RUN_FILES = (CONFIG_FILE, "lease", "status.json")  # of which any shows that a folder is a run's
+MODEL_FILE = "model.json"  # of a model that is not known by name
+RUN_FILES = (
+    CONFIG_FILE,
+    MODEL_FILE,
+    "lease",
+    "status.json",
+)  # of which any shows that a folder is a run's
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,6 @@ class ResumePoint:
 
 def find_resume_point(
     config: Config,
-    architecture: Architecture,
     *,
     before: int | None = None,
     say: Callable[[str], None] = print,
@@ -56,8 +59,8 @@ def find_resume_point(
     meta.json is damaged is passed over where `checkpoint.fallback` says so.
 
     Raises:
-        InputError: the folder belongs to a run of another config or model, or to something else, or
-            its newest checkpoint is damaged.
+        InputError: the folder belongs to a run of another config, or to something else, or its
+            newest checkpoint is damaged.
     """
     run_dir = Path(config.run_dir)
     _check_writable(run_dir)
@@ -81,15 +84,15 @@ def find_resume_point(
             fall_back(config, error, say)
     if meta is None:
         raise damage or InputError(f"{run_dir} has no checkpoint before step {before}")
-    if architecture_from_json(meta.model, meta.model_name) != architecture:
-        raise InputError(
-            f"the checkpoint {folder} is of another architecture ({meta.model_name}) than "
-            f"model.name {config.model.name}; set model.name to the checkpoint's model, or choose "
-            "another run_dir"
-        )
     accepted: list[str] = []
-    if meta.config is not None:  # the checkpoint of a conversion is of no config
+    if meta.config is not None:
         accepted = _check_same_run(run_dir, config_from_dict(meta.config), config)
+    elif meta.position != meta.step * config.batch.global_:  # of a conversion, which has no config
+        raise InputError(
+            f"{folder} was converted from a run whose batch was {meta.position // meta.step:,} "
+            f"pairs, and batch.global is {config.batch.global_:,}; set it to that, or begin a new "
+            f"run from the weights: init.from={run_dir}"
+        )
     manifest_hash = durable.hash_file(folder / MANIFEST_FILE).hash
     is_evaluated = _is_evaluated(run_dir / EVALUATIONS_FILE, meta.step)
     return ResumePoint(folder, meta, manifest_hash, tuple(accepted), is_evaluated)
@@ -142,7 +145,10 @@ def _check_new_run(run_dir: Path, config: Config) -> None:
 
 
 def _check_same_run(run_dir: Path, before: Config, config: Config) -> list[str]:
-    """The differences that are accepted; InputError where others are there."""
+    """The differences that are accepted; InputError where others are there. A `model.name` that is
+    left out is the run's own."""
+    if config.model.name is None:
+        config = config.model_copy(update={"model": before.model})
     refused, accepted = resume_differences(before, config)
     if refused:
         heading = (
@@ -170,8 +176,8 @@ def require_same_data(resume: ResumePoint, data_fingerprint: dict[str, Any]) -> 
     Raises:
         InputError: a source has other shards than when the checkpoint was written.
     """
-    if resume.step == 0 or resume.meta.data == data_fingerprint:
-        return
+    if resume.step == 0 or resume.meta.data in (None, data_fingerprint):
+        return  # a conversion has seen no samples of ours
     before = resume.meta.data or {}
     if before.get("order") != data_fingerprint["order"]:
         raise InputError(

@@ -5,23 +5,25 @@ The same function serves `train` and `train --dry-run`, so both find the same er
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parallel_clip.config import Config
-from parallel_clip.convert.open import open_initial_weights, open_source
+from parallel_clip.convert.choose_model import resolve_preprocess
 from parallel_clip.data.feeding.open import RunShards, check_samples, find_run_shards
 from parallel_clip.data.samples.tokenizer import TokenizerSource
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
 from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import RankMemory, count_stages, fit_stash_to_memory
 from parallel_clip.plan.resume import ResumePoint, find_resume_point, require_same_data
+from parallel_clip.plan.start_model import find_start_model
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class RunPlan:
     tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
     data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
     epoch; prompts: of `evaluate.zero_shot`; versions: of the packages on rank 0; memory: what each
-    pipeline stage holds, None where it was not counted.
+    pipeline stage holds, None where it was not counted; tokenizer_files: by name, of a tokenizer
+    that is not CLIP's own; notes: what to tell of the model and its preprocessing.
     """
 
     config: Config
@@ -47,6 +50,8 @@ class RunPlan:
     prompts: ClassPrompts | None
     versions: dict[str, str | None]
     memory: tuple[RankMemory, ...] | None
+    tokenizer_files: Mapping[str, bytes]
+    notes: tuple[str, ...]
 
     @property
     def layout(self) -> Layout:
@@ -88,18 +93,14 @@ def make_run_plan(
     Raises:
         InputError: whatever is wrong, with the way out.
     """
-    architecture = load_architecture(config.model.name, config.loss.kind)
+    resume = find_resume_point(config)
+    start = find_start_model(config, resume)
+    config, architecture, stored = start.config, start.architecture, start.source
     layout_plan = make_layout_plan(architecture.costs, world_size, config)
-    resume = find_resume_point(config, architecture)
-    stored = None
-    if resume.checkpoint is not None:
-        stored = open_source(resume.checkpoint, verify=False).metadata  # all ranks do that later
-    elif config.init.from_ is not None:
-        verify = config.checkpoint.verify
-        stored = open_initial_weights(config.init.from_, architecture, verify=verify).metadata
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
-    preprocess = Preprocess.from_openclip(
-        architecture.vision.image_size, stored.preprocess if stored else None, chosen
+    options = ", ".join(f"data.{key}" for key, value in chosen.items() if value is not None)
+    preprocess, preprocess_words = resolve_preprocess(
+        architecture.vision.image_size, [*start.preprocess, (options, chosen)]
     )
     if config.data.augment == "train":
         check_augment_options(config.data.augment_options)
@@ -108,6 +109,7 @@ def make_run_plan(
         stored.folder if stored else None,
     )
     tokenizer_folder = tokenizer.build(architecture.text).folder
+    files = TokenizerFiles.read(tokenizer_folder, None).files if tokenizer_folder else {}
 
     memory, limit = None, config.parallel.memory
     if dry_run or limit is not None:
@@ -138,5 +140,7 @@ def make_run_plan(
         prompts,
         versions(),
         memory,
+        files,
+        (*start.notes, f"preprocessing: {preprocess_words}"),
     )
     return plan, shards

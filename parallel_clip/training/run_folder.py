@@ -9,7 +9,7 @@ from pathlib import Path
 from parallel_clip.checkpoint import durable
 from parallel_clip.checkpoint.manifest import utc_now
 from parallel_clip.errors import InputError
-from parallel_clip.plan.resume import CONFIG_FILE, EVALUATIONS_FILE, read_step
+from parallel_clip.plan.resume import CONFIG_FILE, EVALUATIONS_FILE, MODEL_FILE, read_step
 from parallel_clip.plan.run_plan import RunPlan
 
 ENVIRONMENT_FILE = "environment.json"
@@ -31,6 +31,12 @@ def prepare_run_folder(plan: RunPlan, device: str) -> None:
     run_dir = plan.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if plan.config.model.name == str(run_dir / MODEL_FILE):
+            model = {
+                "model_cfg": plan.architecture.json,
+                "preprocess_cfg": plan.preprocess.to_openclip(),
+            }
+            durable.replace_text(run_dir / MODEL_FILE, json.dumps(model, indent=2) + "\n")
         durable.replace_text(run_dir / CONFIG_FILE, plan.config.to_yaml())
         environment = json.dumps(environment_of(plan, device), indent=2)
         durable.replace_text(run_dir / ENVIRONMENT_FILE, environment + "\n")

@@ -38,7 +38,7 @@ def plan_and_take_lease(
         for line in commit.clean(plan.run_dir):
             print(line)
         # Until the lease was taken another job may have written a checkpoint.
-        if find_resume_point(config, plan.architecture, say=lambda _: None) != plan.resume:
+        if find_resume_point(config, say=lambda _: None) != plan.resume:
             plan, shards = make_run_plan(config, world_size)
     except BaseException:
         lease.release()
@@ -103,4 +103,4 @@ def verify_checkpoint(
 
 
 def _resume_point_before(plan: RunPlan, say: Callable[[str], None]) -> ResumePoint:
-    return find_resume_point(plan.config, plan.architecture, before=plan.resume.step, say=say)
+    return find_resume_point(plan.config, before=plan.resume.step, say=say)

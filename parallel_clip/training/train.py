@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.config import parse_seconds
-from parallel_clip.convert.open import open_initial_weights
+from parallel_clip.convert.open import open_initial_weights, open_source
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.feeding.open import (
     RunShards,
@@ -112,6 +112,7 @@ def _prepare(
         checkpoint.keep,
         asynchronous=checkpoint.async_,
         failures=checkpoint.failures,
+        files=plan.tokenizer_files,
         may_write=lease.check if lease is not None else lambda: None,
         tick=tick,
     )
@@ -202,9 +203,9 @@ def _set_weights(
     if plan.resume.checkpoint is not None:
         checkpointer.load(plan.resume.checkpoint, state)
         return
-    initial = open_initial_weights(
-        plan.config.init.from_, plan.architecture, verify=False
-    )  # rank 0 did when it planned
+    initial, path = None, plan.config.init.from_
+    if path is not None:  # rank 0 has verified it when it planned
+        initial = open_initial_weights(open_source(path, verify=False), plan.architecture)
     rank, size = groups.tensor_rank, groups.layout.tensor
     for parameter, tensor in state.global_parameters():
         tick()

@@ -155,6 +155,7 @@ def test_many_saves_leave_nothing_behind(processes, tmp_path, saves):
         LAYOUTS[name][0], save_many, task=task(name), saves=saves, run_dir=run_dir
     ):
         descriptors, threads, memory = zip(*found[3:], strict=True)
-        assert max(descriptors) - min(descriptors) <= 2 and max(threads) - min(threads) <= 2, found
-        assert max(memory) - min(memory) < 30, found
+        # A shared process may lose what earlier tests left in it.
+        assert descriptors[-1] <= descriptors[0] + 2 and threads[-1] <= threads[0] + 2, found
+        assert memory[-1] < memory[0] + 30, found
     assert len(list((run_dir / "checkpoints").iterdir())) == 3

@@ -24,7 +24,7 @@ SMALL = {"train": {"steps": 10}, "data": {"train": [{"shards": "a.tar"}]}}
 
 # The keys and defaults that users' files rely on.
 CONTRACT = yaml.safe_load("""
-model:    {name: ViT-L-14}
+model:    {name: null, override: []}
 init:     {from: null}
 loss:     {kind: infonce}
 parallel: {tensor: 1, pipeline: 1, virtual_pipeline: 1, sequence: false, schedule: auto}

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.open import open_source
-from parallel_clip.convert.weight_source import ModelWeights
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.known_models import load_architecture

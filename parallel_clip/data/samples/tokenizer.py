@@ -22,6 +22,12 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
+from parallel_clip.data.samples.tokenizer_files import (
+    BERT_VOCABULARY,
+    SETTINGS_FILES,
+    TOKENIZER_JSON,
+    has_tokenizer,
+)
 from parallel_clip.errors import InputError
 
 _CLIP_WORDS = regex.compile(
@@ -172,11 +178,11 @@ class FolderTokenizer:
 
 def _load(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     try:
-        if (folder / "tokenizer.json").is_file():
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if (folder / "vocab.txt").is_file():
+        if (folder / TOKENIZER_JSON).is_file():
+            return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        if (folder / BERT_VOCABULARY).is_file():
             bert = BertWordPieceTokenizer(
-                str(folder / "vocab.txt"),
+                str(folder / BERT_VOCABULARY),
                 lowercase=settings.get("do_lower_case", True),
                 strip_accents=settings.get("strip_accents"),
                 handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
@@ -192,7 +198,7 @@ def _load(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in SETTINGS_FILES:
         file = folder / name
         if file.is_file():
             try:
@@ -203,10 +209,10 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _folder_of(name: str, beside: Path | None) -> Path:
-    """Where the files of the tokenizer that a model names are: in a local folder of that name, or
-    beside the checkpoint."""
-    for folder in (Path(name), beside):
-        if folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+    """Where the files of the tokenizer that a model names are: beside the checkpoint, or in a local
+    folder of that name."""
+    for folder in (beside, Path(name)):
+        if folder is not None and has_tokenizer(folder):
             return folder
     raise InputError(
         f"the model takes the tokenizer {name}, which is not here; on a machine with a network run "

@@ -72,6 +72,14 @@ class Preprocess:
             raise InputError(f"preprocess_cfg.std is {merged['std']}: expected numbers above 0")
         return cls(image_size, **merged)
 
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{x:.3g}" for x in three) for three in (self.mean, self.std))
+        height, width = self.image_size
+        return (
+            f"{height} x {width} pixels by {self.interpolation}, resize {self.resize_mode}, "
+            f"mean {mean}, std {std}"
+        )
+
     def to_openclip(self) -> dict[str, Any]:
         """OpenCLIP's preprocess_cfg, ready for JSON."""
         height, width = self.image_size

@@ -41,6 +41,19 @@ class TextConfig(TowerConfig):
     tokenizer: str | None
     tokenizer_kwargs: dict[str, Any] = field(hash=False)
 
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "heads": self.heads,
+            "context_length": self.context_length,
+            "vocab_size": self.vocab_size,
+            "pool_type": self.pool,
+            "eos_id": self.eos_id if self.pool == "eos" else None,
+            "no_causal_mask": not self.causal,
+            "proj_bias": self.projection_bias,
+            "hf_tokenizer_name": self.tokenizer,
+            "tokenizer_kwargs": self.tokenizer_kwargs,
+        }
+
     @property
     def tokens(self) -> int:
         return self.context_length

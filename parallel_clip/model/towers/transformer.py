@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -72,6 +72,19 @@ class TowerConfig(ABC):
         """How many tokens pass through the blocks in training."""
         return self.tokens
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the tower's features, by OpenCLIP's keys, defaults filled in. What matters
+        in training alone is left out."""
+        return {
+            "layers": self.layers,
+            "width": self.width,
+            "mlp_ratio": self.mlp_width / self.width,
+            "ls_init_value": self.layer_scale is not None,
+            "quick_gelu": self.activation == "quick_gelu",
+            "act_kwargs": {"approximate": "tanh"} if self.activation == "gelu_tanh" else {},
+            "norm_kwargs": {"eps": self.norm_eps},
+        }
+
     @abstractmethod
     def parameters(self, embed_dim: int) -> Iterator[Parameter]:
         """The tower's parameters, without the names' prefixes that say which tower it is."""
@@ -107,6 +120,13 @@ class ImageTowerConfig(TowerConfig):
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "head_width": self.head_width,
+            "image_size": list(self.image_size),
+            "patch_size": list(self.patch_size),
+        }
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,13 @@ class VisionConfig(ImageTowerConfig):
     final_norm_after_pool: bool
     pre_norm: bool
     patch_dropout: float
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "pool_type": self.pool,
+            "final_ln_after_pool": self.final_norm_after_pool,
+            "no_ln_pre": not self.pre_norm,
+        }
 
     @property
     def patches_kept(self) -> int:

@@ -1,5 +1,4 @@
 import gzip
-import json
 import pickle
 import random
 import string
@@ -13,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, default_bpe, get_clean_fn
-from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from parallel_clip.data.samples.tokenizer import ClipTokenizer, FolderTokenizer, build_tokenizer
 from parallel_clip.errors import InputError
+from tests.data.samples.tokenizer_folders import VOCABULARY, make_bert, make_unigram
 
 OURS = ClipTokenizer(77)
 THEIRS = open_clip.get_tokenizer("ViT-B-32")
@@ -102,37 +101,14 @@ class Text:
     tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase]
-VOCABULARY += ["##" + letter for letter in string.ascii_lowercase] + ["dog", "photo", "\u72ac"]
-
-
 @pytest.fixture
 def bert(tmp_path):
-    """A folder as bert-base-uncased has it: the vocabulary alone."""
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", "utf-8")
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-    return folder
+    return make_bert(tmp_path / "bert")
 
 
 @pytest.fixture
 def unigram(tmp_path):
-    """A folder as T5's: tokenizer.json with its end token, padding named in the settings."""
-    folder = tmp_path / "unigram"
-    folder.mkdir()
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0)]
-    pieces += [(letter, -4.0) for letter in string.ascii_letters + "\u2581"]
-    pieces += [("\u2581dog", -1.0), ("photo", -1.0)]
-    model = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2))
-    model.normalizer = normalizers.NFKC()
-    model.pre_tokenizer = pre_tokenizers.Metaspace()
-    model.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
-    return folder
+    return make_unigram(tmp_path / "unigram")
 
 
 def test_a_folder_with_a_bert_vocabulary(bert):
