@@ -27,6 +27,7 @@ from parallel_clip.optimizer import MOMENTS
 
 KINDS = ("weight", *MOMENTS)
 INDEX_FILE = "index.json"
+PIECE_SUFFIX = ".safetensors"
 FILE_BYTES = 128 << 20  # a writer holds so much, and as much again that is being written
 
 
@@ -71,7 +72,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> WrittenPie
             files[file] = writer.submit(write_tensor_file, folder / file, pending)
 
         for piece in pieces:
-            file = f"rank_{rank:05d}_{len(files):03d}.safetensors"
+            file = f"rank_{rank:05d}_{len(files):03d}{PIECE_SUFFIX}"
             stored = f"{piece.key}@{piece.start}"
             pending[stored] = piece.values
             entries.append(

@@ -21,6 +21,8 @@ from parallel_clip.convert.weight_source import WeightSource
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 
+_HUGGING_FACE_NAMES = ("vision_model.", "text_model.")
+
 
 def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
     """Open a run folder (its latest checkpoint), a checkpoint folder, or a file or folder of
@@ -37,25 +39,22 @@ def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
             f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
             "a checkpoint folder, or an OpenCLIP file or folder"
         )
-    if path.is_file():
-        return OpenClipSource(path)
-    folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
-    if folder is not None:
-        return CheckpointSource(folder, verify)
-    file, notes = find_openclip_file(path)
+    file, notes = path, ()
+    if path.is_dir():
+        folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
+        if folder is not None:
+            return CheckpointSource(folder, verify)
+        file, notes = find_openclip_file(path)
     source = OpenClipSource(file, notes) if file is not None else None
-    names = source.shapes() if source is not None else ()
-    if any(name.startswith(("vision_model.", "text_model.")) for name in names) or (
-        source is None and (path / "config.json").is_file()
-    ):
-        raise InputError(
-            f"{path} looks like a Hugging Face checkpoint, which is not read yet; give an OpenCLIP "
-            "checkpoint (open_clip_model.safetensors) of the same model"
-        )
-    if source is None:
+    if source is None and not (path / "config.json").is_file():
         raise InputError(
             f"{path} holds no checkpoint: expected a run folder (checkpoints/latest), a checkpoint "
             f"folder ({META_FILE}), or OpenCLIP's weights (open_clip_model.safetensors)"
+        )
+    if source is None or any(name.startswith(_HUGGING_FACE_NAMES) for name in source.shapes()):
+        raise InputError(
+            f"{path} looks like a Hugging Face checkpoint, which is not read yet; give an OpenCLIP "
+            "checkpoint (open_clip_model.safetensors) of the same model"
         )
     return source
 

@@ -78,8 +78,11 @@ def find_openclip_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     Raises:
         InputError: there are several, and none has a name that it prefers.
     """
-    files = sorted(f for f in folder.iterdir() if f.suffix in _KINDS and f.is_file())
-    files = files or sorted(f for f in folder.glob("*.pt") if f.is_file())
+    try:
+        held = sorted(file for file in folder.iterdir() if file.is_file())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from None
+    files = [f for f in held if f.suffix in _KINDS] or [f for f in held if f.suffix == ".pt"]
     preferred = [folder / name for name in _PREFERRED if folder / name in files]
     if not preferred and len(files) > 1:
         names = ", ".join(file.name for file in files[:5])

@@ -12,7 +12,7 @@ from typing import Any
 from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
 from parallel_clip.checkpoint.meta import Meta
-from parallel_clip.checkpoint.pieces import INDEX_FILE
+from parallel_clip.checkpoint.pieces import PIECE_SUFFIX
 from parallel_clip.config import Config, config_from_dict, load_config, resume_differences
 from parallel_clip.errors import InputError
 
@@ -55,8 +55,8 @@ def find_resume_point(
 ) -> ResumePoint:
     """Look into `run_dir` and check that this config may resume what is there. Writes nothing.
 
-    before: take a checkpoint of an earlier step than this. A checkpoint whose manifest, index or
-    meta.json is damaged is passed over where `checkpoint.fallback` says so.
+    before: take a checkpoint of an earlier step than this. A checkpoint of which a file other than
+    the tensors is damaged is passed over where `checkpoint.fallback` says so.
 
     Raises:
         InputError: the folder belongs to a run of another config, or to something else, or its
@@ -76,7 +76,9 @@ def find_resume_point(
         if step > commit.step_of(newest) or before is not None and step >= before:
             continue
         try:
-            Manifest.read(folder).verify(folder, [INDEX_FILE])
+            manifest = Manifest.read(folder)
+            # Pieces are verified by all ranks together, later; a plan is made of the rest.
+            manifest.verify(folder, [n for n in manifest.files if not n.endswith(PIECE_SUFFIX)])
             meta = Meta.read(folder)
             break
         except InputError as error:

@@ -5,7 +5,6 @@ The same function serves `train` and `train --dry-run`, so both find the same er
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from parallel_clip.config import Config
 from parallel_clip.convert.choose_model import resolve_preprocess
 from parallel_clip.data.feeding.open import RunShards, check_samples, find_run_shards
 from parallel_clip.data.samples.tokenizer import TokenizerSource
-from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
 from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
@@ -33,8 +31,8 @@ class RunPlan:
     tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
     data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
     epoch; prompts: of `evaluate.zero_shot`; versions: of the packages on rank 0; memory: what each
-    pipeline stage holds, None where it was not counted; tokenizer_files: by name, of a tokenizer
-    that is not CLIP's own; notes: what to tell of the model and its preprocessing.
+    pipeline stage holds, None where it was not counted; notes: what to tell of the model and its
+    preprocessing.
     """
 
     config: Config
@@ -50,7 +48,6 @@ class RunPlan:
     prompts: ClassPrompts | None
     versions: dict[str, str | None]
     memory: tuple[RankMemory, ...] | None
-    tokenizer_files: Mapping[str, bytes]
     notes: tuple[str, ...]
 
     @property
@@ -109,7 +106,6 @@ def make_run_plan(
         stored.folder if stored else None,
     )
     tokenizer_folder = tokenizer.build(architecture.text).folder
-    files = TokenizerFiles.read(tokenizer_folder, None).files if tokenizer_folder else {}
 
     memory, limit = None, config.parallel.memory
     if dry_run or limit is not None:
@@ -140,7 +136,6 @@ def make_run_plan(
         prompts,
         versions(),
         memory,
-        files,
         (*start.notes, f"preprocessing: {preprocess_words}"),
     )
     return plan, shards

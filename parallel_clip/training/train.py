@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.config import parse_seconds
@@ -16,6 +16,8 @@ from parallel_clip.data.feeding.open import (
     reopen_run_shards,
 )
 from parallel_clip.data.feeding.training_data import TrainingData
+from parallel_clip.data.samples.tokenizer import Tokenizer
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.storage.progress import Print, print_nothing
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, join_world, make_groups
@@ -105,6 +107,7 @@ def _prepare(
     """Build everything that steps need. Arguments as those of `train`."""
     print_ = print if groups.is_rank_zero else print_nothing
     groups.run_on_all_ranks(lambda: check_same_view(plan, token, groups))
+    tokenizer = groups.run_on_all_ranks(lambda: plan.tokenizer.build(plan.architecture.text))
     checkpoint, tick = plan.config.checkpoint, progress.mark_again
     checkpointer = Checkpointer(
         plan.run_dir,
@@ -112,7 +115,7 @@ def _prepare(
         checkpoint.keep,
         asynchronous=checkpoint.async_,
         failures=checkpoint.failures,
-        files=plan.tokenizer_files,
+        files=groups.run_on_all_ranks(lambda: _tokenizer_files(tokenizer, groups)),
         may_write=lease.check if lease is not None else lambda: None,
         tick=tick,
     )
@@ -123,7 +126,6 @@ def _prepare(
     # Nothing before this writes anything but the lease.
     groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
     shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
-    tokenizer = plan.tokenizer.build(plan.architecture.text)
     held_out = HeldOutEvaluation(
         build_held_out_data(
             config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
@@ -152,6 +154,13 @@ def _prepare(
 def _time_limit(plan: RunPlan) -> float | None:
     limit = plan.config.train.time_limit
     return None if limit is None else parse_seconds(limit, "train.time_limit")
+
+
+def _tokenizer_files(tokenizer: Tokenizer, groups: Groups) -> Mapping[str, bytes]:
+    """What rank 0 writes into each checkpoint; read once, as the folder may be gone later."""
+    if tokenizer.folder is None or not groups.is_rank_zero:
+        return {}
+    return TokenizerFiles.read(tokenizer.folder).files
 
 
 def _write_first_files(plan: RunPlan, shards: RunShards | None, print_: Print) -> None:

@@ -7,16 +7,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.data.samples.tokenizer_folders import make_bert
 from tests.launcher import run, succeed
 from tests.small_world import make_world, metrics, state_of, tensors
 
-FILES = ["index.json", "manifest.json", "meta.json", "rank_00000_000.safetensors"]
+FILES = ["index.json", "manifest.json", "meta.json", "vocab.txt", "rank_00000_000.safetensors"]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
+    """With a tokenizer whose files are in each checkpoint."""
+    path = make_world(tmp_path_factory.mktemp("world"))
+    config = yaml.safe_load(path.read_text())
+    config["data"]["tokenizer"] = str(make_bert(path.parent / "bert"))
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def test_resuming_from_it_is_refused(config, damaged, name):
     assert state_of(damaged) == before and not (damaged / "lease").exists()
 
 
-@pytest.mark.parametrize("name", ["meta.json", "rank_00000_000.safetensors"])
+@pytest.mark.parametrize("name", ["vocab.txt", "rank_00000_000.safetensors"])
 def test_with_fallback_the_one_before_is_taken(config, whole, damaged, name):
     flip_a_bit(damaged / "checkpoints/step_00000004" / name)
     words = ("train", config, f"run_dir={damaged}", "checkpoint.fallback=true")

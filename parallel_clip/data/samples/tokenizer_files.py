@@ -43,7 +43,7 @@ class TokenizerFiles:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, name: str | None) -> TokenizerFiles:
+    def read(cls, folder: Path, name: str | None = None) -> TokenizerFiles:
         """The tokenizer in `folder`; without a `name` it is called by the folder's.
 
         Raises:
