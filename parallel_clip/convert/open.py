@@ -100,12 +100,12 @@ def convert_checkpoint(
     preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
     tokenizer = tokenizer_files(metadata, architecture)
     notes = [*weights.notes, f"preprocessing: {preprocess_words}"]
-    if tokenizer.name is not None:
+    if tokenizer.files:
+        notes.append(f"tokenizer: {tokenizer.name}, in {target}")
+    elif tokenizer.name is not None:
+        way_out = f"put them into {target}" if to == "openclip" else "name them as data.tokenizer"
         notes.append(
-            f"tokenizer: {tokenizer.name}, in {target}"
-            if tokenizer.files
-            else f"tokenizer: the files of {tokenizer.name} are not beside the weights; put them "
-            f"into {target}"
+            f"tokenizer: the files of {tokenizer.name} are not beside the weights; {way_out}"
         )
     content = opened.content if isinstance(opened, OpenClipSource) else None
     if optimizer_batch is not None:
