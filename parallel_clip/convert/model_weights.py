@@ -86,7 +86,7 @@ class ModelWeights:
         """A full tensor on the CPU, in its stored precision; None where the source lacks it.
 
         Raises:
-            InputError: it is not of floating-point numbers, or not finite.
+            InputError: it is not of floating-point numbers, or not finite in fp32.
         """
         stored = self._stored.get(name)
         if stored is None:
@@ -97,7 +97,13 @@ class ModelWeights:
                 f"{stored} in {path} is of {tensor.dtype}; weights have to be floating-point "
                 "numbers, not quantized ones"
             )
-        bad = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+        values = tensor.float()
+        bad = tensor.numel() - int(torch.isfinite(values).sum())
+        if bad and tensor.dtype == torch.float64 and torch.isfinite(tensor).all():
+            raise InputError(
+                f"{stored} in {path} has values up to {float(tensor.abs().max()):.4g}, which are "
+                "infinite in fp32, as which weights are trained"
+            )
         if bad:
             raise InputError(
                 f"{stored} in {path} is not finite: {bad:,} of its {tensor.numel():,} values are "
@@ -212,6 +218,8 @@ def _way_out(fit: _Fit, metadata: SourceMetadata, option: str) -> str:
             sizes += [f"{_SIZES[name, i]} is {shape[i]}" for i in differing if (name, i) in _SIZES]
     if sizes:
         return f"there {', '.join(dict.fromkeys(sizes))}: {_other_model(metadata, option)}"
+    if any(name.endswith(f".{known}") for name in fit.extra for known in fit.names):
+        return "it holds more than one model: save the state dict of one alone"
     if [name.removeprefix(fit.prefix) for name in fit.extra] == ["logit_bias"]:
         return (
             "its logit_bias is that of a model trained with the sigmoid loss: train with "

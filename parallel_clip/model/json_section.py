@@ -82,7 +82,9 @@ class JsonSection:
         return None if self.values.get(name) is None else self.number(name, 0.0)
 
     def flag(self, name: str) -> bool:
-        value = self.values.get(name, False)
+        value = self.values.get(name)
+        if value is None:  # OpenCLIP asks only whether it is true
+            return False
         if not isinstance(value, bool):
             raise self.error(f"{self.key(name)} must be true or false, not {value!r}")
         return value

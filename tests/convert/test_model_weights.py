@@ -67,7 +67,14 @@ def test_a_logit_scale_of_two_values_is_refused(tmp_path):
 MISFITS = {
     "a second model": (
         STATE | {f"teacher.{name}": tensor for name, tensor in STATE.items()},
-        [f"not part of the model: teacher.ln_final.bias, .* and {len(STATE) - 3} more"],
+        [
+            f"not part of the model: teacher.ln_final.bias, .* and {len(STATE) - 3} more",
+            "more than one model",
+        ],
+    ),
+    "two models with prefixes": (
+        {f"{p}.{name}": tensor for p in ("student", "teacher") for name, tensor in STATE.items()},
+        ["it holds 124 tensors", "more than one model: save the state dict of one alone"],
     ),
     "two names for one": (
         STATE | {"module.logit_scale": STATE["logit_scale"]},
@@ -114,6 +121,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
     weights = ModelWeights(saved(tmp_path / "x.pt", state), ARCHITECTURE)
     with pytest.raises(InputError, match="visual.proj in .*x.pt is not finite: 1 of its 1,152"):
         weights.read_all()
+
+
+def test_what_fp32_cannot_hold_is_told(tmp_path):
+    state = STATE | {"visual.proj": torch.full((48, 24), 1e300, dtype=torch.float64)}
+    weights = ModelWeights(saved(tmp_path / "x.pt", state), ARCHITECTURE)
+    with pytest.raises(
+        InputError, match=r"visual.proj .* values up to 1e\+300, .* infinite in fp32"
+    ):
+        weights.read("visual.proj")
 
 
 def test_quantized_weights_are_refused(tmp_path):
