@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import traceback
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_dependency_warnings()
     try:
         launch = read_launch()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+            sys.stdout.reconfigure(errors="backslashreplace")
         options = _parse(arguments)
         return options.run(options, launch) or 0
     except InputError as error:

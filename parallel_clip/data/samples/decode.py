@@ -69,7 +69,12 @@ def captions_of(sample: StoredSample, caption_key: str | None = None) -> list[st
         captions = [value] if isinstance(value, str) else value
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise _bad(sample, f".json has no text, or list of texts, at {caption_key!r}")
-        longest = max((len(caption.encode("utf-8", "replace")) for caption in captions), default=0)
+        try:
+            longest = max((len(caption.encode()) for caption in captions), default=0)
+        except UnicodeEncodeError:
+            raise _bad(
+                sample, "a caption with half of a surrogate pair, which is no text"
+            ) from None
         if longest > MAX_CAPTION_BYTES:
             raise _bad(sample, f"a caption of {longest:,} bytes, at most {MAX_CAPTION_BYTES:,}")
     captions = [caption for caption in captions if caption.strip()]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel_clip.data.storage.files import File, OpenFiles, open_file
-from parallel_clip.data.storage.tar import TarError, members
+from parallel_clip.data.storage.tar import TarError, members, printable
 from parallel_clip.errors import InputError
 
 MAX_SAMPLE_BYTES = 128 * 2**20  # of all files of a sample together
@@ -23,6 +23,15 @@ REPEATED = 0  # in place of a checksum: an earlier sample of the shard has the s
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _META = re.compile(r"__[^/]*__($|/)")
+
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_MAGIC_BYTES = 8
 
 
 class BadSampleError(Exception):
@@ -60,7 +69,8 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as it lies in its shard: the contents of its files by extension."""
+    """A sample as it lies in its shard: its key as `printable`, and the contents of its files by
+    extension."""
 
     key: str
     files: dict[str, bytes]
@@ -99,14 +109,13 @@ def scan_shard(path: str) -> ShardIndex:
 def scan_headers(path: str) -> Scan:
     """The index of the whole samples of a shard that may be damaged, and what the damage is.
     InputError where it cannot be read at all."""
-    starts, checksums, keys = [], [], set()
+    starts, checksums, keys, begin = [], [], set(), b""
     key, end, damage = None, 0, None  # key and end: of the sample that is being read
     try:
         with closing(open_file(path)) as file:
             if file.size == 0:
                 raise TarError("it is empty (0 bytes)")
-            if file.read(2, 0) == b"\x1f\x8b":
-                raise TarError("it is compressed; shards are read in place, so gunzip it")
+            begin = file.read(_MAGIC_BYTES, 0)
             for member in members(file.read, file.size):
                 name = split_name(member.name)
                 if name is None:
@@ -124,13 +133,18 @@ def scan_headers(path: str) -> Scan:
     except OSError as error:
         raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
     except TarError as error:
+        # Only of what is no tar: a name may begin with any bytes.
+        kinds = (kind for magic, kind in _COMPRESSED.items() if begin.startswith(magic))
+        kind = None if starts else next(kinds, None)
         damage = str(error)
+        if kind is not None:
+            damage = f"it is compressed by {kind}; shards are read in place, so decompress it"
         if starts:  # the sample that was being read may not be whole
             end = starts.pop()
             checksums.pop()
     bounds = (np.array([*starts, end], np.int64) // TAR_BLOCK).astype(np.uint32)
     index = ShardIndex(path, file.size, bounds, np.array(checksums, np.uint32))
-    return Scan(index, damage, None if damage is None else key)
+    return Scan(index, damage, None if damage is None or key is None else printable(key))
 
 
 _SEED = 1
@@ -170,7 +184,8 @@ class ShardFiles:
                 if name is None:
                     continue
                 if key and name[0] != key:
-                    raise TarError(f"a file of {name[0]} where one of {key} was")
+                    other = printable(name[0])
+                    raise TarError(f"a file of {other} where one of {printable(key)} was")
                 key = name[0]
                 if name[1] in files:
                     raise TarError(f"two files .{name[1]}")
@@ -181,8 +196,9 @@ class ShardFiles:
             if checksum != shard.checksums[index]:
                 raise TarError("other files are here than when it was indexed")
         except TarError as error:
-            raise BadSampleError(key or _number(index), f"damaged in the shard: {error}") from None
-        return StoredSample(key, files)
+            known = printable(key) or _number(index)
+            raise BadSampleError(known, f"damaged in the shard: {error}") from None
+        return StoredSample(printable(key), files)
 
     def close(self) -> None:
         self._files.close()
@@ -194,7 +210,8 @@ def _first_key(file: File, shard: ShardIndex, index: int) -> str:
         first = next(members(lambda n, at: file.read(n, start + at), end - start, end_mark=False))
     except (TarError, StopIteration):
         return _number(index)
-    return (split_name(first.name) or (_number(index),))[0]
+    name = split_name(first.name)
+    return _number(index) if name is None else printable(name[0])
 
 
 def _number(index: int) -> str:

@@ -25,7 +25,10 @@ class TarError(Exception):
 
 
 class Member(NamedTuple):
-    """A regular file in an archive; offsets in bytes from the archive's begin."""
+    """A regular file in an archive; offsets in bytes from the archive's begin.
+
+    Names are bytes. `name` holds them decoded so that none is lost (`decode_name`).
+    """
 
     name: str
     header: int  # of its first header block, those of a long name included
@@ -50,7 +53,7 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
     while position < size or end_mark:
         block = read(_BLOCK, position)
         try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.EOFHeaderError:
             if end_mark:
                 _require_zeros(read, position, size)
@@ -67,8 +70,8 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
         offset = position + _BLOCK
         if length < 0 or offset + length > size:
             raise TarError(
-                f"it breaks off: member {info.name!r} at byte {position:,} has {length:,} bytes, "
-                f"but {size - offset:,} follow"
+                f"it breaks off: member {printable(info.name)} at byte {position:,} has "
+                f"{length:,} bytes, but {size - offset:,} follow"
             )
         position = _padded(offset + length)
         if info.type in _NAME_PARTS:
@@ -78,16 +81,27 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
             checksum = zlib.crc32(padded, checksum)
             part = padded[:length]
             if info.type == _LONG_NAME:
-                long_name = part.rstrip(b"\0").decode("utf-8", "replace")
+                long_name = decode_name(part.rstrip(b"\0"))
             elif info.type in _EXTENDED:
                 extended = _extended_header(part)
             continue
         if info.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in extended):
-            raise TarError(f"member {info.name!r} is a sparse file, which is not read")
+            raise TarError(f"member {printable(info.name)} is a sparse file, which is not read")
         if info.isreg():
             name = extended.get("path") or long_name or info.name
             yield Member(name, header, offset, length, checksum)
         header, long_name, extended, checksum = None, None, {}, 0
+
+
+def decode_name(name: bytes) -> str:
+    """A name as text, by UTF-8; other bytes become lone surrogates, so that names that differ in
+    any byte stay different. As Python's tarfile has it, and with it webdataset."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    r"""A name for people, logs and JSON: bytes that are no UTF-8 as \xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _require_zeros(read: Read, position: int, size: int) -> None:
@@ -111,7 +125,7 @@ def _extended_header(data: bytes) -> dict[str, str]:
         key, _, value = rest[: length - len(digits) - 2].partition(b"=")
         if key == b"size" and not (value.isdigit() and len(value) <= 20):
             raise TarError("a damaged pax header")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        records[decode_name(key)] = decode_name(value)
         data = data[length:]
     return records
 
