@@ -64,7 +64,7 @@ stems = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(stems, min_size=1, max_size=6, unique=True), st.sampled_from(FORMATS[1:]))
 def test_as_many_samples_as_webdataset_reads(tmp_path_factory, names, format):
     path = tmp_path_factory.mktemp("shards") / "0.tar"
