@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ _FREE = (
     "train.time_limit",
     "run_dir",
 )
+_SHARDS = re.compile(r"data\.train\.\d+\.shards")
 # What the order of samples and the position in it depend on.
 _NEVER = ("batch.global", "seed", "model", "data.train")
 
@@ -48,6 +50,8 @@ def resume_differences(saved: Config, new: Config) -> Differences:
     found = Differences([], [])
     for key in dict.fromkeys([*before, *after]):
         old, now = before.get(key), after.get(key)
+        if _SHARDS.fullmatch(key):
+            continue  # a folder may be moved; what is in the shards is compared elsewhere
         longer = key.startswith("train.") and None not in (old, now) and now > old
         if old == now or key.startswith(_FREE) or longer and constant:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import PIECE_SUFFIX
 from parallel_clip.config import Config, config_from_dict, load_config, resume_differences
+from parallel_clip.data.index.shard_list import ListedShard, describe_differences, read_list
 from parallel_clip.errors import InputError
 
 CONFIG_FILE = "config.yaml"
 EVALUATIONS_FILE = "evaluations.jsonl"
+SHARDS_FILE = "shards.tsv"  # the training shards that the run is over
 MODEL_FILE = "model.json"  # of a model that is not known by name
 RUN_FILES = (
     CONFIG_FILE,
@@ -171,32 +173,48 @@ def _check_writable(run_dir: Path) -> None:
         )
 
 
-def require_same_data(resume: ResumePoint, data_fingerprint: dict[str, Any]) -> None:
+def require_same_data(
+    resume: ResumePoint,
+    data_fingerprint: dict[str, Any],
+    shards: Sequence[ListedShard],
+    run_dir: Path,
+) -> None:
     """Check that a run resumes over the samples that it began with: with others the order would be
-    another one, and some would come twice and some never.
+    another one, and some would come twice and some never. A folder that was moved is no change.
+
+    shards: of training, as they are now.
 
     Raises:
         InputError: a source has other shards than when the checkpoint was written.
     """
-    if resume.step == 0 or resume.meta.data in (None, data_fingerprint):
+    if resume.step == 0 or resume.meta.data is None:
         return  # a conversion has seen no samples of ours
-    before = resume.meta.data or {}
+    before = resume.meta.data
     if before.get("order") != data_fingerprint["order"]:
         raise InputError(
             f"{resume.checkpoint} was written by a version of parallel_clip that puts samples in "
             "another order; go on with that version, or begin a new run from its weights: "
             f"init.from={resume.checkpoint}"
         )
+    sources = zip(before["sources"], data_fingerprint["sources"], strict=True)
     changed = [
         f"source {number} had {old['samples']:,} samples in {old['shards']:,} shards, and now has "
         f"{new['samples']:,} in {new['shards']:,}"
-        + (" of other sizes" if old["samples"] == new["samples"] else "")
-        for number, (old, new) in enumerate(
-            zip(before["sources"], data_fingerprint["sources"], strict=True)
-        )
-        if old != new
+        for number, (old, new) in enumerate(sources)
+        if not _is_same_source(old, new)
     ]
+    if not changed:
+        return
+    known = read_list(run_dir / SHARDS_FILE)
+    named = f" ({describe_differences(known, shards)})" if known is not None else ""
     raise InputError(
-        f"the training data are not those of {resume.checkpoint}: {'; '.join(changed)}. Restore "
-        f"them, or begin a new run from its weights: init.from={resume.checkpoint}"
+        f"the training data are not those of {resume.checkpoint}: {'; '.join(changed)}{named}. "
+        f"Restore them, or begin a new run from its weights: init.from={resume.checkpoint}"
+    )
+
+
+def _is_same_source(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """By all that both say: an earlier version, and a dry run, say nothing of the contents."""
+    return all(
+        old[key] == new[key] for key in old.keys() & new.keys() if None not in (old[key], new[key])
     )

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from parallel_clip.checkpoint import durable
 from parallel_clip.checkpoint.manifest import utc_now
+from parallel_clip.data.index.shard_list import ListedShard, as_text
 from parallel_clip.errors import InputError
-from parallel_clip.plan.resume import CONFIG_FILE, EVALUATIONS_FILE, MODEL_FILE, read_step
+from parallel_clip.plan.resume import (
+    CONFIG_FILE,
+    EVALUATIONS_FILE,
+    MODEL_FILE,
+    SHARDS_FILE,
+    read_step,
+)
 from parallel_clip.plan.run_plan import RunPlan
 
 ENVIRONMENT_FILE = "environment.json"
@@ -21,9 +29,11 @@ LEDGER_FOLDER = "ledger"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
-def prepare_run_folder(plan: RunPlan, device: str) -> None:
-    """Write the config and the environment, note a resumption, and cut the logs back to the step
-    resumed from.
+def prepare_run_folder(
+    plan: RunPlan, device: str, shards: Sequence[ListedShard] | None = None
+) -> None:
+    """Write the config, the environment and the list of training shards, note a resumption, and
+    cut the logs back to the step resumed from.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -38,6 +48,8 @@ def prepare_run_folder(plan: RunPlan, device: str) -> None:
             }
             durable.replace_text(run_dir / MODEL_FILE, json.dumps(model, indent=2) + "\n")
         durable.replace_text(run_dir / CONFIG_FILE, plan.config.to_yaml())
+        if shards is not None:
+            durable.replace_text(run_dir / SHARDS_FILE, as_text(shards))
         environment = json.dumps(environment_of(plan, device), indent=2)
         durable.replace_text(run_dir / ENVIRONMENT_FILE, environment + "\n")
         names = METRICS_FILE, EVALUATIONS_FILE, BAD_SAMPLES_FILE, SKIPPED_SAMPLES_FILE

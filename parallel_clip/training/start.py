@@ -10,7 +10,10 @@ from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE
 from parallel_clip.config import Config
-from parallel_clip.data.feeding.open import RunShards
+from parallel_clip.data.feeding.open import RunShards, reopen_run_shards
+from parallel_clip.data.index.shard_list import describe_differences
+from parallel_clip.data.storage.progress import print_nothing
+from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
 from parallel_clip.engine.versions import versions
@@ -80,6 +83,56 @@ def check_same_view(plan: RunPlan, token: LeaseToken | None, groups: Groups) -> 
         raise InputError(
             f"{where} has other versions: {', '.join(differing)}; install the same on every machine"
         )
+
+
+def open_planned_shards(
+    plan: RunPlan,
+    groups: Groups,
+    first_on_machine: bool,
+    own: RunShards | None,
+    say: Callable[[str], None],
+) -> RunShards:
+    """The shards of the run as this rank sees them, once all ranks see the same.
+
+    own: what rank 0 found when it planned; its index is saved first. first_on_machine: whether this
+    rank checks the shards for its machine, and keeps the index of those that had none.
+
+    Raises:
+        InputError: a machine has other shards than rank 0, which are named; on every rank.
+    """
+    where, found = f"rank {groups.rank} on {host_name()}", own
+
+    def open_in_turn(first: bool) -> None:
+        nonlocal found
+        if found is not None or first != first_on_machine:
+            return
+        try:
+            found = reopen_run_shards(plan.config, check=first)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if first:
+            found.save_index(print_nothing)
+
+    if own is not None:
+        own.save_index(say)
+    groups.run_on_all_ranks(lambda: None)  # from here on the others find it
+    for first in (True, False):  # the others find what the first of their machine has scanned
+        groups.run_on_all_ranks(partial(open_in_turn, first))
+    same = found.fingerprint == plan.data_fingerprint
+    if all(gather_objects(same, groups.world if groups.layout.world > 1 else None)):
+        return found
+    listed = groups.run_on_rank_zero(lambda: found.listed)
+
+    def complain() -> None:
+        if not same:
+            raise InputError(
+                f"{where} has other training shards than rank 0: "
+                f"{describe_differences(listed, found.listed)}; bring the same files to every "
+                "machine, or put them on a file system that all share"
+            )
+
+    groups.run_on_all_ranks(complain)
+    raise AssertionError("a rank that differs has said so")
 
 
 def verify_checkpoint(

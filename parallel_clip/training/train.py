@@ -13,17 +13,15 @@ from parallel_clip.data.feeding.open import (
     RunShards,
     build_held_out_data,
     build_training_data,
-    reopen_run_shards,
 )
 from parallel_clip.data.feeding.training_data import TrainingData
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
-from parallel_clip.data.storage.progress import Print, print_nothing
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.engine.rendezvous import job_store
-from parallel_clip.errors import InputError
 from parallel_clip.evaluate.encoder import ModelEncoder
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
 from parallel_clip.model.initialize import initial_value
@@ -37,7 +35,7 @@ from parallel_clip.training.feed import DeviceFeed
 from parallel_clip.training.lease import Lease, LeaseToken
 from parallel_clip.training.loop import TrainingLoop
 from parallel_clip.training.run_folder import prepare_run_folder
-from parallel_clip.training.start import check_same_view, verify_checkpoint
+from parallel_clip.training.start import check_same_view, open_planned_shards, verify_checkpoint
 from parallel_clip.training.status import write_status
 from parallel_clip.training.stop import StopRequests
 from parallel_clip.training.watchdog import Progress, Watchdog
@@ -89,7 +87,7 @@ def train(
     )
     watchdog.start()
     try:
-        loop, feed = _prepare(plan, groups, shards, lease, token, requests, progress)
+        loop, feed = _prepare(plan, launch, groups, shards, lease, token, requests, progress)
         loop.run(feed)
     finally:
         watchdog.stop()
@@ -97,6 +95,7 @@ def train(
 
 def _prepare(
     plan: RunPlan,
+    launch: Launch,
     groups: Groups,
     shards: RunShards | None,
     lease: Lease | None,
@@ -123,9 +122,11 @@ def _prepare(
     config = plan.config
     state = build_planned_state(config, plan.architecture, plan.layout_plan, groups)
     groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups, tick))
-    # Nothing before this writes anything but the lease.
-    groups.run_on_rank_zero(lambda: _write_first_files(plan, shards, print_))
-    shards = groups.run_on_all_ranks(lambda: shards or _find_planned_shards(plan, groups))
+    shards = open_planned_shards(plan, groups, launch.local_rank == 0, shards, print_)
+    # Nothing before this writes anything but the lease and the index of the shards.
+    groups.run_on_rank_zero(
+        lambda: prepare_run_folder(plan, device.describe_device(), shards.listed)
+    )
     held_out = HeldOutEvaluation(
         build_held_out_data(
             config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
@@ -161,29 +162,6 @@ def _tokenizer_files(tokenizer: Tokenizer, groups: Groups) -> Mapping[str, bytes
     if tokenizer.folder is None or not groups.is_rank_zero:
         return {}
     return TokenizerFiles.read(tokenizer.folder).files
-
-
-def _write_first_files(plan: RunPlan, shards: RunShards | None, print_: Print) -> None:
-    prepare_run_folder(plan, device.describe_device())
-    if shards is not None:
-        shards.save_index(print_)
-
-
-def _find_planned_shards(plan: RunPlan, groups: Groups) -> RunShards:
-    """The shards of the run as this rank sees them.
-
-    Raises:
-        InputError: they are not those of the plan, as where this node sees another state of a
-            shared file system than rank 0.
-    """
-    shards = reopen_run_shards(plan.config)
-    if shards.fingerprint != plan.data_fingerprint:
-        raise InputError(
-            f"rank {groups.rank} on {device.host_name()} sees other training shards than rank 0; "
-            "see that data.train names the same files on every node, or make their index first: "
-            "parallel-clip data index"
-        )
-    return shards
 
 
 def _loader(plan: RunPlan, data: TrainingData, groups: Groups) -> TrainingLoader:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from parallel_clip.config import parse_bytes
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.training_data import TrainingData
+from parallel_clip.data.index.shard_list import ListedShard, contents_checksum, list_shards
 from parallel_clip.data.index.shard_table import (
     ShardTable,
+    check_shards,
     find_checked_shards,
     open_shards,
     save_index,
@@ -68,17 +70,23 @@ class RunShards:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the order follows from beside the config, ready for JSON: a run may only be resumed,
-        and ranks may only work together, where it is equal."""
+        """What the order follows from beside the config, and what is in the shards, ready for JSON:
+        a run may only be resumed, and ranks may only work together, where it is equal."""
         sources = [
             {
                 "shards": len(table),
                 "samples": table.samples,
                 "checksum": zlib.crc32(table.counts.tobytes()),
+                "contents": contents_checksum(list_shards([table])),
             }
             for table in self.train
         ]
         return {"order": ORDER_VERSION, "sources": sources}
+
+    @property
+    def listed(self) -> list[ListedShard]:
+        """The shards of training, apart from where they lie."""
+        return list_shards(self.train)
 
 
 def find_run_shards(
@@ -101,10 +109,19 @@ def find_run_shards(
     return _run_shards(config, partial(find_checked_shards, say=say, counts_suffice=counts_suffice))
 
 
-def reopen_run_shards(config: Config) -> RunShards:
+def reopen_run_shards(config: Config, *, check: bool = False) -> RunShards:
     """Find the shards of a run on another rank, after rank 0 has checked them and saved their
-    index. Looks at no shard that has one."""
-    return _run_shards(config, open_shards)
+    index. Looks at no shard that has one.
+
+    check: see that this machine has them all, each of its size; one rank of a machine does that.
+
+    Raises:
+        InputError: a shard is missing here, or cannot be read.
+    """
+    shards = _run_shards(config, open_shards)
+    for table in (*shards.train, *shards.held_out.values()) if check else ():
+        check_shards(table)
+    return shards
 
 
 def check_samples(config: Config, shards: RunShards) -> None:

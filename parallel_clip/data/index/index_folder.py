@@ -33,6 +33,7 @@ class IndexedShards(NamedTuple):
     samples: np.ndarray
     bytes: np.ndarray
     changed_ns: np.ndarray  # time of change
+    checksums: np.ndarray  # `ShardIndex.table_checksum`
 
 
 class FolderIndex:
@@ -62,17 +63,18 @@ class FolderIndex:
 
     def look_up(self, paths: Sequence[str]) -> IndexedShards:
         """What is known of shards of this folder."""
-        table = np.full((3, len(paths)), -1, np.int64)
+        table = np.full((len(IndexedShards._fields), len(paths)), -1, np.int64)
         names = np.array([os.fsencode(parent_and_name(path)[1]) for path in paths])
         for file in reversed(self._files):
             rows = file.rows(names)
             has = rows >= 0
-            columns = file.samples, file.bytes, file.changed_ns
+            columns = file.samples, file.bytes, file.changed_ns, file.checksums
             table[:, has] = [values[rows[has]] for values in columns]
         for number, path in enumerate(paths if self._scanned else ()):
             if path in self._scanned:
                 shard, changed_ns = self._scanned[path]
-                table[:, number] = shard.samples, shard.bytes, changed_ns
+                found = IndexedShards(shard.samples, shard.bytes, changed_ns, shard.table_checksum)
+                table[:, number] = found
         return IndexedShards(*table)
 
     def shard(self, path: str) -> ShardIndex:

@@ -48,6 +48,13 @@ class ShardTable(Sequence[ShardIndex]):
     def samples(self) -> int:
         return int(self.counts.sum())
 
+    def table_checksums(self) -> np.ndarray:
+        """`ShardIndex.table_checksum` of each shard, int64 [shards]; -1 where no index has it."""
+        checksums = np.full(len(self), -1, np.int64)
+        for folder, rows in self.rows_by_folder():
+            checksums[rows] = folder.look_up([self.paths[row] for row in rows]).checksums
+        return checksums
+
     def rows_by_folder(self) -> Iterable[tuple[FolderIndex, list[int]]]:
         """Each folder with the numbers of its shards."""
         rows: dict[str, list[int]] = {}
@@ -81,7 +88,7 @@ def check_shards(table: ShardTable) -> None:
     """Check that all shards exist, have the size of which their index says that they had, and as
     many samples as a `sizes.json` beside them says.
 
-    Looks at every shard on this machine; one process of a job does this for all.
+    Looks at every shard on this machine; one process of a job does this on each.
 
     Raises:
         InputError: shards that are missing or changed, each by name.
