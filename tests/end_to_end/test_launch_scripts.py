@@ -73,7 +73,7 @@ def test_a_wrong_input_is_told_though_rank_0_is_late(config, tmp_path):
     script.write_text(SLOW_RANK_0)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    process = start(*torchrun, script, "train", config, "batch.global=9")
+    process = start(*torchrun, script, "train", config, "batch.global=9", f"run_dir={tmp_path}/run")
     said = output(process)
     assert process.returncode == 1  # torchrun's own
     assert said.count("parallel-clip: batch.global 9 is not divisible") == 1, said
