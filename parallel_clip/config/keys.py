@@ -196,7 +196,7 @@ class Data(ConfigSection):
         "32GB", description="most that is kept of shards at addresses, on each machine"
     )
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="end the run when more of the samples cannot be decoded"
+        0.01, ge=0, le=1, description="end the run when more of the samples are found to be bad"
     )
 
 

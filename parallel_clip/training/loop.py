@@ -83,6 +83,8 @@ class TrainingLoop:
             plan.run_dir,
             groups,
             plan.batch.global_batch,
+            plan.steps,
+            sum(plan.epoch_pairs),
             plan.config.data.max_bad_fraction,
             before.bad_samples if before else 0,
             list(before.source_samples if before else ()) or [0] * len(plan.epoch_pairs),

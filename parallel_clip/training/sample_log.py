@@ -15,6 +15,7 @@ from parallel_clip.data.feeding.training_data import Microbatch
 from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import BadDataError
+from parallel_clip.training.bad_fraction import is_above
 from parallel_clip.training.feed import StepBatch
 from parallel_clip.training.run_folder import (
     BAD_SAMPLES_FILE,
@@ -27,21 +28,26 @@ from parallel_clip.training.run_folder import (
 class SampleLog:
     """Counts samples over all ranks, and writes to the run folder which were bad.
 
-    bad_samples: bad ones so far, on every rank; source_samples: pairs so far of each source.
+    steps and epoch: of the whole run, and pairs of an epoch; bad_samples: bad ones so far, on every
+    rank; source_samples: pairs so far of each source.
     """
 
     run_dir: Path
     groups: Groups
     global_batch: int
+    steps: int
+    epoch: int
     max_bad_fraction: float
     bad_samples: int
     source_samples: list[int]
+    _first_bad: dict | None = None  # since this process began
 
     def count(self, step: int, batch: StepBatch) -> None:
         """Count a step's samples. Called by all ranks.
 
         Raises:
-            BadDataError: more of the samples seen so far are bad than `max_bad_fraction`.
+            BadDataError: the bad ones so far are evidence that more than `max_bad_fraction` are; at
+                the end of an epoch or the run, more of those seen are.
         """
         own = torch.tensor([len(batch.bad), *batch.of_sources(len(self.source_samples))])
         counts = own.to(self.groups.device)
@@ -50,23 +56,31 @@ class SampleLog:
         self.source_samples = [
             before + new for before, new in zip(self.source_samples, of_sources, strict=True)
         ]
-        if not bad_of_step:
-            return
-        self.bad_samples += bad_of_step
-        of_ranks = gather_objects([sample._asdict() for sample in batch.bad], self.groups.world)
-        samples = [sample for of_rank in of_ranks for sample in of_rank]
-        bad_file = self.run_dir / BAD_SAMPLES_FILE
-        if self.groups.is_rank_zero:
-            _append(bad_file, ({"step": step, **sample} for sample in samples))
-        seen = step * self.global_batch
-        if self.bad_samples > self.max_bad_fraction * seen:
-            worst = samples[0]
-            raise BadDataError(
-                f"{self.bad_samples} of the {seen} samples seen by step {step} are bad, more than "
-                f"data.max_bad_fraction {self.max_bad_fraction:g} allows; the first of this step: "
-                f"{worst['key']} of {worst['shard']}: {worst['reason']}. All are listed in "
-                f"{bad_file}; `parallel-clip data check` finds the rest"
-            )
+        if bad_of_step:
+            self.bad_samples += bad_of_step
+            of_ranks = gather_objects([sample._asdict() for sample in batch.bad], self.groups.world)
+            samples = [sample for of_rank in of_ranks for sample in of_rank]
+            self._first_bad = self._first_bad or samples[0]
+            if self.groups.is_rank_zero:
+                bad_file = self.run_dir / BAD_SAMPLES_FILE
+                _append(bad_file, ({"step": step, **sample} for sample in samples))
+        self._check_limit(step)
+
+    def _check_limit(self, step: int) -> None:
+        seen, limit = step * self.global_batch, self.max_bad_fraction
+        ends = step == self.steps or seen // self.epoch > (seen - self.global_batch) // self.epoch
+        if not is_above(self.bad_samples, seen, limit):
+            if not (ends and self.bad_samples > limit * seen):
+                return
+        example = ""
+        if self._first_bad is not None:
+            bad = self._first_bad
+            example = f", such as {bad['key']} of {bad['shard']}: {bad['reason']}"
+        raise BadDataError(
+            f"{self.bad_samples:,} of the {seen:,} samples seen by step {step} are bad, more than "
+            f"data.max_bad_fraction {limit:g} allows{example}. All are listed in "
+            f"{self.run_dir / BAD_SAMPLES_FILE}; `parallel-clip data check` finds the rest"
+        )
 
     def write_skipped(self, step: int, batch: StepBatch) -> None:
         """Write which samples a step that was left out had. Called by all ranks."""
