@@ -13,7 +13,7 @@ def is_above(bad: int, seen: int, fraction: float) -> bool:
     The bound of Clopper and Pearson (Biometrika 26, 1934): it is, where so many bad ones or more
     would be found among `seen` with a probability below 0.1% if `fraction` of all were bad.
     """
-    if bad <= fraction * seen:
+    if bad <= fraction * seen:  # at fraction 1, always
         return False
     return fraction == 0 or _binomial_tail(bad, seen, fraction) < _IMPROBABLE
 
@@ -27,10 +27,9 @@ def _binomial_tail(least: int, trials: int, chance: float) -> float:
         + least * math.log(chance)
         + (trials - least) * math.log1p(-chance)
     )
-    total, odds = 0.0, chance / (1 - chance)
-    for count in range(least, trials + 1):
+    total, count, odds = 0.0, least, chance / (1 - chance)
+    while term > 1e-9 * total:  # terms shrink, each faster than the one before; or are 0 at once
         total += term
         term *= (trials - count) / (count + 1) * odds
-        if term < 1e-9 * total:  # terms shrink from here on, each faster than the one before
-            break
+        count += 1
     return total

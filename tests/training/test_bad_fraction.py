@@ -8,17 +8,21 @@ import pytest
 from parallel_clip.training.bad_fraction import is_above
 
 
-def exact(bad: int, seen: int, fraction: Fraction) -> bool:
-    """P(X >= bad) < 0.001 for X of Bin(seen, fraction), in whole numbers."""
-    below = sum(comb(seen, i) * fraction**i * (1 - fraction) ** (seen - i) for i in range(bad))
-    return bad > 0 and 1 - below < Fraction(1, 1000)
+def probabilities_of_as_many(seen: int, fraction: Fraction) -> list[Fraction]:
+    """P(X >= bad) for X of Bin(seen, fraction), for bad from 0 to 60, in whole numbers."""
+    part, whole = fraction.numerator, fraction.denominator
+    left, found = whole**seen, []
+    for bad in range(min(seen, 60) + 1):
+        found.append(Fraction(left, whole**seen))
+        left -= comb(seen, bad) * part**bad * (whole - part) ** (seen - bad)
+    return found
 
 
 @pytest.mark.parametrize("fraction", ["0", "0.002", "0.01", "0.1", "0.5", "1"])
 @pytest.mark.parametrize("seen", [1, 8, 60, 301])
 def test_as_exact_arithmetic_has_it(seen, fraction):
-    for bad in range(min(seen, 60) + 1):
-        assert is_above(bad, seen, float(fraction)) == exact(bad, seen, Fraction(fraction)), bad
+    for bad, probability in enumerate(probabilities_of_as_many(seen, Fraction(fraction))):
+        assert is_above(bad, seen, float(fraction)) == (probability < Fraction(1, 1000)), bad
 
 
 def test_one_early_bad_sample_is_no_evidence():
