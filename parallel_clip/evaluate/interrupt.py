@@ -26,7 +26,7 @@ class Iterate(Protocol):
 
 
 class InterruptibleBatches:
-    """A `Iterate` that asks all ranks at each batch whether to go on.
+    """An `Iterate` that asks all ranks at each batch whether to go on.
 
     Called by all ranks of `group`, each with its own batches; their numbers may differ. An answer
     is waited for `ahead` batches later: with the number of pipeline stages these still work at the

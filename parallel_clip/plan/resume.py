@@ -176,13 +176,13 @@ def _check_writable(run_dir: Path) -> None:
 def require_same_data(
     resume: ResumePoint,
     data_fingerprint: dict[str, Any],
-    shards: Sequence[ListedShard],
+    list_shards: Callable[[], Sequence[ListedShard]],
     run_dir: Path,
 ) -> None:
     """Check that a run resumes over the samples that it began with: with others the order would be
     another one, and some would come twice and some never. A folder that was moved is no change.
 
-    shards: of training, as they are now.
+    list_shards: those of training, as they are now; asked for only to name what differs.
 
     Raises:
         InputError: a source has other shards than when the checkpoint was written.
@@ -206,7 +206,7 @@ def require_same_data(
     if not changed:
         return
     known = read_list(run_dir / SHARDS_FILE)
-    named = f" ({describe_differences(known, shards)})" if known is not None else ""
+    named = f" ({describe_differences(known, list_shards())})" if known is not None else ""
     raise InputError(
         f"the training data are not those of {resume.checkpoint}: {'; '.join(changed)}{named}. "
         f"Restore them, or begin a new run from its weights: init.from={resume.checkpoint}"

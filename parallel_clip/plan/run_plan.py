@@ -121,7 +121,7 @@ def make_run_plan(
     )
     fingerprint = shards.fingerprint
     if resume.step < steps:  # else there is nothing to resume
-        require_same_data(resume, fingerprint, shards.listed, Path(config.run_dir))
+        require_same_data(resume, fingerprint, lambda: shards.listed, Path(config.run_dir))
     plan = RunPlan(
         config,
         architecture,

@@ -69,9 +69,9 @@ class SampleLog:
     def _check_limit(self, step: int) -> None:
         seen, limit = step * self.global_batch, self.max_bad_fraction
         ends = step == self.steps or seen // self.epoch > (seen - self.global_batch) // self.epoch
-        if not is_above(self.bad_samples, seen, limit):
-            if not (ends and self.bad_samples > limit * seen):
-                return
+        too_many = ends and self.bad_samples > limit * seen
+        if not too_many and not is_above(self.bad_samples, seen, limit):
+            return
         example = ""
         if self._first_bad is not None:
             bad = self._first_bad

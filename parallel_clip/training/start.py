@@ -113,10 +113,9 @@ def open_planned_shards(
         if first:
             found.save_index(print_nothing)
 
-    if own is not None:
-        own.save_index(say)
-    groups.run_on_all_ranks(lambda: None)  # from here on the others find it
-    for first in (True, False):  # the others find what the first of their machine has scanned
+    # In this order: each finds what those before it have scanned and saved.
+    groups.run_on_all_ranks(lambda: own.save_index(say) if own is not None else None)
+    for first in (True, False):
         groups.run_on_all_ranks(partial(open_in_turn, first))
     same = found.fingerprint == plan.data_fingerprint
     if all(gather_objects(same, groups.world if groups.layout.world > 1 else None)):

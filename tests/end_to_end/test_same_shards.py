@@ -36,8 +36,6 @@ def train(world: Path, *arguments: object, processes: int = 1) -> list[Ended]:
 
 def another(folder: Path, name: str, count: int) -> None:
     """Put a shard of as many other samples in the place of one."""
-    (made,) = write_shards(folder / "made", [count + 20])[:1]
-    made.unlink()
     path = write_shards(folder / "others", [3, count])[1]
     shutil.move(path, folder / name)
 

@@ -12,10 +12,8 @@ from typing import Any
 from parallel_clip.errors import InputError
 
 TOKENIZER_JSON, BERT_VOCABULARY = "tokenizer.json", "vocab.txt"
-SETTINGS_FILES = (
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)  # the second has the last word
+# The second has the last word.
+SETTINGS_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 _FILES = (
     TOKENIZER_JSON,
     BERT_VOCABULARY,
