@@ -49,7 +49,7 @@ def _open(pattern: str, check: bool) -> dict[str, float]:
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
     table = (find_checked_shards if check else find_shards)(pattern, print_nothing)
-    order = Order([OrderSource(table.counts)], seed=0)
+    order = Order([OrderSource(table.counts)], 0, GLOBAL_BATCH)
     for step in (0, 1000):
         (positions,) = RankBatchSlice(
             GLOBAL_BATCH, GLOBAL_BATCH // RANKS, RANKS - 1, RANKS

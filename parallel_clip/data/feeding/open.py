@@ -239,4 +239,4 @@ def _run_shards(config: Config, find_table: Callable[..., ShardTable]) -> RunSha
         OrderSource(table.counts, source.weight, source.samples)
         for source, table in zip(config.data.train, train, strict=True)
     ]
-    return RunShards(train, held_out, Order(sources, config.seed))
+    return RunShards(train, held_out, Order(sources, config.seed, config.batch.global_))

@@ -1,4 +1,4 @@
-"""The order of the samples of a run: a pure function of (seed, position).
+"""The order of the samples of a run: a pure function of (seed, size of a batch, position).
 
 A position counts from the begin of the run, a place from that of its epoch. An epoch is put
 together in four steps, each of which is computed for single places, so that memory is one integer a
@@ -7,15 +7,16 @@ shard and starting takes no time, however many samples there are:
 1. All samples of the epoch in a row: each source's, shard after shard, as often as its weight says,
    then those that its weight's fraction chooses this time.
 2. The row is cut into blocks of consecutive samples, and the blocks are permuted.
-3. What results is cut into streams of equal length. A stretch of `CHUNK` positions of the epoch
-   belongs to the first stream, the next to the second, and so on round and round: neighbours in a
-   batch come from streams far apart, and a rank that works on its part of every batch reads from
-   its part of the streams.
-4. A stream is cut into windows, and the samples of a window are permuted. So a stream reads from
-   `WINDOW / BLOCK` stretches of shards at a time.
+3. What results is cut into streams. Every batch takes its first positions from the first stream, as
+   many next ones from the second, and so on to the last: the same number of each stream in every
+   batch, also in one that spans two epochs. So neighbours in a batch come from streams far apart,
+   and a machine whose ranks take the same part of every batch reads the same few streams
+   throughout, and nearly nothing that another machine reads.
+4. A stream is cut into windows, and the samples of a window are permuted. So all streams together
+   read from `SHUFFLED / SHUFFLE_BLOCK` stretches of shards at a time.
 
-Positions run on from epoch to epoch; nothing here knows of ranks, workers or batches, and resuming
-a run is knowing one integer.
+Positions run on from epoch to epoch; nothing here knows of ranks, workers or microbatches, and
+resuming a run is knowing one integer.
 """
 
 import math
@@ -30,10 +31,10 @@ from parallel_clip.errors import InputError
 
 # The order's definition: other values are another order, and a resumed run would not match.
 SHUFFLE_BLOCK = 128  # consecutive samples of a shard that stay near one another
-CHUNK = 128  # consecutive positions of one stream
-MAX_STREAMS = 256
-WINDOW = 4096  # samples of a stream that are shuffled together
-VERSION = 2  # of all that follows; a checkpoint notes it
+MAX_STREAMS = 1536  # 3 x 512: many for each of 128 machines, and 24 or 96 share none either
+LEAST_STREAM = 1024  # samples of a stream, where an epoch has several
+SHUFFLED = 2**20  # samples in the windows of all streams together
+VERSION = 3  # of all that follows; a checkpoint notes it
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,14 @@ class Addresses(NamedTuple):
 
 
 class Order:
-    """The order of all samples of a run. Memory: one integer a shard."""
+    """The order of all samples of a run. Memory: one integer a shard.
 
-    def __init__(self, sources: Sequence[OrderSource], seed: int):
+    batch: positions of a global batch; that which a run began with, for the order depends on it.
+    """
+
+    def __init__(self, sources: Sequence[OrderSource], seed: int, batch: int):
         self.seed = seed
+        self.batch = batch
         self._parts = [SourceEpoch.of(source, number) for number, source in enumerate(sources)]
         self.source_samples = [part.samples_per_epoch for part in self._parts]
         self._part_ends = np.cumsum(self.source_samples)
@@ -79,7 +84,7 @@ class Order:
                 f"weights {[source.weight for source in sources]}; raise data.train.*.weight or "
                 "data.train.*.samples"
             )
-        self._streams = ReadStreams.of(self.samples_per_epoch)
+        self.streams = stream_count(self.samples_per_epoch, batch)
         self._stride = max(1, int(0.618 * self.samples_per_epoch))
         while math.gcd(self._stride, self.samples_per_epoch) != 1:  # see `substitute`
             self._stride += 1
@@ -112,11 +117,14 @@ class Order:
 
     def _row(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Places in an epoch -> places in the row of all its samples: steps 4, 3 and 2."""
-        stream, within = self._streams.of_places(places)
-        window, start, size = self._streams.windows(stream, within)
+        streams = EpochStreams(
+            self.streams, self.batch, epoch * self.samples_per_epoch, self.samples_per_epoch
+        )
+        stream, within = streams.of_places(places)
+        window, start, size = streams.windows(stream, within)
         keys = subkey(subkey(key_of(self.seed, "window", epoch), stream), window)
         within = start + permuted(within - start, size, keys)
-        blocks = self._streams.starts(stream) + within
+        blocks = streams.starts(stream) + within
         return _by_blocks(blocks, self.samples_per_epoch, SHUFFLE_BLOCK, self.seed, "blocks", epoch)
 
     def _samples(self, epoch: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,32 +177,40 @@ class SourceEpoch:
         return shard, sample - self.starts[shard]
 
 
+def stream_count(samples: int, batch: int) -> int:
+    """The streams of an epoch of `samples`: `MAX_STREAMS`, or that halved until each has
+    `LEAST_STREAM` and is in every batch."""
+    most = max(1, min(samples // LEAST_STREAM, batch))
+    streams = MAX_STREAMS
+    while streams > most:
+        streams //= 2
+    return streams
+
+
 @dataclass(frozen=True)
-class ReadStreams:
-    """How the places of an epoch are assigned to streams: in `rounds` rounds each stream gets a
-    chunk, and the `left` places after them go to the first streams, a chunk each."""
+class EpochStreams:
+    """How the places of an epoch are assigned to streams. The epoch has the positions [first,
+    first + samples); of each batch, stream s has the positions `edges(s)` to `edges(s + 1)`."""
 
     streams: int
-    rounds: int
-    left: int
+    batch: int
+    first: int
+    samples: int
 
-    @classmethod
-    def of(cls, samples: int) -> "ReadStreams":
-        """The streams of an epoch of `samples`; several where each has two windows or more."""
-        most = max(1, samples // (2 * WINDOW))
-        streams = min(MAX_STREAMS, 2 ** (most.bit_length() - 1))
-        rounds, left = divmod(samples, streams * CHUNK)
-        return cls(streams, rounds, left)
+    def edges(self, stream: np.ndarray) -> np.ndarray:
+        """Where in a batch each stream begins: evenly, whatever divides the batch."""
+        return stream * self.batch // self.streams
 
     def of_places(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The stream of each place, and its place in the stream."""
-        chunk, within = np.divmod(places, CHUNK)
-        turn, stream = np.divmod(chunk, self.streams)
-        return stream, turn * CHUNK + within
+        position = self.first + places
+        stream = ((position % self.batch + 1) * self.streams - 1) // self.batch
+        return stream, self._count(position, stream) - self._count(self.first, stream)
 
     def starts(self, stream: np.ndarray) -> np.ndarray:
         """The places of all streams before each."""
-        return stream * (self.rounds * CHUNK) + np.minimum(stream * CHUNK, self.left)
+        edge = self.edges(stream)
+        return self._below(self.first + self.samples, edge) - self._below(self.first, edge)
 
     def windows(
         self, stream: np.ndarray, within: np.ndarray
@@ -202,10 +218,20 @@ class ReadStreams:
         """The window of each place of a stream, and that window's start and size. A stream is cut
         evenly, so that no window is small."""
         length = self.starts(stream + 1) - self.starts(stream)
-        count = np.maximum(1, (length + WINDOW // 2) // WINDOW)
+        size = SHUFFLED // self.streams
+        count = np.maximum(1, (length + size // 2) // size)
         window = ((within + 1) * count - 1) // length
         start = window * length // count
         return window, start, (window + 1) * length // count - start
+
+    def _count(self, positions: int | np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """How many of the first so many positions of the run are of a stream."""
+        before, with_it = self.edges(stream), self.edges(stream + 1)
+        return self._below(positions, with_it) - self._below(positions, before)
+
+    def _below(self, positions: int | np.ndarray, edge: np.ndarray) -> np.ndarray:
+        """How many of the first so many positions of the run stand before `edge` in a batch."""
+        return positions // self.batch * edge + np.minimum(positions % self.batch, edge)
 
 
 def _by_blocks(places: np.ndarray, size: int, block: int, *name: int | str) -> np.ndarray:

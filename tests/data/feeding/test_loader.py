@@ -29,7 +29,9 @@ def source(shards, weight=1.0, samples=None, caption_key=None):
     )
 
 
-def open_data(*sources, seed=0, augment="train", caption_key=None, decode="exact", **options):
+def open_data(
+    *sources, seed=0, batch=24, augment="train", caption_key=None, decode="exact", **options
+):
     settings = SimpleNamespace(
         train=list(sources),
         augment=augment,
@@ -39,7 +41,9 @@ def open_data(*sources, seed=0, augment="train", caption_key=None, decode="exact
         cache="1GB",
     )
     held_out = SimpleNamespace(loss=None, retrieval=None, zero_shot=None)
-    config = SimpleNamespace(data=settings, evaluate=held_out, seed=seed)
+    config = SimpleNamespace(
+        data=settings, evaluate=held_out, seed=seed, batch=SimpleNamespace(global_=batch)
+    )
     shards = find_run_shards(config, print_nothing)
     return build_training_data(config, shards, PREPROCESS, TOKENIZER)
 

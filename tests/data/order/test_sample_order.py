@@ -1,17 +1,20 @@
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel_clip.data.order import sample_order
 from parallel_clip.data.order.sample_order import (
-    CHUNK,
+    MAX_STREAMS,
     SHUFFLE_BLOCK,
-    WINDOW,
+    SHUFFLED,
     Order,
     OrderSource,
     SampleAddress,
+    stream_count,
 )
 from parallel_clip.errors import InputError
 
@@ -29,7 +32,8 @@ sources = st.lists(
 
 def epoch_of(order: Order, epoch: int) -> list[SampleAddress]:
     n = order.samples_per_epoch
-    return [order.at(position) for position in range(epoch * n, (epoch + 1) * n)]
+    found = order.of_positions(np.arange(epoch * n, (epoch + 1) * n))
+    return [SampleAddress(*a) for a in zip(*map(np.ndarray.tolist, found), strict=True)]
 
 
 def limited(source: OrderSource) -> int:
@@ -38,16 +42,27 @@ def limited(source: OrderSource) -> int:
 
 
 @settings(max_examples=40, deadline=None)
-@given(sources, st.integers(0, 2**63), st.integers(0, 2))
-def test_every_sample_comes_as_often_as_its_weight_says(sources, seed, epoch):
+@given(
+    sources,
+    st.integers(0, 2**63),
+    st.integers(0, 2),
+    st.integers(1, 2000),
+    st.sampled_from([16, 64, 1024]),
+    st.sampled_from([64, 500, SHUFFLED]),
+)
+def test_every_sample_comes_as_often_as_its_weight_says(
+    sources, seed, epoch, batch, least_stream, shuffled
+):
     expected = [round(source.weight * limited(source)) for source in sources]
     if sum(expected) == 0:
         with pytest.raises(InputError, match="no samples"):
-            Order(sources, seed)
+            Order(sources, seed, batch)
         return
-    order = Order(sources, seed)
+    sizes = {"LEAST_STREAM": least_stream, "SHUFFLED": shuffled}  # many streams and windows
+    with mock.patch.multiple(sample_order, **sizes):
+        order = Order(sources, seed, batch)
+        addresses = epoch_of(order, epoch)
     assert order.samples_per_epoch == sum(expected)
-    addresses = epoch_of(order, epoch)
     assert {address.epoch for address in addresses} == {epoch}
     for number, source in enumerate(sources):
         times = Counter(
@@ -68,15 +83,15 @@ def test_every_sample_comes_as_often_as_its_weight_says(sources, seed, epoch):
 def test_a_position_does_not_depend_on_what_was_asked_before(sources, seed, data):
     if sum(round(source.weight * limited(source)) for source in sources) == 0:
         return
-    order = Order(sources, seed)
+    order = Order(sources, seed, 32)
     positions = data.draw(st.lists(st.integers(0, 4 * order.samples_per_epoch), max_size=20))
-    assert [order.at(p) for p in positions] == [Order(sources, seed).at(p) for p in positions]
+    assert [order.at(p) for p in positions] == [Order(sources, seed, 32).at(p) for p in positions]
 
 
 def test_epochs_and_seeds_have_different_orders():
     source = [OrderSource([400, 300, 300])]
-    first, second = epoch_of(Order(source, 1), 0), epoch_of(Order(source, 1), 1)
-    other_seed = epoch_of(Order(source, 2), 0)
+    first, second = epoch_of(Order(source, 1, 8), 0), epoch_of(Order(source, 1, 8), 1)
+    other_seed = epoch_of(Order(source, 2, 8), 0)
     without_epoch = [[a[:3] for a in addresses] for addresses in (first, second, other_seed)]
     assert sorted(without_epoch[0]) == sorted(without_epoch[1]) == sorted(without_epoch[2])
     assert without_epoch[0] != without_epoch[1]
@@ -85,7 +100,7 @@ def test_epochs_and_seeds_have_different_orders():
 
 def test_the_order_is_the_one_of_every_release():
     """A resumed run continues the order it began with, whatever was updated in between."""
-    order = Order([OrderSource([300, 200]), OrderSource([150], weight=1.5)], seed=7)
+    order = Order([OrderSource([300, 200]), OrderSource([150], weight=1.5)], 7, 32)
     assert [order.at(position)[:3] for position in (0, 1, 2, 724, 725, 100_000)] == [
         (1, 0, 78),
         (0, 1, 45),
@@ -98,15 +113,15 @@ def test_the_order_is_the_one_of_every_release():
 
 def test_samples_are_shuffled_well():
     """No trace of a sample's place in its shard is left in its place in the epoch."""
-    order = Order([OrderSource([1000] * 5)], seed=3)
+    order = Order([OrderSource([1000] * 5)], 3, 64)
     places = np.array([1000 * a.shard + a.index for a in epoch_of(order, 0)])
     assert abs(np.corrcoef(places, np.arange(5000))[0, 1]) < 0.05
     assert np.mean(np.abs(np.diff(places)) == 1) < 0.005
-    assert abs(np.mean(np.abs(np.diff(places))) - 5000 / 3) < 60
+    assert abs(np.mean(np.abs(np.diff(places))) - 5000 / 3) < 200  # neighbours share a stream
 
 
 def test_many_at_once_are_those_one_by_one():
-    order = Order([OrderSource([300, 0, 200]), OrderSource([150], weight=1.5)], seed=7)
+    order = Order([OrderSource([300, 0, 200]), OrderSource([150], weight=1.5)], 7, 32)
     positions = np.array([0, 5, 724, 725, 1449, 1450, 3, 10**12])
     found = order.of_positions(positions)
     assert [SampleAddress(*a) for a in zip(*map(np.ndarray.tolist, found), strict=True)] == [
@@ -114,42 +129,59 @@ def test_many_at_once_are_those_one_by_one():
     ]
 
 
-def test_reading_touches_a_bounded_number_of_places_at_a_time():
-    """A stream reads from the blocks of one window, which are stretches of shards."""
-    order = Order([OrderSource([SHUFFLE_BLOCK * 10] * 200)], seed=3)
-    streams, n = 16, order.samples_per_epoch
-    chunks = np.arange(n).reshape(-1, CHUNK)
-    window = chunks[3::streams][: WINDOW // CHUNK - 2].reshape(-1)  # of the fourth stream
-    found = order.of_positions(window)
-    places = np.unique(found.shard * SHUFFLE_BLOCK * 10 + found.index)
-    stretches = 1 + np.sum(np.diff(places) > SHUFFLE_BLOCK // 2)
-    assert stretches <= WINDOW // SHUFFLE_BLOCK + 2
-    elsewhere = order.of_positions(chunks[4::streams].reshape(-1))
-    assert not set(zip(found.shard, found.index, strict=True)) & set(
-        zip(elsewhere.shard, elsewhere.index, strict=True)
-    )
+def test_every_batch_takes_as_much_from_every_stream():
+    """Also one that spans two epochs, and where the streams do not divide the batch: a part of the
+    batch is the same streams throughout, and reads stretches of shards that no other part reads."""
+    n, batch, parts = 100_000, 1000, 8
+    order = Order([OrderSource([SHUFFLE_BLOCK * 10] * (n // 1280))], 3, batch)
+    n = order.samples_per_epoch
+    assert order.streams == 96 and batch % 96 and n % batch
+    blocks = [[set(), set()] for _ in range(parts)]
+    for step in range(2 * n // batch):
+        found = order.of_positions(np.arange(step * batch, (step + 1) * batch))
+        places = (found.shard * SHUFFLE_BLOCK * 10 + found.index) // SHUFFLE_BLOCK
+        for part, held in enumerate(blocks):
+            mine = slice(part * batch // parts, (part + 1) * batch // parts)
+            for place, epoch in zip(places[mine].tolist(), found.epoch[mine].tolist(), strict=True):
+                held[epoch].add(place)
+    every = n // SHUFFLE_BLOCK
+    for epoch in (0, 1):
+        read = sum(len(held[epoch]) for held in blocks)
+        # A block begins in the middle of one that shards' numbers make, and streams cut some.
+        assert every <= read < 2.3 * every
+        assert all(len(held[epoch]) < 2.3 * every / parts for held in blocks)
 
 
-@pytest.mark.parametrize("shards, streams", [(1, 1), (30, 2), (400, 32), (5000, 256)])
+@pytest.mark.parametrize(
+    "samples, batch, streams",
+    [(1, 1, 1), (3071, 64, 1), (3072, 64, 3), (3072, 2, 1), (10**6, 64, 48), (10**6, 4096, 768),
+     (2 * 10**6, 1535, 768), (2 * 10**6, 1536, 1536), (10**10, 163_840, MAX_STREAMS)],
+)  # fmt: skip
+def test_there_are_so_many_streams_that_each_is_in_every_batch(samples, batch, streams):
+    assert stream_count(samples, batch) == streams
+
+
+@pytest.mark.parametrize("shards, streams", [(1, 1), (30, 24), (400, 384), (1600, 1536)])
 def test_neighbours_of_a_shard_are_far_apart_in_the_order(shards, streams):
-    """In their stream about a third of a window, as in a perfect shuffle of it; in the epoch as
-    many times that as there are streams."""
-    order = Order([OrderSource([1000] * shards)], seed=1)
+    """About a third of what is shuffled together, as in a perfect shuffle of it."""
+    batch = 4096
+    order = Order([OrderSource([1000] * shards)], 1, batch)
+    assert order.streams == streams
     n = order.samples_per_epoch
     found = order.of_positions(np.arange(n))
     place = np.empty(n, np.int64)
     place[1000 * found.shard + found.index] = np.arange(n)
     apart = np.abs(np.diff(place))
-    window = min(n, WINDOW)
-    assert np.median(apart) > 0.2 * window * streams
-    assert np.mean(apart < CHUNK) < 2.5 * CHUNK / window
-    assert np.mean(apart == 1) < 6 / window
+    together = min(n, SHUFFLED)
+    assert np.median(apart) > 0.2 * together
+    assert np.mean(apart < batch) < 2.5 * batch / together
+    assert np.mean(apart == 1) < 6 * max(1, streams / batch) / together * streams
 
 
 def test_web_scale_is_a_few_numbers_a_shard():
     """2,000,000,000 samples: any position at once, nothing kept but where shards begin."""
     order = Order(
-        [OrderSource(np.full(200_000, 10_000)), OrderSource([10_000] * 10, weight=2.5)], seed=0
+        [OrderSource(np.full(200_000, 10_000)), OrderSource([10_000] * 10, weight=2.5)], 0, 32_768
     )
     assert order.samples_per_epoch == 2_000_250_000
     kept = [part.starts.nbytes for part in order._parts]
@@ -159,7 +191,7 @@ def test_web_scale_is_a_few_numbers_a_shard():
 
 
 def test_the_fraction_of_a_weight_is_another_choice_each_epoch():
-    order = Order([OrderSource([1000], weight=0.5)], seed=0)
+    order = Order([OrderSource([1000], weight=0.5)], 0, 16)
     chosen = [{a.index for a in epoch_of(order, epoch)} for epoch in range(40)]
     assert all(len(indices) == 500 for indices in chosen)
     assert 200 < len(chosen[0] & chosen[1]) < 300
@@ -168,7 +200,7 @@ def test_the_fraction_of_a_weight_is_another_choice_each_epoch():
 
 
 def test_substitutes_visit_the_whole_epoch_and_are_no_neighbours():
-    order = Order([OrderSource([100])], seed=0)
+    order = Order([OrderSource([100])], 0, 8)
     position = 250
     tries = [order.substitute(position, attempt) for attempt in range(1, 100)]
     assert set(tries) | {position} == set(range(200, 300))

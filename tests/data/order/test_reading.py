@@ -1,0 +1,61 @@
+"""What a machine is said to read, against a cache of pages that is filled in the order itself."""
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from parallel_clip.data.order.reading import machine_reading
+from parallel_clip.data.order.sample_order import Order, OrderSource
+
+SAMPLE, PAGE, SHARD = 50_000, 2**20, 1000
+
+
+def fetched_of_own(order: Order, machines: int, machine: int, cache: int) -> float:
+    """Bytes of pages fetched, beside bytes of the samples read, over an epoch from the middle of
+    one to that of the next; what is in the cache then was counted, what it held before was not."""
+    n, batch = order.samples_per_epoch, order.batch
+    held: OrderedDict[int, None] = OrderedDict()
+    fetched = read = 0
+    for step in range(3 * n // (2 * batch)):
+        if step == n // (2 * batch):
+            fetched = read = 0
+        first, stop = (step * batch + part * batch // machines for part in (machine, machine + 1))
+        found = order.of_positions(np.arange(first, stop))
+        read += stop - first
+        begins = found.index * SAMPLE
+        shard = found.shard * (SHARD * SAMPLE // PAGE + 1)
+        ends = shard + (begins + SAMPLE - 1) // PAGE
+        for page, last in zip((shard + begins // PAGE).tolist(), ends.tolist(), strict=True):
+            for wanted in {page, last}:
+                if wanted in held:
+                    held.move_to_end(wanted)
+                    continue
+                fetched += 1
+                held[wanted] = None
+                if len(held) > cache // PAGE:
+                    held.popitem(last=False)
+    return fetched * PAGE / (read * SAMPLE)
+
+
+@pytest.mark.parametrize(
+    "batch, machines", [(32_768, 128), (79_104, 24), (50_000, 100), (100_001, 96)]
+)
+def test_a_machine_reads_little_more_than_its_part(batch, machines):
+    order = Order([OrderSource([SHARD] * 2000)], 1, batch)
+    told = machine_reading(order.samples_per_epoch, order.streams, SAMPLE, machines, PAGE)
+    ratio = fetched_of_own(order, machines, 2, cache=int(2 * told.in_use))
+    assert ratio < (1.3 if 1536 % machines else 1.25)  # 1.25 of all, and of 5 million samples
+    assert 0.9 * ratio < told.fetched / told.own < 1.15 * ratio
+    assert told.own == pytest.approx(2_000_000 * SAMPLE / machines)
+
+
+def test_a_cache_below_what_is_in_use_fetches_again_and_again():
+    order = Order([OrderSource([SHARD] * 2000)], 1, 32_768)
+    told = machine_reading(order.samples_per_epoch, order.streams, SAMPLE, 64, PAGE)
+    assert fetched_of_own(order, 64, 2, cache=int(0.3 * told.in_use)) > 4
+
+
+def test_files_that_are_read_in_place_are_read_once():
+    told = machine_reading(10**6, 1536, SAMPLE, 16, 1)
+    assert told.fetched == pytest.approx(told.own, rel=1e-6)
