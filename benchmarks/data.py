@@ -48,7 +48,8 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.feeding.open import build_training_data, find_run_shards
 from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.samples.decode import captions_of, decode_picture
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import decode_picture
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import (
     Preprocess,
@@ -243,7 +244,7 @@ def measure_parts(data: TrainingData, samples: int = 256) -> dict[str, float]:
                 return transform(picture)
 
         images.append(timed("augment", augment))
-        captions.append(captions_of(sample)[0])
+        captions.append(CaptionRule().captions_of(sample)[0])
     timed("tokenize", lambda: tokenizer(captions))
     timed("stack", lambda: torch.stack(images))
     return spent

@@ -165,7 +165,7 @@ def _add_evaluate(parent) -> None:
         kind.add_argument("--json", metavar="FILE", help="write the figures; - prints them alone")
         _add_model(kind)
         kind.add_argument("--tokenizer", metavar="T", help="as data.tokenizer of a config")
-        kind.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
+        _add_samples(kind)
         kind.add_argument("--batch", type=_positive, default=64, help="encoded at once (64)")
         kind.add_argument("--workers", type=_positive, default=0, help="processes that decode (0)")
         kind.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -236,7 +236,7 @@ def _add_data(parent) -> None:
     index.set_defaults(run=commands.data_index)
     check = kinds.add_parser("check", help="read and decode everything; exit 2 if any is broken")
     check.add_argument("shards", nargs="+", metavar="SHARDS")
-    check.add_argument("--caption-key", metavar="KEY", help="as data.caption_key of a config")
+    _add_samples(check)
     check.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (1)")
     check.add_argument("--json", metavar="FILE", help="write the report; - prints it alone")
     check.set_defaults(run=commands.data_check)
@@ -245,6 +245,19 @@ def _add_data(parent) -> None:
     pack.add_argument("target", metavar="TARGET", help="a new or empty folder")
     pack.add_argument("--samples-per-shard", type=_positive, default=10_000, metavar="N")
     pack.set_defaults(run=commands.data_pack)
+
+
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--caption-key", metavar="KEY", help="key of the .json, as data.caption_key"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=_positive,
+        default=178_956_970,
+        metavar="N",
+        help="largest width x height of a picture, as data.max_pixels (178956970)",
+    )
 
 
 def _add_plan(parent) -> None:

@@ -153,6 +153,7 @@ def data_check(options: argparse.Namespace, launch: Launch) -> int:
         options.shards,
         print_nothing if alone else print,
         caption_key=options.caption_key,
+        max_pixels=options.max_pixels,
         workers=options.workers,
     )
     if not alone:
@@ -203,6 +204,7 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
         batch=options.batch,
         workers=options.workers,
         caption_key=options.caption_key,
+        max_pixels=options.max_pixels,
         model_name=options.model,
         override=options.override,
         tokenizer=options.tokenizer,

@@ -3,6 +3,8 @@
 from parallel_clip.config.keys import (
     BadSteps,
     Config,
+    Data,
+    DataSource,
     LearningRateSchedule,
     Loss,
     Optimizer,
@@ -18,6 +20,8 @@ from parallel_clip.config.resume import resume_differences
 __all__ = [
     "BadSteps",
     "Config",
+    "Data",
+    "DataSource",
     "Optimizer",
     "Parallel",
     "LearningRateSchedule",

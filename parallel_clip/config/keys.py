@@ -18,6 +18,7 @@ Shards = str | list[str]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+CaptionKey = str | Annotated[dict[str, Positive], Field(min_length=1)]
 
 
 class ConfigSection(BaseModel):
@@ -153,13 +154,35 @@ class DataSource(ConfigSection):
     shards: Shards = Field(description="WebDataset shards: a brace pattern, or several")
     samples: int | None = Field(None, ge=1, description="use only the first so many; null: all")
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each sample")
-    caption_key: str | None = Field(None, description="of this source; null: `data.caption_key`")
+    caption_key: CaptionKey | None = Field(
+        None, description="of this source; null: `data.caption_key`"
+    )
+    caption_lines: bool | None = Field(
+        None, description="of this source; null: `data.caption_lines`"
+    )
 
 
 class Data(ConfigSection):
     train: list[DataSource] = Field([], description="sources of training pairs, at least one")
-    caption_key: str | None = Field(
-        None, description="key of the sample's `.json` that holds the caption; null: its `.txt`"
+    caption_key: CaptionKey | None = Field(
+        None,
+        description="key of the sample's `.json` that holds the caption, or several with the "
+        "probability of each, {caption: 0.7, alt: 0.3}; null: its `.txt`",
+    )
+    caption_lines: bool = Field(
+        False,
+        description="each line of a `.txt` is a caption, of which training draws one; false: the "
+        "whole text is the caption",
+    )
+    empty_caption: Literal["bad", "keep"] = Field(
+        "bad",
+        description="a training pair without caption is a bad sample; keep: trained with an empty "
+        "text, as OpenCLIP does",
+    )
+    max_pixels: int = Field(
+        178_956_970,
+        ge=1,
+        description="width x height above which a picture is a bad sample; Pillow's own limit",
     )
     augment: Literal["train", "none"] = Field(
         "train", description="random resized crop; none: evaluation transform, first caption"

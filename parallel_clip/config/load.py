@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
-from parallel_clip.config.keys import Config, parse_bytes, parse_seconds
+from parallel_clip.config.keys import Config, Data, parse_bytes, parse_seconds
 from parallel_clip.config.resume import check_allowed
 from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
 from parallel_clip.errors import InputError
@@ -117,6 +117,7 @@ def check_consistency(config: Config) -> Iterator[str]:
     elif parallel.memory is not None:
         yield from _complaint_of(parse_bytes, parallel.memory)
     yield from _complaint_of(parse_bytes, config.data.cache, "data.cache")
+    yield from _useless_caption_lines(config.data)
     if config.train.time_limit is not None:
         yield from _complaint_of(parse_seconds, config.train.time_limit, "train.time_limit")
     yield from check_allowed(config.resume.allow)
@@ -136,6 +137,22 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield (
             f"evaluate.every {evaluate.every} has nothing to evaluate; give evaluate.loss, "
             "evaluate.retrieval or evaluate.zero_shot, or set evaluate.every to 0"
+        )
+
+
+def _useless_caption_lines(settings: Data) -> Iterator[str]:
+    """Where lines of a `.txt` are asked for, and captions are taken from the `.json`."""
+    from_json = [
+        (settings.caption_key, source.caption_key) != (None, None) for source in settings.train
+    ]
+    wrong = ["data"] if settings.caption_lines and from_json and all(from_json) else []
+    for number, source in enumerate(settings.train):
+        if source.caption_lines and from_json[number]:
+            wrong.append(f"data.train.{number}")
+    for key in wrong:
+        yield (
+            f"{key}.caption_lines is for captions in .txt, and caption_key takes them from .json; "
+            "leave one of both out"
         )
 
 

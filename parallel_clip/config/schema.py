@@ -83,7 +83,7 @@ def _phrase(annotation: Any, bounds: str = "") -> str:
     if origin is list:
         return f"list, each {_phrase(members[0])}"
     if origin is dict:
-        return "mapping"
+        return "mapping" if members[1] is Any else f"mapping, each {_phrase(members[1])}"
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -12,6 +12,8 @@ from parallel_clip.data.index.shard_table import (
     open_shards,
     save_index,
 )
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import MAX_PIXELS
 from parallel_clip.data.storage.progress import Print, print_nothing
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.encoder import ModelEncoder, load_encoder
@@ -26,6 +28,7 @@ def open_evaluation(
     batch: int = 64,
     workers: int = 0,
     caption_key: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     model_name: str | None = None,
     override: Sequence[str] = (),
     tokenizer: str | None = None,
@@ -50,11 +53,13 @@ def open_evaluation(
         )
     )
 
+    captions = CaptionRule(caption_key)
+
     def find_on_rank_zero() -> ShardTable | None:
         if not groups.is_rank_zero:
             return None
         table = find_checked_shards(patterns, say)
-        check_first_samples(table, need, caption_key)
+        check_first_samples(table, need, captions, max_pixels)
         save_index(table, say)
         return table
 
@@ -65,7 +70,8 @@ def open_evaluation(
         encoder.preprocess,
         encoder.tokenizer,
         need=need,
-        caption_key=caption_key,
+        captions=captions,
+        max_pixels=max_pixels,
         batch=batch,
         rank=groups.data_rank,
         ranks=groups.layout.data,

@@ -223,6 +223,29 @@ def test_an_unknown_key_among_the_overrides(tmp_path):
         ({"data": {"train": "a.tar"}}, 'data.train is "a.tar"; expected list, each mapping'),
         ({"data": {"train": ["a.tar"]}}, 'data.train is ["a.tar"]; expected list, each mapping'),
         ({"data": {"train": [{}]}}, "data.train.0.shards is missing; expected text or list"),
+        *[
+            (
+                {"data": {"caption_key": key}},
+                f"data.caption_key is {shown}; expected text or mapping, each number > 0 or null",
+            )
+            for key, shown in [
+                (3, "3"),
+                (["a"], '["a"]'),
+                ({}, "{}"),
+                ({"a": 0}, '{"a": 0}'),
+                ({"a": 0.5, "b": -1}, '{"a": 0.5, "b": -1}'),
+                ({"a": "0.5"}, '{"a": "0.5"}'),
+                ({"a": True}, '{"a": true}'),
+                ({"a": float("inf")}, '{"a": Infinity}'),
+                ({1: 0.5}, '{"1": 0.5}'),
+            ]
+        ],
+        (
+            {"data": {"train": [{"shards": "a", "caption_key": {"a": 0}}]}},
+            'data.train.0.caption_key is {"a": 0}; expected text or mapping, each number > 0',
+        ),
+        ({"data": {"max_pixels": 0}}, "data.max_pixels is 0; expected integer ≥ 1"),
+        ({"data": {"empty_caption": "drop"}}, 'data.empty_caption is "drop"; expected one of bad'),
         ({"evaluate": {"zero_shot": {"shards": "z"}}}, "evaluate.zero_shot.classes is missing"),
     ],
 )
@@ -248,6 +271,15 @@ def test_all_problems_are_told_at_once_and_each_once():
         ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline 2 needs"),
         ({"parallel": {"memory": "80GB", "stash": 3}}, "parallel.stash auto, not auto with 3"),
         ({"parallel": {"memory": "plenty"}}, "parallel.memory plenty is no size of a memory"),
+        *[
+            ({"data": {"train": [{"shards": "a"} | source], **data}}, f"{key}.caption_lines is for")
+            for data, source, key in [
+                ({"caption_lines": True, "caption_key": "alt"}, {}, "data"),
+                ({"caption_lines": True}, {"caption_key": {"a": 1}}, "data"),
+                ({"caption_key": "alt"}, {"caption_lines": True}, "data.train.0"),
+                ({}, {"caption_lines": True, "caption_key": "alt"}, "data.train.0"),
+            ]
+        ],
         ({"schedule": {"cooldown": 5}}, "schedule.cooldown is for schedule.kind wsd, not cosine"),
         ({"schedule": {"kind": "constant", "min_lr": 1e-5}}, "schedule.min_lr is for"),
         ({"schedule": {"min_lr": 1.0}}, "schedule.min_lr 1 is above optimizer.lr 0.0005"),
@@ -390,6 +422,34 @@ def test_what_may_not_differ_on_resume():
         "seed: 0 → 1",
         "data.train.1.weight: null → 1.0",
     ]
+
+
+def test_what_is_a_caption_may_not_differ_on_resume():
+    one = {"train": [{"shards": "a.tar", "caption_key": {"a": 1}}], "caption_key": {"b": 0.5}}
+    new = {
+        "train": [{"shards": "a.tar", "caption_key": {"a": 2}, "caption_lines": False}],
+        "caption_key": {"b": 0.25, "c": 1.0}, "empty_caption": "keep", "max_pixels": 10**9,
+    }  # fmt: skip
+    saved, changed = (config_from_dict(merged({"data": data})) for data in (one, new))
+    assert resume_differences(saved, changed).refused == [
+        "data.train.0.caption_key.a: 1.0 → 2.0",
+        "data.train.0.caption_lines: null → false",
+        "data.caption_key.b: 0.5 → 0.25",
+        'data.empty_caption: "bad" → "keep"',
+        "data.max_pixels: 178956970 → 1000000000",
+        "data.caption_key.c: null → 1.0",
+    ]
+
+
+def test_keys_with_weights_are_written_and_read_in_their_order(tmp_path):
+    keys = {"z": 0.5, "a": 1.0, "m.n": 0.5}
+    config = config_from_dict(merged({"data": SMALL["data"] | {"caption_key": keys}}))
+    again = load_config(write(tmp_path, config.to_yaml()))
+    assert list(again.data.caption_key.items()) == list(keys.items())
+    path = write(tmp_path, write_yaml(SMALL))
+    assert load_config(path, ["data.caption_key={a: 0.7, b: 3}"]).data.caption_key == {
+        "a": 0.7, "b": 3
+    }  # fmt: skip
 
 
 def test_what_is_allowed_may_differ_and_is_told():

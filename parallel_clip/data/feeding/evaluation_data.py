@@ -13,9 +13,19 @@ from torch.utils.data import default_collate
 from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
 from parallel_clip.data.feeding.workers import read_ahead, report_progress
 from parallel_clip.data.index.shard_table import ShardTable
-from parallel_clip.data.samples.decode import captions_of, decode_picture, label_of
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import (
+    MAX_PIXELS,
+    PictureRule,
+    decode_picture,
+    label_of,
+)
 from parallel_clip.data.samples.tokenizer import Tokenizer
-from parallel_clip.data.samples.transforms import Preprocess, evaluation_transform
+from parallel_clip.data.samples.transforms import (
+    Preprocess,
+    evaluation_resized,
+    evaluation_transform,
+)
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles
 
 
@@ -49,7 +59,8 @@ class EvaluationData:
     tokenizer: Tokenizer
     _: KW_ONLY
     need: Literal["captions", "labels"] = "captions"
-    caption_key: str | None = None
+    captions: CaptionRule = CaptionRule()
+    max_pixels: int = MAX_PIXELS
     batch: int = 64
     rank: int = 0
     ranks: int = 1
@@ -62,6 +73,7 @@ class EvaluationData:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shards.counts)])
         self._shard = lru_cache(1)(self.shards.__getitem__)  # samples of one follow one another
         self._transform = evaluation_transform(self.preprocess)
+        self._pictures = PictureRule(self.max_pixels, resized=evaluation_resized(self.preprocess))
         self._files = ShardFiles()
 
     def __len__(self) -> int:
@@ -85,9 +97,9 @@ class EvaluationData:
             shard = self._shard(number)
             try:
                 sample = self._files.read(shard, index)
-                picture = decode_picture(sample)
+                picture = decode_picture(sample, self._pictures)
                 if self.need == "captions":
-                    own = captions_of(sample, self.caption_key)
+                    own = self.captions.captions_of(sample)
                     captions += own
                     owner += [len(images)] * len(own)
                 else:

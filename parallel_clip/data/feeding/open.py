@@ -27,10 +27,12 @@ from parallel_clip.data.index.shard_table import (
 )
 from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
 from parallel_clip.data.order.sample_order import Order, OrderSource
-from parallel_clip.data.samples.decode import captions_of, decode_picture, label_of
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import PictureRule, decode_picture, label_of
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import (
     Preprocess,
+    evaluation_resized,
     evaluation_shrink,
     evaluation_transform,
     training_shrink,
@@ -42,7 +44,7 @@ from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardI
 from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
-    from parallel_clip.config import Config
+    from parallel_clip.config import Config, Data
 
 Need = Literal["captions", "labels"]
 
@@ -126,15 +128,16 @@ def reopen_run_shards(config: Config, *, check: bool = False) -> RunShards:
 
 def check_samples(config: Config, shards: RunShards) -> None:
     """`check_first_samples` of each source of training pairs and each held-out set."""
-    caption_key = config.data.caption_key
-    for source, table in zip(config.data.train, shards.train, strict=True):
-        check_first_samples(table, "captions", source.caption_key or caption_key)
+    settings = config.data
+    for rule, table in zip(_caption_rules(settings), shards.train, strict=True):
+        check_first_samples(table, "captions", rule, settings.max_pixels)
     for name, table in shards.held_out.items():
-        check_first_samples(table, HELD_OUT_NEEDS[name], caption_key)
+        rule = CaptionRule(settings.caption_key)
+        check_first_samples(table, HELD_OUT_NEEDS[name], rule, settings.max_pixels)
 
 
 def check_first_samples(
-    shards: Sequence[ShardIndex], need: Need, caption_key: str | None = None
+    shards: Sequence[ShardIndex], need: Need, captions: CaptionRule, max_pixels: int
 ) -> None:
     """Check that shards hold what is needed beside pictures: read samples until one is good.
 
@@ -147,9 +150,9 @@ def check_first_samples(
         tried += 1
         try:
             sample = files.read(shard, index)
-            decode_picture(sample)
+            decode_picture(sample, PictureRule(max_pixels))
             if need == "captions":
-                captions_of(sample, caption_key)
+                captions.captions_of(sample)
             else:
                 label_of(sample)
         except BadSampleError as error:
@@ -176,17 +179,20 @@ def build_training_data(
     augment = settings.augment == "train"
     if augment:
         transform = training_transform(preprocess, settings.augment_options)
-        shrink = training_shrink(preprocess, settings.augment_options)
+        shrink, resized = training_shrink(preprocess, settings.augment_options), None
     else:
-        transform, shrink = evaluation_transform(preprocess), evaluation_shrink(preprocess)
+        transform = evaluation_transform(preprocess)
+        shrink, resized = evaluation_shrink(preprocess), evaluation_resized(preprocess)
+    if settings.decode == "exact":
+        shrink = None
     return TrainingData(
         shards.train,
         shards.order,
         transform,
         tokenizer,
         any_caption=augment,
-        caption_keys=[source.caption_key or settings.caption_key for source in settings.train],
-        shrink=shrink if settings.decode == "fast" else None,
+        captions=_caption_rules(settings),
+        pictures=PictureRule(settings.max_pixels, shrink, resized),
         cache=RemoteCache(parse_bytes(settings.cache, "data.cache")),
     )
 
@@ -209,7 +215,8 @@ def build_held_out_data(
                 preprocess,
                 tokenizer,
                 need=HELD_OUT_NEEDS[name],
-                caption_key=config.data.caption_key,
+                captions=CaptionRule(config.data.caption_key),
+                max_pixels=config.data.max_pixels,
                 batch=config.evaluate.batch,
                 rank=rank,
                 ranks=ranks,
@@ -217,6 +224,18 @@ def build_held_out_data(
                 patience=config.data.worker_patience,
             )
     return {name: built[id(table)] for name, table in shards.held_out.items()}
+
+
+def _caption_rules(settings: Data) -> list[CaptionRule]:
+    """Of each source of training pairs."""
+    return [
+        CaptionRule(
+            settings.caption_key if source.caption_key is None else source.caption_key,
+            settings.caption_lines if source.caption_lines is None else source.caption_lines,
+            keep_empty=settings.empty_caption == "keep",
+        )
+        for source in settings.train
+    ]
 
 
 def _run_shards(config: Config, find_table: Callable[..., ShardTable]) -> RunShards:

@@ -5,7 +5,7 @@ The pair at a position is a function of the shards, the seed and the position al
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
 from parallel_clip.data.feeding.workers import heartbeat, report_progress
 from parallel_clip.data.index.shard_table import ShardTable
 from parallel_clip.data.order.sample_order import Order, SampleAddress
-from parallel_clip.data.samples.decode import DraftScale, captions_of, decode_picture
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import PictureRule, decode_picture, pillows_limit
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import Transform, sample_seed, seeded
 from parallel_clip.data.storage.files import OpenFiles
@@ -53,8 +54,7 @@ class Microbatch:
 class TrainingData:
     """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
 
-    caption_keys: of each source; any_caption: draw one of several captions, else take the first;
-    shrink: how far a picture may be shrunk while it is decoded (None: not at all).
+    captions: of each source; any_caption: draw one of several captions, else take the first.
     """
 
     sources: Sequence[ShardTable]
@@ -63,8 +63,8 @@ class TrainingData:
     tokenizer: Tokenizer
     _: KW_ONLY
     any_caption: bool
-    caption_keys: Sequence[str | None]
-    shrink: DraftScale | None = None
+    captions: Sequence[CaptionRule]
+    pictures: PictureRule
     cache: RemoteCache = field(default_factory=RemoteCache)
 
     def __post_init__(self) -> None:
@@ -98,6 +98,7 @@ class TrainingData:
         self, position: int, address: SampleAddress
     ) -> tuple[Tensor, str, StoredAddress, BadSample | None]:
         bad = None
+        bits = partial(sample_seed, self.order.seed, position)
         for attempt in range(MAX_SUBSTITUTES + 1):
             if attempt:
                 address = self.order.at(self.order.substitute(position, attempt))
@@ -105,18 +106,22 @@ class TrainingData:
             shard = self._shard(address.source, address.shard)
             try:
                 sample = self._files.read(shard, address.index)
-                captions = captions_of(sample, self.caption_keys[address.source])
-                picture = decode_picture(sample, self.shrink)
+                rule = self.captions[address.source]
+                if self.any_caption:
+                    caption = rule.draw(sample, bits)
+                else:
+                    caption = rule.captions_of(sample)[0]
+                picture = decode_picture(sample, self.pictures)
             except BadSampleError as error:
                 bad = bad or BadSample(
                     position, address.source, shard.path, error.key, error.reason
                 )
                 continue
-            with seeded(sample_seed(self.order.seed, position, "augment")):
+            # A crop of a large picture is a picture of which Pillow looks at the size again.
+            with seeded(bits("augment")), pillows_limit(self.pictures.max_pixels):
                 image = self.transform(picture)
-            choice = sample_seed(self.order.seed, position, "caption") if self.any_caption else 0
             stored = StoredAddress(address.source, shard.path, sample.key)
-            return image, captions[choice % len(captions)], stored, bad
+            return image, caption, stored, bad
         raise BadDataError(
             f"{bad}; the {MAX_SUBSTITUTES} samples tried in its place are bad too; "
             "parallel-clip data check names all that are"

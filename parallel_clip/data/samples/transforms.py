@@ -16,7 +16,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from parallel_clip.data.order.permutation import name_to_int
-from parallel_clip.data.samples.decode import DraftScale
+from parallel_clip.data.samples.decode import DraftScale, ResizedSize
 from parallel_clip.errors import InputError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -179,6 +179,20 @@ def evaluation_shrink(preprocess: Preprocess) -> DraftScale:
     height, width = preprocess.image_size
     fit = max if preprocess.resize_mode != "longest" else min
     return lambda w, h: fit(width / w, height / h)
+
+
+def evaluation_resized(preprocess: Preprocess) -> ResizedSize | None:
+    """To what width and height the evaluation transform resizes a picture before it crops it; None
+    where that is never larger than what the model takes."""
+    if preprocess.resize_mode != "shortest":
+        return None
+    height, width = preprocess.image_size
+
+    def resized(w: int, h: int) -> tuple[int, int]:
+        scale = max(width / w, height / h)
+        return round(w * scale), round(h * scale)
+
+    return resized
 
 
 def training_shrink(preprocess: Preprocess, options: Mapping[str, Any]) -> DraftScale:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from parallel_clip.data.index.shard_table import UNKNOWN, find_shards
-from parallel_clip.data.samples.decode import captions_of, decode_picture
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import MAX_PIXELS, PictureRule, decode_picture
 from parallel_clip.data.storage.patterns import require_files
 from parallel_clip.data.storage.processes import parallel_map
 from parallel_clip.data.storage.progress import Print, show_progress
@@ -57,6 +58,7 @@ def decode_all_shards(
     say: Print = print,
     *,
     caption_key: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     workers: int = 1,
 ) -> CheckReport:
     """Read and decode every picture and caption, by `workers` processes.
@@ -67,7 +69,7 @@ def decode_all_shards(
     """
     table = find_shards(patterns, say)
     require_files(table.paths)
-    check = partial(check_shard, caption_key=caption_key)
+    check = partial(check_shard, caption_key=caption_key, max_pixels=max_pixels)
     known = [None if n == UNKNOWN else table[number] for number, n in enumerate(table.counts)]
     reports = parallel_map(check, table.paths, known, workers=workers)
     total = CheckReport()
@@ -77,7 +79,10 @@ def decode_all_shards(
 
 
 def check_shard(
-    path: str, known: ShardIndex | None = None, caption_key: str | None = None
+    path: str,
+    known: ShardIndex | None = None,
+    caption_key: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> CheckReport:
     """`decode_all_shards` for one shard; known: its saved index."""
     report = CheckReport(1)
@@ -103,12 +108,12 @@ def check_shard(
             reason = "the shard breaks off, or is damaged, in this sample or behind it"
             report.broken.append(BadItem(path, scan.key, reason))
     report.samples = shard.samples
-    files = ShardFiles()
+    files, rule, pictures = ShardFiles(), CaptionRule(caption_key), PictureRule(max_pixels)
     for index in range(shard.samples):
         try:
             sample = files.read(shard, index)
-            captions = captions_of(sample, caption_key)
-            picture = decode_picture(sample)
+            captions = rule.captions_of(sample)
+            picture = decode_picture(sample, pictures)
         except BadSampleError as error:
             report.broken.append(BadItem(path, error.key, error.reason))
             continue

@@ -1,9 +1,13 @@
 import pytest
 import torch
 
+from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
+from parallel_clip.data.feeding.open import build_held_out_data, check_samples, find_run_shards
+from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.errors import InputError
 from tests.data.shard_files import index_shards, picture, sample, write_shard
 
@@ -77,6 +81,51 @@ def test_a_batch_of_bad_samples_alone_is_empty(tmp_path):
     first, second = open_data(str(tmp_path), batch=1)
     assert first.images.shape == (0, 3, 16, 16) and first.tokens.shape == (0, 12)
     assert len(first.bad) == 1 and len(second.images) == 1
+
+
+def test_captions_of_several_keys_are_those_of_the_most_probable(tmp_path):
+    facts = [b'{"alt": ["x", "y"], "caption": "z"}', b'{"caption": "z"}', b'{"alt": ""}']
+    samples = {f"{n}": {"jpg": picture(n), "json": json} for n, json in enumerate(facts)}
+    write_shard(tmp_path / "0.tar", samples)
+    rule = CaptionRule({"caption": 0.3, "alt": 0.7})
+    (batch,) = open_data(str(tmp_path), captions=rule)
+    assert torch.equal(batch.tokens, TOKENIZER(["x", "y", "z"]))
+    assert batch.owner.tolist() == [0, 0, 1]
+    assert [bad.key for bad in batch.bad] == ["2"]
+
+
+def test_a_config_says_which_captions_and_pictures_are_evaluated(tmp_path):
+    facts = b'{"alt": "a\\nb", "caption": "z"}'
+    samples = {"0": {"jpg": picture(0), "json": facts}, "1": {"jpg": picture(1), "txt": b"x\ny"}}
+    shards = str(write_shard(tmp_path / "0.tar", samples))
+
+    def evaluated(**data):
+        settings = {"train": [{"shards": shards}], **data}
+        tree = {"train": {"steps": 1}, "data": settings, "evaluate": {"retrieval": shards}}
+        config = config_from_dict(tree)
+        found = find_run_shards(config, print_nothing)
+        check_samples(config, found)
+        (batch,) = build_held_out_data(config, found, PREPROCESS, TOKENIZER)["retrieval"]
+        return batch.tokens
+
+    assert torch.equal(evaluated(), TOKENIZER(["x", "y"]))
+    assert torch.equal(evaluated(empty_caption="keep"), TOKENIZER(["x", "y"]))
+    keys = {"caption": 1, "alt": 2}
+    assert torch.equal(evaluated(caption_key=keys), TOKENIZER(["a\nb"]))
+    with pytest.raises(InputError, match=r"at most 431 \(data.max_pixels\)"):
+        evaluated(max_pixels=431)
+
+
+def test_pixels_are_bounded_before_and_after_the_resize(tmp_path):
+    """16 pixels high, a picture of 24 x 1 has 6,144."""
+    samples = {"0": {"png": picture(0, (24, 1), "PNG"), "txt": b"a"}, "1": sample(1)}
+    write_shard(tmp_path / "0.tar", samples)
+    for most, bad in ((6144, []), (6143, ["0"]), (431, ["0", "1"])):
+        (batch,) = open_data(str(tmp_path), max_pixels=most)
+        assert [sample.key for sample in batch.bad] == bad
+    squash = Preprocess((16, 16), resize_mode="squash")
+    (batch,) = EvaluationData(index_shards(str(tmp_path)), squash, TOKENIZER, max_pixels=432)
+    assert not batch.bad
 
 
 def test_more_ranks_than_samples(tmp_path):

@@ -13,9 +13,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision import transforms as T
 
-from parallel_clip.data.samples.decode import decode_picture
+from parallel_clip.data.samples.decode import PictureRule, decode_picture
 from parallel_clip.data.samples.transforms import (
     Preprocess,
+    evaluation_resized,
     evaluation_shrink,
     evaluation_transform,
     sample_seed,
@@ -86,6 +87,41 @@ def test_training_equals_openclip(options):
             assert torch.equal(result, theirs(picture((64, 48))))
         different.add(result.sum().item())
     assert len(different) > 10
+
+
+LONG = [(300, 1), (1, 300), (900, 3), (2, 601), (7, 1001)]
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("image_size", [(32, 32), (40, 24)])
+def test_evaluation_of_long_pictures_equals_openclip(image_size, resize_mode):
+    preprocess = Preprocess(image_size, resize_mode=resize_mode)
+    ours, theirs = evaluation_transform(preprocess), of_openclip(preprocess)
+    for size in LONG:
+        assert torch.equal(ours(picture(size)), theirs(picture(size))), size
+
+
+@pytest.mark.filterwarnings("ignore:Unused augmentation")
+@pytest.mark.parametrize("options", [{}, {"scale": [0.1, 0.4]}])
+def test_training_with_long_pictures_equals_openclip(options):
+    preprocess = Preprocess((32, 32))
+    ours, theirs = training_transform(preprocess, options), of_openclip(preprocess, True, options)
+    for number, size in enumerate(LONG * 2):
+        with seeded(number):
+            result = ours(picture(size))
+        with seeded(number):
+            assert torch.equal(result, theirs(picture(size))), size
+
+
+@pytest.mark.parametrize("image_size", [(32, 32), (40, 24), (24, 40)])
+def test_the_size_before_the_crop_is_that_of_openclips_resize(image_size):
+    preprocess = Preprocess(image_size)
+    resize, resized = of_openclip(preprocess).transforms[0], evaluation_resized(preprocess)
+    for size in PICTURES + LONG:
+        theirs = resize(picture(size)).size
+        assert resized(*size) == pytest.approx(theirs, abs=1), size
+    assert evaluation_resized(Preprocess(image_size, resize_mode="squash")) is None
+    assert evaluation_resized(Preprocess(image_size, resize_mode="longest")) is None
 
 
 def test_the_ratio_of_the_crop_is_heeded():
@@ -226,6 +262,7 @@ def test_shrinking_changes_little():
     sample = StoredSample("key", {"jpg": buffer.getvalue()})
     preprocess = Preprocess((64, 64))
     exact = evaluation_transform(preprocess)(decode_picture(sample))
-    fast = evaluation_transform(preprocess)(decode_picture(sample, evaluation_shrink(preprocess)))
-    assert decode_picture(sample, evaluation_shrink(preprocess)).size == (150, 113)
+    shrunk = decode_picture(sample, PictureRule(shrink=evaluation_shrink(preprocess)))
+    fast = evaluation_transform(preprocess)(shrunk)
+    assert shrunk.size == (150, 113)
     assert (exact - fast).abs().mean() < 0.03

@@ -10,7 +10,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_clip.data.samples.decode import captions_of
+from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, StoredSample, scan_shard
 from parallel_clip.data.storage.tar import decode_name, printable
 from parallel_clip.data.tools.check import decode_all_shards
@@ -91,4 +91,4 @@ def test_half_of_a_surrogate_pair_is_no_caption():
     record = {"caption": "\ud83d"}
     found = StoredSample("0", {"json": json.dumps(record).encode()})
     with pytest.raises(BadSampleError, match="half of a surrogate pair"):
-        captions_of(found, "caption")
+        CaptionRule("caption").captions_of(found)

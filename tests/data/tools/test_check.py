@@ -1,6 +1,7 @@
 import pytest
 from rich.console import Console
 
+from parallel_clip.cli import main
 from parallel_clip.data.tools.check import decode_all_shards
 from parallel_clip.data.tools.check_report import print_report, report_tree
 from parallel_clip.errors import InputError
@@ -35,6 +36,13 @@ def test_captions_of_json_are_checked(tmp_path):
     write_shard(tmp_path / "a.tar", {"a": {"jpg": picture(0), "json": b'{"alt": "x"}'}})
     assert not decode_all_shards(str(tmp_path), caption_key="alt").broken
     assert "no .txt" in decode_all_shards(str(tmp_path)).broken[0].reason
+
+
+def test_pixels_are_bounded(tmp_path, capsys):
+    path = str(write_shard(tmp_path / "a.tar", {"a": sample(1)}))  # 24 x 18
+    assert main(["data", "check", path, "--max-pixels", "432"]) == 0
+    assert main(["data", "check", path, "--max-pixels", "431"]) == 2
+    assert "24 x 18 pixels, at most 431 (data.max_pixels)" in capsys.readouterr().out
 
 
 def test_missing_shards(tmp_path):

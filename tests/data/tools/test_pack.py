@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from parallel_clip.data.samples.decode import captions_of, label_of
+from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import label_of
 from parallel_clip.data.storage.shards import ShardFiles, scan_shard
 from parallel_clip.data.tools.check import decode_all_shards
 from parallel_clip.data.tools.pack import pack_folder
@@ -36,7 +37,7 @@ def test_a_folder_becomes_shards(folder, tmp_path):
     assert said == [f"packed 7 pictures into 3 shards in {tmp_path / '100%'}"]
     assert not decode_all_shards(str(tmp_path / "100%")).broken
     samples = list(read(paths))
-    captions = [captions_of(sample) for sample in samples]
+    captions = [CaptionRule().captions_of(sample) for sample in samples]
     assert sorted(captions) == [[f"number {n}", f"again {n}"] for n in range(7)] != captions
     for sample, (first, _) in zip(samples, captions, strict=True):
         number = int(first.split()[1])
@@ -57,7 +58,10 @@ def test_a_table_becomes_shards(folder, tmp_path):
     rows = 'file,caption\n0.PNG,"one, two"\n2.PNG,other\n0.PNG,"line\nbreak"\n'
     table.write_bytes(b"\xef\xbb\xbf" + rows.encode())
     samples = list(read(pack_folder(table, tmp_path / "shards", print)))
-    assert sorted(map(captions_of, samples)) == [["one, two", "line break"], ["other"]]
+    assert sorted(map(CaptionRule().captions_of, samples)) == [
+        ["one, two", "line break"],
+        ["other"],
+    ]
 
 
 def test_packing_is_the_same_each_time(folder, tmp_path):
