@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -24,7 +26,33 @@ _PID, _BUSY, _SINCE = range(3)  # of a worker's row; behind them the numbers of 
 _POSITION_NUMBERS = 3
 _ROW = _SINCE + 1 + _POSITION_NUMBERS
 _FORK = multiprocessing.get_context("fork")
+
+
+class _Flag:
+    """An event between processes without a lock, which a worker that is killed could hold: torch
+    would wait for it forever when it ends the others."""
+
+    def __init__(self):
+        self._value = _FORK.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+
+class _ForkWithFlags(type(_FORK)):
+    def Event(self) -> _Flag:  # noqa: N802  (multiprocessing's name)
+        return _Flag()
+
+
+_FORK_WITH_FLAGS = _ForkWithFlags()
 _ENDS = (BadDataError, InputError, WorkerError)
+# What torch and multiprocessing raise where a worker dies while it hands its tensors over, and
+# torch of its own accord.
+_HANDING_OVER_FAILED = (RuntimeError, OSError, EOFError, multiprocessing.ProcessError)
+_SECONDS_TO_DIE = 2  # of a worker that no longer answers, on a busy machine
 
 _own_row: memoryview | None = None  # in a worker
 # In the rank's process: of those that read now, as an evaluation does beside training.
@@ -81,7 +109,7 @@ def read_ahead(
         batch_size=None,
         num_workers=workers,
         # Forked, workers share the tables of shards with the trainer, whatever Python's default is.
-        multiprocessing_context=_FORK if workers else None,
+        multiprocessing_context=_FORK_WITH_FLAGS if workers else None,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
         collate_fn=lambda value: value,
@@ -93,13 +121,15 @@ def read_ahead(
         # One that has ended is kept until the next begins: its workers' end may yet be reported.
         _monitors[:] = [other for other in _monitors if other.running] + [monitor]
     values = iter(loader)
+    if monitor:
+        monitor.watch(values)
     try:
         while True:
             try:
                 value = next(values)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except _HANDING_OVER_FAILED as error:
                 if monitor is None:
                     raise
                 monitor.check_workers(error)
@@ -124,14 +154,10 @@ def worker_failure(error: Exception) -> str | None:
     if ended is None or not _monitors or not isinstance(error, RuntimeError):
         return None
     pid = int(ended[1].split(",")[0])
-    rows = ((monitor, row) for monitor in _monitors for row in monitor.rows())
-    at = next((f" at {monitor.position(row)}" for monitor, row in rows if row[_PID] == pid), "")
     by_signal = re.search(r"killed by signal: ([\w ]+)", str(error))
-    how = f"was killed ({by_signal[1].strip()})" if by_signal else "has ended"
-    return (
-        f"data worker {pid} {how}{at}. Where memory ran out, lower data.workers or "
-        "data.prefetch; where shared memory did, give the container more (--ipc=host)"
-    )
+    how = f"was killed ({by_signal[1].strip()})" if by_signal else None
+    monitor = next((m for m in _monitors if any(row[_PID] == pid for row in m.rows())), None)
+    return (monitor or _monitors[-1]).describe_end(pid, how)
 
 
 class WorkerMonitor:
@@ -142,6 +168,13 @@ class WorkerMonitor:
         self._patience = patience
         self.running = True
         self._memory = _FORK.RawArray("d", workers * _ROW)
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._pinning: threading.Thread | None = None
+
+    def watch(self, values: Iterator) -> None:
+        """Called with torch's iterator, when it has started the workers."""
+        self._processes = list(values._workers)
+        self._pinning = getattr(values, "_pin_memory_thread", None)
 
     def begin_in_worker(self, number: int) -> None:
         """Called first in each worker."""
@@ -149,19 +182,30 @@ class WorkerMonitor:
         # A job that is told to end may still write a checkpoint; its workers end when it does.
         for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(ignored, signal.SIG_IGN)
+        sys.excepthook = _hide_lost_connection
         _monitors.clear()
         start = number * _ROW
         _own_row = memoryview(self._memory).cast("B").cast("d")[start : start + _ROW]
         _own_row[_PID] = os.getpid()
 
-    def check_workers(self, error: RuntimeError) -> None:
-        """Raise WorkerError if one has ended or is stuck, after torch's `error` over a batch that
-        has not come; `error` itself if it is neither that nor a time-out."""
+    def check_workers(self, error: Exception) -> None:
+        """Raise WorkerError if one has ended or is stuck, after torch's or multiprocessing's
+        `error` over a batch that has not come; `error` itself if it is neither that nor a
+        time-out."""
+        timed_out = "timed out" in str(error)
         failure = worker_failure(error)
+        try:
+            failure = failure or self._find_ended(0 if timed_out else _SECONDS_TO_DIE)
+        except RuntimeError as later:  # torch hears of it only now
+            failure = worker_failure(later)
         if failure is not None:
             raise WorkerError(failure) from None
-        if "timed out" not in str(error):
+        if not timed_out:
             raise error
+        if self._pinning is not None and not self._pinning.is_alive():
+            raise WorkerError(
+                "the thread that copies batches to page-locked memory has ended; its error is above"
+            )
         for row in self.rows():
             waited = time.monotonic() - row[_SINCE]
             if row[_BUSY] and waited > self._patience:
@@ -170,6 +214,30 @@ class WorkerMonitor:
                     f"{self.position(row)}. See whether that file can be read; "
                     "data.worker_patience is how long a worker may take over one sample"
                 )
+
+    def _find_ended(self, seconds: float) -> str | None:
+        """How a worker has ended, or does within `seconds`, in words; None: none has."""
+        until = time.monotonic() + seconds
+        while True:
+            for process in self._processes:
+                if process.exitcode is not None:
+                    return self.describe_end(process.pid)
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.02)
+
+    def describe_end(self, pid: int, how: str | None = None) -> str:
+        """What happened to worker `pid`, where, and what to do; how: None to look it up."""
+        codes = (process.exitcode for process in self._processes if process.pid == pid)
+        code = next(codes, None)
+        if how is None and code is not None and code < 0:
+            how = f"was killed ({signal.strsignal(-code)})"
+        at = next((f" at {self.position(row)}" for row in self.rows() if row[_PID] == pid), "")
+        return (
+            f"data worker {pid} {how or 'has ended'}{at}. Where memory ran out, lower "
+            "data.workers or data.prefetch; where shared memory did, give the container more "
+            "(--ipc=host)"
+        )
 
     def kill_rest(self) -> None:
         """Kill the workers that still live: they ignore SIGTERM, and one may be stuck."""
@@ -186,6 +254,13 @@ class WorkerMonitor:
 
     def position(self, row: list[float]) -> str:
         return self._data.describe_position(*(int(number) for number in row[_SINCE + 1 :]))
+
+
+def _hide_lost_connection(kind: type[BaseException], error: BaseException, trace) -> None:
+    """In a worker, whose threads hand tensors over: where the rank's process stops in the midst of
+    it, as for another worker's death, that process says why."""
+    if not isinstance(error, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _FailuresAsValues(Dataset):
