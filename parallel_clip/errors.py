@@ -18,7 +18,8 @@ class BadStepsError(FloatingPointError):
 
 
 class SaveFailedError(RuntimeError):
-    """A checkpoint could not be written; those before it are as they were. Exit code 1."""
+    """A checkpoint, or shards, could not be written; what was there before is as it was. Exit code
+    1."""
 
 
 class LeaseLostError(SaveFailedError):

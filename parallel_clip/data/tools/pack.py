@@ -3,7 +3,9 @@
 import csv
 import json
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from PIL import Image
 
 from parallel_clip.data.samples.decode import PICTURE_EXTENSIONS, PICTURE_FORMATS
 from parallel_clip.data.storage.progress import Print, show_progress
-from parallel_clip.errors import InputError
+from parallel_clip.data.storage.tar import printable
+from parallel_clip.errors import InputError, SaveFailedError
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,57 @@ def pack_folder(
     CSV's folder) and `caption`; rows of one file are its several captions. Pictures are shuffled by
     `seed`, so that neighbours in a folder are none in a shard, and their bytes copied as they are.
     Keys are nine digits and each sample has a `.json`, as img2dataset has it, with its key, the
-    first caption, the picture's width and height, and the file's name. The same input gives the
-    same bytes. InputError: nothing to pack, a picture without caption or that is none.
+    first caption, the picture's width and height, and the file's name (`printable`). The same
+    input gives the same bytes. Shards appear in the target when all are written; where that fails
+    or is interrupted there are none. InputError: nothing to pack, a picture without caption or that
+    is none or cannot be read; SaveFailedError: the target cannot be written to.
     """
     source, target = Path(source), Path(target)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file; name a new or empty folder")
     if any(target.glob("*.tar")):
         raise InputError(f"{target} holds shards already; name a new or empty folder")
     pairs = list(_in_csv(source) if source.is_file() else _in_folder(source))
     if not pairs:
         raise InputError(f"{source} holds no pictures ({', '.join(PICTURE_EXTENSIONS)}) to pack")
     random.Random(seed).shuffle(pairs)
-    target.mkdir(parents=True, exist_ok=True)
-    pattern = str(target).replace("%", "%%") + "/%06d.tar"
-    with webdataset.ShardWriter(
-        pattern, samples_per_shard, shard_bytes, verbose=0, mtime=0
-    ) as shards:
-        for number, pair in enumerate(show_progress(pairs, len(pairs), "packed", say, "pictures")):
-            shards.write(_sample(number, pair))
-    written = sorted(target.glob("*.tar"))
+    progress = show_progress(pairs, len(pairs), "packed", say, "pictures")
+    try:
+        written = _write_all(progress, target, samples_per_shard, shard_bytes)
+    except OSError as error:
+        raise SaveFailedError(
+            f"shards cannot be written to {target}: {error.strerror or error}; none is left there"
+        ) from error
     say(f"packed {len(pairs):,} pictures into {len(written):,} shards in {target}")
     return written
+
+
+def _write_all(
+    pairs: Iterable[_Pair], target: Path, samples_per_shard: int, shard_bytes: int
+) -> list[Path]:
+    """Write shards to a folder in the target, then move them out of it."""
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    moved: list[Path] = []
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as folder:
+            pattern = folder.replace("%", "%%") + "/%06d.tar"
+            with webdataset.ShardWriter(
+                pattern, samples_per_shard, shard_bytes, verbose=0, mtime=0
+            ) as shards:
+                for number, pair in enumerate(pairs):
+                    shards.write(_sample(number, pair))
+            for path in sorted(Path(folder).iterdir()):
+                moved.append(target / path.name)
+                path.rename(moved[-1])
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):  # someone has put something else there
+                target.rmdir()
+        raise
+    return moved
 
 
 def _in_folder(folder: Path) -> Iterator[_Pair]:
@@ -109,11 +143,11 @@ def _sample(number: int, pair: _Pair) -> dict[str, str | bytes]:
         "caption": pair.captions[0] if pair.captions else "",
         "width": width,
         "height": height,
-        "file": pair.name,
+        "file": printable(pair.name),
     }
     sample = {
         "__key__": facts["key"],
-        pair.picture.suffix[1:].lower(): pair.picture.read_bytes(),
+        pair.picture.suffix[1:].lower(): _contents(pair.picture),
         "txt": "\n".join(pair.captions),
         "json": json.dumps(facts, ensure_ascii=False).encode(),
     }
@@ -135,8 +169,21 @@ def _is_picture(path: Path) -> bool:
     return path.suffix[1:].lower() in PICTURE_EXTENSIONS
 
 
+def _contents(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read: {error.strerror or error}")

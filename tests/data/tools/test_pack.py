@@ -1,13 +1,18 @@
 import json
+import os
+import resource
+from pathlib import Path
 
 import pytest
 
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import label_of
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.data.storage.shards import ShardFiles, scan_shard
+from parallel_clip.data.tools import pack
 from parallel_clip.data.tools.check import decode_all_shards
 from parallel_clip.data.tools.pack import pack_folder
-from parallel_clip.errors import InputError
+from parallel_clip.errors import InputError, SaveFailedError
 from tests.data.shard_files import picture
 
 
@@ -110,3 +115,90 @@ def test_a_file_that_is_no_picture_is_named_before_anything_is_written(folder, t
     with pytest.raises(InputError, match="4.PNG is no picture"):
         pack_folder(folder, tmp_path / "shards", print)
     assert not (tmp_path / "shards").exists()
+
+
+def vanish(folder, monkeypatch):
+    contents = pack._contents
+
+    def read(path):
+        if path.name == "4.PNG":
+            path.unlink(missing_ok=True)
+        return contents(path)
+
+    monkeypatch.setattr(pack, "_contents", read)
+    return InputError, "4.PNG cannot be read: No such file"
+
+
+def interrupt(folder, monkeypatch):
+    def read(path):
+        if path.name == "4.PNG":
+            raise KeyboardInterrupt("at 4.PNG")
+        return path.read_bytes()
+
+    monkeypatch.setattr(pack, "_contents", read)
+    return KeyboardInterrupt, "at 4.PNG"
+
+
+def fill_the_disk(folder, monkeypatch):
+    """A limit on the size of a file fails as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = pack._write_all
+
+    def write_all(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+        try:
+            return write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(pack, "_write_all", write_all)
+    return SaveFailedError, "cannot be written to .*: File too large; none is left there"
+
+
+def fail_to_rename(folder, monkeypatch):
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "000001.tar":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    return SaveFailedError, "Input/output error; none is left there"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("failure", [vanish, interrupt, fill_the_disk, fail_to_rename])
+def test_what_fails_or_is_interrupted_leaves_nothing(
+    folder, tmp_path, monkeypatch, failure, exists
+):
+    target = tmp_path / "shards"
+    if exists:
+        target.mkdir()
+        (target / "notes").write_text("mine")
+    kind, words = failure(folder, monkeypatch)
+    with pytest.raises(kind, match=words):
+        pack_folder(folder, target, print_nothing, samples_per_shard=2)
+    assert target.exists() == exists
+    assert [path.name for path in tmp_path.rglob("*") if path.suffix == ".tar"] == []
+    if exists:
+        assert [path.name for path in target.iterdir()] == ["notes"]
+    monkeypatch.undo()
+    if failure is not vanish:
+        assert len(pack_folder(folder, target, print_nothing, samples_per_shard=2)) == 4
+
+
+def test_a_target_that_is_a_file(folder):
+    with pytest.raises(InputError, match="0.cls is a file; name a new or empty folder"):
+        pack_folder(folder, folder / "0.cls")
+
+
+def test_names_that_are_no_utf8_are_packed(tmp_path):
+    (tmp_path / "in").mkdir()
+    name = os.fsencode(tmp_path) + b"/in/caf\xe9"
+    for end, contents in ((b".jpg", picture(0)), (b".txt", b"coffee")):
+        with open(name + end, "wb") as file:
+            file.write(contents)
+    (sample,) = read(pack_folder(tmp_path / "in", tmp_path / "out", print_nothing))
+    assert json.loads(sample.files["json"])["file"] == "caf\\xe9.jpg"
+    assert sample.files["jpg"] == picture(0) and CaptionRule().captions_of(sample) == ["coffee"]
