@@ -142,7 +142,9 @@ def bytes_of(sample: StoredSample, extension: str, limit: int) -> bytes:
 
 
 def _names(sample: StoredSample) -> str:
-    return ", ".join(f".{extension}" for extension in sample.files) or "nothing"
+    names = ", ".join(f".{extension}" for extension in sample.files) or "nothing"
+    links = "; ".join(f".{extension} is {link}" for extension, link in sample.links.items())
+    return f"{names} ({links})" if links else names
 
 
 def bad_sample(sample: StoredSample, reason: str) -> BadSampleError:

@@ -16,6 +16,9 @@ from parallel_clip.data.storage.remote import file_system, is_remote, with_retri
 from parallel_clip.errors import InputError
 
 _THREADS, _PART = 16, 512
+# What fsspec's chained addresses begin with: simplecache::https://..., zip://a.tar::https://...
+_CACHES = ("simplecache", "filecache", "blockcache", "cached")
+_ARCHIVES = ("zip://", "tar://", "libarchive://")
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
@@ -27,6 +30,8 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     """
     if isinstance(patterns, str):
         patterns = [patterns]
+    for text in patterns:
+        _refuse_chains(text)
     paths = [path for text in patterns for part in text.split("::") for path in _expand(part)]
     if not paths:
         raise InputError("no shards are named; give files, folders or patterns of .tar files")
@@ -66,6 +71,14 @@ def file_stat(path: str) -> FileStat | None:
     except OSError:
         return None
     return FileStat(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def _refuse_chains(text: str) -> None:
+    if any(part in _CACHES or part.startswith(_ARCHIVES) for part in text.split("::")):
+        raise InputError(
+            f"{text!r}: fsspec's chained addresses are not taken; write the address of the shards "
+            "alone: they are cached anyway (data.cache), and read only where they lie as files"
+        )
 
 
 def _expand(pattern: str) -> list[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import zlib
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from parallel_clip.data.storage.files import File, OpenFiles, open_file
-from parallel_clip.data.storage.tar import TarError, members, printable
+from parallel_clip.data.storage.sample_runs import Run, find_disorder
+from parallel_clip.data.storage.tar import NoEndMarkError, TarError, members, printable
 from parallel_clip.errors import InputError
 
 MAX_SAMPLE_BYTES = 128 * 2**20  # of all files of a sample together
@@ -23,15 +24,6 @@ REPEATED = 0  # in place of a checksum: an earlier sample of the shard has the s
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _META = re.compile(r"__[^/]*__($|/)")
-
-
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
-_MAGIC_BYTES = 8
 
 
 class BadSampleError(Exception):
@@ -69,21 +61,38 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as it lies in its shard: its key as `printable`, and the contents of its files by
-    extension."""
+    """A sample as it lies in its shard: its key as `printable`, the contents of its files by
+    extension, and of those that are links what they are, in words."""
 
     key: str
     files: dict[str, bytes]
+    links: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading the headers of a shard found: its whole samples, and why it went no further
-    (None: it came to the end), with the key at which that was."""
+    """What reading the headers of a shard found.
 
-    index: ShardIndex
+    damage: why the shard is refused (None: it is not), with the key at which that was and, where
+    fetching or writing it again as it was does not help, what to do. note: what its owner should
+    know of a shard that is not refused.
+    """
+
+    index: ShardIndex  # of the whole samples
     damage: str | None = None
     key: str | None = None
+    advice: str | None = None
+    note: str | None = None
+
+    def refusal(self) -> str:
+        """The damage as a sentence."""
+        if self.advice is not None:
+            return f"shard {self.index.path} cannot be used: {self.damage}; {self.advice}"
+        whole = f" ({self.index.samples:,} samples before that are whole)" if self.key else ""
+        return (
+            f"shard {self.index.path} is not whole: {self.damage}{whole}; fetch or write it again, "
+            "or leave it out"
+        )
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -95,58 +104,64 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def scan_shard(path: str) -> ShardIndex:
-    """The index of a shard, by reading its headers; InputError if it is cut off or empty."""
+    """The index of a shard, by reading its headers; InputError where it is refused. Where only its
+    end mark is missing it is not; `scan_headers` has a note then."""
     scan = scan_headers(path)
     if scan.damage is not None:
-        whole = f" ({scan.index.samples:,} samples before that are whole)" if scan.key else ""
-        raise InputError(
-            f"shard {path} is not whole: {scan.damage}{whole}; fetch or write it again, or leave "
-            "it out"
-        )
+        raise InputError(scan.refusal())
     return scan.index
 
 
 def scan_headers(path: str) -> Scan:
     """The index of the whole samples of a shard that may be damaged, and what the damage is.
     InputError where it cannot be read at all."""
-    starts, checksums, keys, begin = [], [], set(), b""
-    key, end, damage = None, 0, None  # key and end: of the sample that is being read
+    runs: list[Run] = []
+    firsts: dict[str, Run] = {}
+    checksums: list[int] = []
+    end, damage, note, advice = 0, None, None, None
     try:
         with closing(open_file(path)) as file:
             if file.size == 0:
                 raise TarError("it is empty (0 bytes)")
-            begin = file.read(_MAGIC_BYTES, 0)
             for member in members(file.read, file.size):
                 name = split_name(member.name)
                 if name is None:
                     continue
-                if name[0] != key:
-                    key = name[0]
-                    starts.append(member.header)
-                    checksums.append(REPEATED if key in keys else _SEED)
-                    keys.add(key)
-                if checksums[-1] != REPEATED:
+                key, extension = name
+                if not runs or key != runs[-1].key:
+                    first = firsts.get(key)
+                    runs.append(Run(member.header, key, first))
+                    checksums.append(_SEED if first is None else REPEATED)
+                    firsts.setdefault(key, runs[-1])
+                runs[-1].extensions.append(extension)
+                if checksums[-1] != REPEATED and member.link is None:
                     checksums[-1] = _with_member(checksums[-1], member.checksum)
                 end = member.end
-            if not starts:
-                raise TarError("it holds no samples (no file named KEY.EXTENSION)")
     except OSError as error:
         raise InputError(f"shard {path} cannot be read: {error.strerror or error}") from error
+    except NoEndMarkError as error:
+        note = f"{error}; {_NO_END_MARK}"
     except TarError as error:
-        # Only of what is no tar: a name may begin with any bytes.
-        kinds = (kind for magic, kind in _COMPRESSED.items() if begin.startswith(magic))
-        kind = None if starts else next(kinds, None)
-        damage = str(error)
-        if kind is not None:
-            damage = f"it is compressed by {kind}; shards are read in place, so decompress it"
-        if starts:  # the sample that was being read may not be whole
-            end = starts.pop()
-            checksums.pop()
+        damage, advice = str(error), error.advice
+    starts, last_key = [run.begin for run in runs], None
+    if damage is None and not runs:
+        damage = "it holds no samples (no file named KEY.EXTENSION)"
+        advice = "name its files so, or leave it out"
+    elif damage is None:
+        damage, advice = find_disorder(runs) or (None, None)
+    elif runs:  # the sample that was being read may not be whole
+        last_key = printable(runs[-1].key)
+        end = starts.pop()
+        checksums.pop()
     bounds = (np.array([*starts, end], np.int64) // TAR_BLOCK).astype(np.uint32)
     index = ShardIndex(path, file.size, bounds, np.array(checksums, np.uint32))
-    return Scan(index, damage, None if damage is None or key is None else printable(key))
+    return Scan(index, damage, last_key, advice, note if damage is None else None)
 
 
+_NO_END_MARK = (
+    "its writer was killed, or it was cut off there on its way, which cannot be told apart. Its "
+    "samples are used; see whether it is as large, and has as many samples, as where it is from"
+)
 _SEED = 1
 
 
@@ -177,16 +192,21 @@ class ShardFiles:
             reason = "its key stands twice in the shard"
             raise BadSampleError(_first_key(file, shard, index), reason)
         data = file.read(end - start, start)
-        key, files, checksum = "", {}, _SEED
+        key, files, links, checksum = "", {}, {}, _SEED
         try:
             for member in members(lambda n, at: data[at : at + n], len(data), end_mark=False):
                 name = split_name(member.name)
                 if name is None:
                     continue
                 if key and name[0] != key:
+                    if member.link is not None:  # in indexes of old, links belong to no sample
+                        continue
                     other = printable(name[0])
                     raise TarError(f"a file of {other} where one of {printable(key)} was")
                 key = name[0]
+                if member.link is not None:
+                    links[name[1]] = member.link
+                    continue
                 if name[1] in files:
                     raise TarError(f"two files .{name[1]}")
                 files[name[1]] = data[member.offset : member.offset + member.size]
@@ -198,7 +218,7 @@ class ShardFiles:
         except TarError as error:
             known = printable(key) or _number(index)
             raise BadSampleError(known, f"damaged in the shard: {error}") from None
-        return StoredSample(printable(key), files)
+        return StoredSample(printable(key), files, links)
 
     def close(self) -> None:
         self._files.close()

@@ -1,7 +1,7 @@
 """A small reader of tar headers: finds the regular files of an archive without reading them.
 
 Every size is checked against the archive before it is used, nothing is ever extracted to a path,
-and links, devices and sparse files are not followed or filled in.
+links are named and not followed, and sparse files are refused.
 """
 
 import tarfile
@@ -9,11 +9,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from parallel_clip.data.storage.other_kinds import find_kind
+
 MAX_NAME_BYTES = 64 * 1024  # of a long name, or of the extended header that holds one
 
-_LONG_NAME = tarfile.GNUTYPE_LONGNAME
+_LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_NAME_PARTS = (_LONG_NAME, tarfile.GNUTYPE_LONGLINK, *_EXTENDED)
+_NAME_PARTS = (_LONG_NAME, _LONG_LINK, *_EXTENDED)
+# Links, folders and devices: some writers give them a size, but no contents follow.
+_BARE = {*tarfile.SUPPORTED_TYPES} - {*tarfile.REGULAR_TYPES, *_NAME_PARTS}
 _BLOCK = tarfile.BLOCKSIZE
 _STRETCH = 2**20
 
@@ -21,11 +25,20 @@ Read = Callable[[int, int], bytes]  # (bytes wanted, offset) -> bytes, fewer onl
 
 
 class TarError(Exception):
-    """The archive is not a whole, plain tar; the message says what is wrong where."""
+    """The archive is not a whole, plain tar; the message says what is wrong where. `advice`: what
+    to do where fetching or writing it again as it was does not help."""
+
+    def __init__(self, what: str, advice: str | None = None):
+        super().__init__(what)
+        self.advice = advice
+
+
+class NoEndMarkError(TarError):
+    """The archive ends behind a whole member, but without an end mark; all members are read."""
 
 
 class Member(NamedTuple):
-    """A regular file in an archive; offsets in bytes from the archive's begin.
+    """A regular file in an archive, or a link; offsets in bytes from the archive's begin.
 
     Names are bytes. `name` holds them decoded so that none is lost (`decode_name`).
     """
@@ -35,6 +48,7 @@ class Member(NamedTuple):
     offset: int  # of its contents
     size: int
     checksum: int  # CRC-32 of its header blocks and of a long name
+    link: str | None = None  # for people: to what a link leads, and how to write a file instead
 
     @property
     def end(self) -> int:
@@ -43,13 +57,14 @@ class Member(NamedTuple):
 
 
 def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]:
-    """The regular files of an archive of `size` bytes, in their order.
+    """The regular files and the links of an archive of `size` bytes, in their order.
 
-    With `end_mark` the archive must close with an empty block, as every tar does that was written
-    to its end; without, `read` gives a piece of an archive that closes behind some member.
-    Raises TarError where the archive breaks off or is not a tar.
+    With `end_mark` the archive closes with an empty block, as every tar does that was written to
+    its end; without, `read` gives a piece of an archive that closes behind some member.
+    Raises TarError where the archive breaks off or is not a tar, and NoEndMarkError behind the last
+    member where only the end mark is missing.
     """
-    position, header, long_name, extended, checksum = 0, None, None, {}, 0
+    position, header, long_name, long_link, extended, checksum = 0, None, None, None, {}, 0
     while position < size or end_mark:
         block = read(_BLOCK, position)
         try:
@@ -58,15 +73,11 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
             if end_mark:
                 _require_zeros(read, position, size)
             return
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
-            raise TarError(
-                f"it breaks off at byte {size:,}, without the end mark of a tar"
-            ) from None
         except tarfile.HeaderError as error:
-            raise TarError(f"no tar header at byte {position:,} ({error})") from None
+            raise _no_header(error, block, position, size, inside=header is not None) from None
         checksum = zlib.crc32(block, checksum)
         header = position if header is None else header
-        length = int(extended.get("size", info.size))
+        length = 0 if info.type in _BARE else int(extended.get("size", info.size))
         offset = position + _BLOCK
         if length < 0 or offset + length > size:
             raise TarError(
@@ -82,15 +93,25 @@ def members(read: Read, size: int, *, end_mark: bool = True) -> Iterator[Member]
             part = padded[:length]
             if info.type == _LONG_NAME:
                 long_name = decode_name(part.rstrip(b"\0"))
+            elif info.type == _LONG_LINK:
+                long_link = decode_name(part.rstrip(b"\0"))
             elif info.type in _EXTENDED:
                 extended = _extended_header(part)
             continue
+        name = extended.get("path") or long_name or info.name
         if info.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in extended):
-            raise TarError(f"member {printable(info.name)} is a sparse file, which is not read")
+            name = extended.get("GNU.sparse.name") or name
+            raise TarError(
+                f"member {printable(name)} at byte {header:,} is a sparse file, which is not read",
+                "write the shard again without tar's --sparse (-S)",
+            )
         if info.isreg():
-            name = extended.get("path") or long_name or info.name
             yield Member(name, header, offset, length, checksum)
-        header, long_name, extended, checksum = None, None, {}, 0
+        elif info.islnk() or info.issym():
+            target = extended.get("linkpath") or long_link or info.linkname
+            link = _describe_link(target, hard=info.islnk())
+            yield Member(name, header, offset, 0, checksum, link)
+        header, long_name, long_link, extended, checksum = None, None, None, {}, 0
 
 
 def decode_name(name: bytes) -> str:
@@ -102,6 +123,32 @@ def decode_name(name: bytes) -> str:
 def printable(name: str) -> str:
     r"""A name for people, logs and JSON: bytes that are no UTF-8 as \xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _no_header(
+    error: tarfile.HeaderError, block: bytes, position: int, size: int, inside: bool
+) -> TarError:
+    """What it means that `block` is no header; inside: a member has begun with a block for its
+    name."""
+    if position == 0:
+        kind = find_kind(block)
+        if kind is not None:
+            return TarError(*kind)
+    if len(block) == _BLOCK:
+        return TarError(f"no tar header at byte {position:,} ({error})")
+    # The rest of a block that is empty is what a cut left of the end mark: a header begins with a
+    # name.
+    if 0 < position <= size and not inside and not block.strip(b"\0"):
+        return NoEndMarkError(f"it ends at byte {size:,} without the end mark of a tar")
+    return TarError(f"it breaks off at byte {size:,}, inside a file or its header")
+
+
+def _describe_link(target: str, hard: bool) -> str:
+    kind, option = ("hard", "--hard-dereference") if hard else ("symbolic", "--dereference")
+    return (
+        f"a {kind} link to {printable(target)}, which is not followed: write the shard with tar "
+        f"{option}"
+    )
 
 
 def _require_zeros(read: Read, position: int, size: int) -> None:

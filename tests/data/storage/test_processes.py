@@ -19,10 +19,10 @@ import os, sys, time
 import parallel_clip.data.tools.check as check
 from parallel_clip.cli import main
 decode = check.decode_picture
-def slowly(sample):
+def slowly(sample, rule):
     os.write(2, b"decoding\\n")  # by one call, as two processes do
     time.sleep(60)
-    return decode(sample)
+    return decode(sample, rule)
 check.decode_picture = slowly
 sys.exit(main(sys.argv[1:]))
 """

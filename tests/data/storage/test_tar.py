@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_clip.data.storage.tar import MAX_NAME_BYTES, Member, TarError, members
+from parallel_clip.data.storage.tar import MAX_NAME_BYTES, Member, NoEndMarkError, TarError, members
 
 
 def read_all(data: bytes, **options) -> list[Member]:
@@ -52,10 +52,13 @@ def test_damage_is_a_tar_error_and_nothing_else(data, format):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000))
-def test_an_archive_cut_off_anywhere_before_its_end_mark_is_refused(length):
+def test_an_archive_cut_off_anywhere_is_refused_or_told(length):
     whole = archive({"a.jpg": b"1" * 700, "a.txt": b"two"})
     end = 512 + 1024 + 512 + 512
-    if length < end + 512:
+    if length == 512 + 1024 or end <= length < end + 512:
+        with pytest.raises(NoEndMarkError, match=f"ends at byte {length:,} without"):
+            read_all(whole[:length])
+    elif length < end:
         with pytest.raises(TarError, match="breaks off"):
             read_all(whole[:length])
     else:
@@ -70,7 +73,7 @@ def test_a_piece_of_an_archive_needs_no_end_mark():
     assert first.end == second.header
 
 
-def test_links_folders_and_devices_are_passed_over():
+def test_folders_and_devices_are_passed_over_and_links_named():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, type in [
@@ -83,7 +86,14 @@ def test_links_folders_and_devices_are_passed_over():
             member = tarfile.TarInfo(name)
             member.type, member.linkname = type, "/etc/passwd"
             tar.addfile(member, io.BytesIO())
-    assert [m.name for m in read_all(buffer.getvalue())] == ["real.jpg"]
+    found = [
+        (m.name, m.link and m.link.partition(", which")[0]) for m in read_all(buffer.getvalue())
+    ]
+    assert found == [
+        ("link.jpg", "a symbolic link to /etc/passwd"),
+        ("hard.jpg", "a hard link to /etc/passwd"),
+        ("real.jpg", None),
+    ]
 
 
 def test_long_names_are_bounded():

@@ -1,7 +1,14 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 from rich.console import Console
 
 from parallel_clip.cli import main
+from parallel_clip.data.storage.progress import print_nothing
+from parallel_clip.data.storage.shards import ShardFiles
 from parallel_clip.data.tools.check import decode_all_shards
 from parallel_clip.data.tools.check_report import print_report, report_tree
 from parallel_clip.errors import InputError
@@ -77,3 +84,72 @@ def test_the_samples_that_an_index_knows_are_looked_for(tmp_path):
     assert report.samples == 3 and len(report.broken) == 4
     assert report.broken[0].key is None and "not as it was" in report.broken[0].reason
     assert "data index" in report.broken[0].reason
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(116, "Stale handle")])
+def test_a_file_that_fails_while_it_is_read_is_broken_and_the_rest_is_checked(
+    tmp_path, monkeypatch, error
+):
+    first, second = write_shards(tmp_path, [3, 2])
+    read = ShardFiles.read
+
+    def fail(files, shard, index):
+        if shard.path == str(first) and index == 1:
+            raise error
+        return read(files, shard, index)
+
+    monkeypatch.setattr(ShardFiles, "read", fail)
+    report = decode_all_shards(str(tmp_path), print_nothing)
+    assert [str(item) for item in report.broken] == [
+        f"shard {first} cannot be read: {error.strerror}"
+    ]
+    assert (report.shards, report.samples, report.captions) == (2, 5, 3)
+
+
+@pytest.mark.parametrize("errno", [2, 13])
+def test_a_file_that_cannot_be_opened_any_more(tmp_path, monkeypatch, errno):
+    first, second = write_shards(tmp_path, [3, 2])
+    opened = os.open
+
+    def fail(path, *arguments):
+        if path == str(first):
+            raise OSError(errno, os.strerror(errno), path)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", fail)
+    report = decode_all_shards(str(tmp_path), print_nothing)
+    assert [str(item) for item in report.broken] == [
+        f"shard {first} cannot be read: {os.strerror(errno)}"
+    ]
+    assert report.captions == 2
+
+
+@pytest.mark.parametrize("change", [os.remove, lambda path: os.truncate(path, 1024)])
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
+    first, second = write_shards(tmp_path, [3, 2])
+    read = ShardFiles.read
+
+    def meanwhile(files, shard, index):
+        if shard.path == str(first) and index == 1:
+            change(first)
+        return read(files, shard, index)
+
+    monkeypatch.setattr(ShardFiles, "read", meanwhile)
+    report = decode_all_shards(str(tmp_path), print_nothing)
+    assert "was changed, or went, while it was checked" in report.broken[-1].reason
+    assert {item.shard for item in report.broken} == {str(first)} and report.samples == 5
+
+
+def test_names_of_any_bytes_give_json(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.tar"
+    write_shard(os.fsdecode(path), {"caf\udce8": {"txt": b"a"}, "b": sample(1)})
+    command = [sys.executable, "-m", "parallel_clip", "data", "check", path, "--workers", "2"]
+    done = subprocess.run([*command, "--json", "-"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (2, b"")
+    (item,) = json.loads(done.stdout.decode("utf-8", "strict"))["broken"]
+    assert item["shard"] == f"{tmp_path}/caf\\xe9.tar"
+    assert (item["key"], item["reason"]) == ("caf\\xe8", "no picture, only .txt")
+    said = subprocess.run(command, capture_output=True, check=False)
+    assert (
+        said.returncode == 2 and b"caf\\xe9.tar, caf\\xe8: no" in said.stdout and said.stderr == b""
+    )
