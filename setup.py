@@ -48,9 +48,13 @@ setup(
             "transformers",  # open_clip's tokenizers of Hugging Face
             "ruff",
             "aiohttp",
+            "s3fs",
+            "moto[server]",  # a server of S3
+            "pyarrow",  # img2dataset's tables
             "matplotlib",  # the tests of benchmarks/
         ],  # fmt: skip
-        "remote": ["fsspec", "aiohttp"],  # https://; s3:// needs s3fs as well, gs:// gcsfs
+        "remote": ["fsspec", "aiohttp"],  # https://; gs:// needs gcsfs as well
+        "s3": ["fsspec", "aiohttp", "s3fs"],
         "demo": ["open_clip_torch", "matplotlib"],
         "plot": ["matplotlib"],
         "benchmark": ["open_clip_torch", "matplotlib", "pandas"],  # pandas: OpenCLIP's loader

@@ -1,5 +1,4 @@
-"""Samples per second of the loader beside OpenCLIP's, where its time goes, and what it needs at
-scale.
+"""Samples per second of the loader beside OpenCLIP's, where its time goes, and its memory.
 
     python benchmarks/data.py [--rounds 7] [--quick]
 
@@ -9,9 +8,8 @@ scale.
    OpenCLIP's training package needs `pip install pandas`.
 2. Microseconds a sample takes in one process, part by part.
 3. Resident memory of trainer and workers over 50 epochs.
-4. 200,000 shards of 10,000 samples on 1,024 ranks: an index without the shards behind it (its file
-   is sparse), opened as rank 0 does, which looks at every shard, and as the others do, with the
-   first addresses that the last rank reads.
+
+What a web-scale data set costs is in `data_scale.py`.
 
 Prints tables, writes JSON and a picture to benchmarks/results; exit code 1 where ours is slower.
 """
@@ -38,7 +36,7 @@ import numpy as np
 import psutil
 import torch
 from common import describe, environment, write_results
-from data_scale import in_new_process, measure_scale
+from data_scale import in_new_process
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
@@ -46,7 +44,8 @@ from rich.table import Table
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import build_training_data, find_run_shards
+from parallel_clip.data.feeding.open import build_training_data
+from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.feeding.training_data import TrainingData
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import decode_picture
@@ -83,7 +82,6 @@ def main() -> int:
         ]
         results["parts"] = measure_parts(open_data(shards))
         results["memory"] = measure_memory(small, 3 if options.quick else EPOCHS)
-        results["scale"] = measure_scale(Path(folder) / "web", 2_000 if options.quick else 200_000)
     print_results(console, results)
     if not options.quick:
         for path in write_results("data", results, draw(results)):
@@ -288,11 +286,6 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
         f"resident memory: {memory[tenth]:.0f} MiB after epoch {tenth + 1}, {memory[-1]:.0f} after "
         f"epoch {len(memory)}"
     )
-    for who, found in results["scale"]["opened"].items():
-        console.print(
-            f"{results['scale']['shards']:,} shards, {results['scale']['samples']:,} samples, "
-            f"{who}: {found['seconds']:.1f} s, {found['mebibytes']:.0f} MiB"
-        )
     console.print(describe(results["environment"]), style="dim", highlight=False)
 
 

@@ -1,11 +1,34 @@
-"""What opening a web-scale data set costs: an index whose file is sparse, for shards that are not
-there."""
+"""What data of web scale cost: bytes that machines fetch, seconds until a run can begin, and what
+an indexer that is killed has lost.
+
+    python benchmarks/data_scale.py [--quick]
+
+1. 5 million samples of 50 kB, pages of 1 MiB in a cache of 32 GB on each machine, filled in the
+   order of a run: bytes fetched in an epoch beside the bytes of the samples read, for real batch
+   sizes and some that divide by nothing, on 8 to 128 machines. Four machines are simulated of each.
+2. 200,000 shards of 10,000 samples on 1,024 ranks: an index without the shards behind it (its file
+   is sparse), opened as rank 0 does, which looks at every shard, and as the others do, with the
+   first addresses that the last rank reads.
+3. `data index` of 1,000 shards, killed when half of them are scanned: how many are lost.
+
+Prints tables, writes JSON and a picture to benchmarks/results; exit code 1 where a machine fetches
+more than 1.25 times its samples, or more shards are lost than were in hand.
+"""
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,17 +36,163 @@ from typing import Any
 
 import numpy as np
 import psutil
+from common import describe, environment, write_results
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from parallel_clip.data.feeding.loader import RankBatchSlice
+from parallel_clip.data.index.beside import INDEX_NAME
 from parallel_clip.data.index.index_file import FORMAT
-from parallel_clip.data.index.index_folder import INDEX_NAME
-from parallel_clip.data.index.shard_table import find_checked_shards, find_shards
+from parallel_clip.data.index.shard_table import UNKNOWN, find_checked_shards, find_shards
+from parallel_clip.data.order.reading import machine_reading
 from parallel_clip.data.order.sample_order import Order, OrderSource
+from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.data.storage.progress import print_nothing
 
 SAMPLES = 10_000  # of a shard
 SHARD_BYTES = 512 * 30 * SAMPLES
 RANKS, GLOBAL_BATCH = 1024, 32_768
+
+SAMPLE_BYTES, CACHE = 50_000, 32 * 10**9
+BATCHES = (4096, 32_768, 36_864, 65_536, 79_104, 159_744, 163_840, 10_000, 50_000, 100_001)
+MACHINES = (8, 16, 24, 128)
+MOST = 1.25
+WORKERS = 2
+# `data index`, which notes each shard that has been scanned.
+INDEX = """
+import os, sys
+import parallel_clip.data.index.scan as scan
+from parallel_clip.cli import main
+original, log = scan.scan_headers, os.open(sys.argv.pop(), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def noted(path):
+    found = original(path)
+    os.write(log, b".")
+    return found
+scan.scan_headers = noted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few of each, and prints only")
+    quick = parser.parse_args().quick
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    results: dict[str, Any] = {"environment": environment()}
+    samples, batches = (500_000, BATCHES[:2]) if quick else (5_000_000, BATCHES)
+    results["reading"] = [
+        measure_reading(samples, batch, machines)
+        for machines in (MACHINES[:1] if quick else MACHINES)
+        for batch in batches
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        results["scale"] = measure_scale(Path(folder) / "web", 2_000 if quick else 200_000)
+        results["killed"] = measure_killed(Path(folder) / "killed", 60 if quick else 1000)
+    print_results(console, results)
+    if not quick:
+        for path in write_results("data-scale", results, draw(results)):
+            print(path)
+    worst = max(found["fetched"] for found in results["reading"])
+    return int(worst > MOST or results["killed"]["lost"] > results["killed"]["in_hand"])
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def measure_reading(samples: int, batch: int, machines: int) -> dict[str, Any]:
+    """Bytes fetched beside bytes read, a mean of four machines and their greatest."""
+    order = Order([OrderSource([SAMPLES] * (samples // SAMPLES))], 1, batch)
+    some = sorted({0, machines // 3, machines // 2, machines - 1})
+    found = [fetched_of_read(order, machines, machine) for machine in some]
+    told = machine_reading(samples, order.streams, SAMPLE_BYTES, machines, PAGE)
+    return {
+        "machines": machines,
+        "batch": batch,
+        "streams": order.streams,
+        "fetched": sum(found) / len(found),
+        "greatest": max(found),
+        "told": told.fetched / told.own,
+        "in_use_bytes": told.in_use,
+    }
+
+
+def fetched_of_read(order: Order, machines: int, machine: int) -> float:
+    """Over an epoch that begins in the middle of one, when the cache has filled."""
+    samples, batch = order.samples_per_epoch, order.batch
+    pages_of_shard = -(-SAMPLES * SAMPLE_BYTES // PAGE)
+    held: OrderedDict[int, None] = OrderedDict()
+    fetched = read = 0
+    for step in range(3 * samples // (2 * batch)):
+        if step == samples // (2 * batch):
+            fetched = read = 0
+        first, stop = (step * batch + part * batch // machines for part in (machine, machine + 1))
+        found = order.of_positions(np.arange(first, stop))
+        begins = found.index * SAMPLE_BYTES
+        shard = found.shard * pages_of_shard
+        ends = shard + (begins + SAMPLE_BYTES - 1) // PAGE
+        read += stop - first
+        for page, last in zip((shard + begins // PAGE).tolist(), ends.tolist(), strict=True):
+            for wanted in (page,) if page == last else (page, last):
+                if wanted in held:
+                    held.move_to_end(wanted)
+                    continue
+                fetched += 1
+                held[wanted] = None
+                if len(held) > CACHE // PAGE:
+                    held.popitem(last=False)
+    return fetched * PAGE / (read * SAMPLE_BYTES)
+
+
+# ---------------------------------------------------------------------------------------- killed
+
+
+def measure_killed(folder: Path, shards: int) -> dict[str, Any]:
+    """Kill `data index` when half is scanned; how many of the scanned shards were not kept."""
+    folder.mkdir()
+    for number in range(shards):
+        with tarfile.open(folder / f"{number:06d}.tar", "w") as tar:
+            for sample in range(100):
+                for kind in ("jpg", "txt"):
+                    member = tarfile.TarInfo(f"{number:06d}{sample:04d}.{kind}")
+                    member.size = 100
+                    tar.addfile(member, io.BytesIO(bytes(100)))
+    log = folder / "scanned"
+    log.touch()
+    command = ["data", "index", str(folder), "--workers", str(WORKERS)]
+    indexer = subprocess.Popen(
+        [sys.executable, "-c", INDEX, *command, str(log)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while log.stat().st_size < shards // 2:
+        if indexer.poll() is not None:
+            sys.exit("data index ended before it could be killed")
+        time.sleep(0.001)
+    os.killpg(indexer.pid, signal.SIGKILL)
+    indexer.wait()
+    scanned, kept = log.stat().st_size, _indexed(folder)
+    subprocess.run(
+        [sys.executable, "-m", "parallel_clip", *command], check=True, stdout=subprocess.DEVNULL
+    )
+    if _indexed(folder) != shards:
+        sys.exit("the next data index has not gone on where the killed one stopped")
+    return {
+        "shards": shards,
+        "scanned": scanned,
+        "kept": kept,
+        "lost": scanned - kept,
+        "in_hand": 2 * WORKERS,
+    }
+
+
+def _indexed(folder: Path) -> int:
+    table = find_shards(str(folder), print_nothing)
+    return int((table.counts != UNKNOWN).sum())
+
+
+# ------------------------------------------------------------------------------------- start-up
 
 
 def measure_scale(folder: Path, shards: int) -> dict[str, Any]:
@@ -89,3 +258,55 @@ def write_sparse_index(path: Path, shards: int) -> None:
         for *_, data, _ in parts:
             file.write(data)
         file.truncate(8 + len(text) + place)
+
+
+# ------------------------------------------------------------------------------------- reporting
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    table = Table("batch", title="bytes fetched beside bytes read, by machines (greatest of 4)",
+                  title_justify="left")  # fmt: skip
+    by_batch: dict[int, list[str]] = {}
+    for found in results["reading"]:
+        shown = f"{found['fetched']:.2f} ({found['greatest']:.2f})"
+        by_batch.setdefault(found["batch"], []).append(shown)
+    for machines in dict.fromkeys(found["machines"] for found in results["reading"]):
+        table.add_column(str(machines), justify="right")
+    for batch, row in by_batch.items():
+        table.add_row(f"{batch:,}", *row)
+    console.print(table)
+    for who, found in results["scale"]["opened"].items():
+        console.print(
+            f"{results['scale']['shards']:,} shards, {results['scale']['samples']:,} samples, "
+            f"{who}: {found['seconds']:.1f} s, {found['mebibytes']:.0f} MiB"
+        )
+    killed = results["killed"]
+    console.print(
+        f"data index of {killed['shards']:,} shards, killed when {killed['scanned']:,} were "
+        f"scanned: {killed['kept']:,} kept"
+    )
+    console.print(describe(results["environment"]), style="dim", highlight=False)
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 4.2))
+    axes = figure.subplots()
+    machines = list(dict.fromkeys(found["machines"] for found in results["reading"]))
+    for number, count in enumerate(machines):
+        rows = [found for found in results["reading"] if found["machines"] == count]
+        places = [row + 0.2 * (number - 1.5) for row in range(len(rows))]
+        axes.bar(places, [row["fetched"] for row in rows], 0.19, label=f"{count} machines")
+    axes.set_xticks(range(len(rows)), [f"{row['batch']:,}" for row in rows], fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.axhline(MOST, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_ylim(0.8, 1.4)
+    axes.set_xlabel("pairs in a batch")
+    axes.set_title("bytes fetched in an epoch beside the bytes of the samples read", fontsize=10)
+    axes.legend(fontsize=7, ncols=4)
+    figure.tight_layout()
+    figure.text(0.08, -0.03, describe(results["environment"]), fontsize=7, color="grey")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

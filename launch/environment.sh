@@ -35,8 +35,10 @@ _missing_modules() {
     modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil xxhash"
     for extra in "$@"; do
         case "$extra" in
-            test) modules+=" pytest pytest_timeout hypothesis open_clip transformers ruff aiohttp matplotlib" ;;
+            test) modules+=" pytest pytest_timeout hypothesis open_clip transformers ruff aiohttp matplotlib"
+                  modules+=" s3fs moto flask pyarrow" ;;
             remote) modules+=" fsspec aiohttp" ;;
+            s3) modules+=" fsspec aiohttp s3fs" ;;
             demo) modules+=" open_clip matplotlib" ;;
             plot) modules+=" matplotlib" ;;
             benchmark) modules+=" open_clip matplotlib pandas" ;;

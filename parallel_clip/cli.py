@@ -9,7 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+import yaml
 
 from parallel_clip import __version__, commands
 from parallel_clip.engine.error_report import is_lost_connection, report_error_once
@@ -22,6 +25,8 @@ _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT, errno.ESTALE, errno.ENOTCONN,
 )  # fmt: skip
 
+_ALONE = (commands.data_index, commands.data_check, commands.data_pack)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 2 the input is wrong, 1 something broke."""
@@ -32,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
             sys.stdout.reconfigure(errors="backslashreplace")
         options = _parse(arguments)
+        if options.run in _ALONE:  # as one of several tasks, each with a part of the work
+            launch = Launch(0, 0, 1)
         return options.run(options, launch) or 0
     except InputError as error:
         report_error_once(f"parallel-clip: {error}", launch)
@@ -233,6 +240,22 @@ def _add_data(parent) -> None:
     index.add_argument(
         "--workers", type=_positive, metavar="N", help="processes (default: one a core)"
     )
+    index.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="only the K-th of N parts, as one of N machines; then --merge on one",
+    )
+    index.add_argument(
+        "--merge", action="store_true", help="make the index of all parts, scan none"
+    )
+    index.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the index goes (default: beside the shards)",
+    )
+    _add_storage(index)
     index.set_defaults(run=commands.data_index)
     check = kinds.add_parser("check", help="read and decode everything; exit 2 if any is broken")
     check.add_argument("shards", nargs="+", metavar="SHARDS")
@@ -258,6 +281,20 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest width x height of a picture, as data.max_pixels (178956970)",
     )
+    _add_storage(parser)
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", default="32GB", metavar="SIZE", help="as data.cache, of shards at addresses"
+    )
+    parser.add_argument(
+        "--storage-options",
+        type=_mapping,
+        default={},
+        metavar="YAML",
+        help='as data.storage_options: "{anon: true}"',
+    )
 
 
 def _add_plan(parent) -> None:
@@ -268,6 +305,23 @@ def _add_plan(parent) -> None:
     parser.add_argument("--gpu-memory", required=True, metavar="80GB")
     parser.add_argument("--json", metavar="FILE")
     parser.set_defaults(run=commands.plan)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
+        return int(number), int(parts)
+    raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 3/64")
+
+
+def _mapping(text: str) -> dict:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    raise argparse.ArgumentTypeError(f"{text!r} is no mapping such as {{anon: true}}")
 
 
 def _positive(text: str) -> int:

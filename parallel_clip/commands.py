@@ -135,9 +135,18 @@ def _print_checkpoints(options: argparse.Namespace, verify: bool) -> int:
 
 
 def data_index(options: argparse.Namespace, launch: Launch) -> None:
-    from parallel_clip.data.index.shard_table import renew_index
+    from parallel_clip.data.index.renew import Part, renew_index
 
-    shards = renew_index(options.shards, workers=options.workers)
+    if options.part and options.merge:
+        raise InputError("--part scans a part, --merge makes the index of all: give one of them")
+    _use_storage(options)
+    shards = renew_index(
+        options.shards,
+        workers=options.workers,
+        part=Part(*options.part) if options.part else None,
+        merge=options.merge,
+        out=options.out,
+    )
     print(f"{len(shards):,} shards, {shards.samples:,} samples")
 
 
@@ -148,6 +157,7 @@ def data_check(options: argparse.Namespace, launch: Launch) -> int:
     from parallel_clip.evaluate.results import check_json_target, write_json
 
     check_json_target(options.json)
+    _use_storage(options)
     alone = options.json == "-"
     report = decode_all_shards(
         options.shards,
@@ -185,6 +195,14 @@ def doctor(options: argparse.Namespace, launch: Launch) -> None:
     print(doctor_report())
 
 
+def _use_storage(options: argparse.Namespace) -> None:
+    from parallel_clip.config import parse_bytes
+    from parallel_clip.data.storage.addresses import StorageSettings, configure_storage
+
+    cache = parse_bytes(options.cache, "--cache")
+    configure_storage(StorageSettings(options.storage_options, cache=cache))
+
+
 def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
     """The encoder, this data rank's part of the shards, and the group that shares the work."""
     from parallel_clip.data.storage.progress import print_nothing
@@ -194,6 +212,7 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
     from parallel_clip.layout import Layout
 
     check_json_target(options.json)
+    _use_storage(options)
     join_world(launch)
     groups = make_groups(Layout(launch.world_size, options.tensor))
     encoder, data = open_evaluation(

@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no captions": (["data.train.0.shards={}/broken/pictures.tar"], ["pictures.tar", "no .txt"]),
     "no such caption": (["data.caption_key=title"], ["no .json", "data.caption_key"]),
-    "remote shards": (["data.train.0.shards=s3://bucket/0.tar"], ["s3://", "pip install s3fs"]),
+    "remote shards": (["data.train.0.shards=gs://bucket/0.tar"], ["gs://", "pip install gcsfs"]),
     "augmentation": (["data.augment_options.blur=1"], ["augment_options.blur", "ratio"]),
     "unknown model": (["model.name=ViT-L-41"], ["ViT-L-41", "ViT-L-14"]),
     "tokenizer": (["model.name=ViT-L-14-CLIPA"], ["bert-base-uncased", "data.tokenizer="]),

@@ -215,8 +215,26 @@ class Data(ConfigSection):
         description="fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the "
         "crop does not need more; pixels differ a little from OpenCLIP's",
     )
+    missing: Literal["error", "skip"] = Field(
+        "error", description="skip: train without shards that are missing, cut or not readable"
+    )
+    max_missing_fraction: float = Field(
+        0.01, ge=0, le=1, description="of a source's shards, that `missing: skip` may leave out"
+    )
+    exclude: list[str] = Field(
+        [], description="shards to leave out: names or paths, with wildcards or braces"
+    )
     cache: str | Annotated[int, Field(ge=1)] = Field(
         "32GB", description="most that is kept of shards at addresses, on each machine"
+    )
+    storage_options: dict[str, Any] = Field(
+        {},
+        description="fsspec's options for addresses: {anon: true, endpoint_url: ...}, or by kind, "
+        "{s3: {...}, https: {...}}",
+    )
+    retries: int = Field(5, ge=0, description="how often a request to a store is tried again")
+    timeout: float = Field(
+        30.0, gt=0, description="seconds without a byte after which a request has failed"
     )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="end the run when more of the samples are found to be bad"
@@ -329,9 +347,31 @@ class Config(ConfigSection):
         """All keys by their YAML names, defaults filled in."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def to_record(self) -> dict[str, Any]:
+        """`to_tree` for files that others may read: without what `data.storage_options` has of
+        credentials."""
+        tree = self.to_tree()
+        tree["data"]["storage_options"] = _without_secrets(self.data.storage_options)
+        return tree
+
     def to_yaml(self) -> str:
-        """All keys, defaults filled in; `load_config` gives the same `Config` back."""
-        return config_file.write_yaml(self.to_tree())
+        """All keys, defaults filled in; `load_config` gives the same `Config` back, but for
+        credentials."""
+        return config_file.write_yaml(self.to_record())
+
+
+_SECRET = re.compile(r"key|secret|token|passw|credential|connection_string|authorization", re.I)
+
+
+def _without_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_secrets(value)
+        if isinstance(value, dict)
+        else "(not kept)"
+        if _SECRET.search(name) and isinstance(value, str)
+        else value
+        for name, value in options.items()
+    }
 
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

@@ -21,6 +21,12 @@ _FREE = (
     "data.prefetch",
     "data.worker_patience",
     "data.cache",
+    "data.storage_options",
+    "data.retries",
+    "data.timeout",
+    "data.missing",  # and so on: the shards themselves are compared
+    "data.max_missing_fraction",
+    "data.exclude",
     "log.",
     "evaluate.",
     "checkpoint.",

@@ -4,6 +4,7 @@ a world of one."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import zlib
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ _MPI = [
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank, rank on its machine, and number of the processes that were started together."""
+    """Rank, rank on its machine, and number of the processes that were started together; and of
+    those on a machine, None where the launcher does not say."""
 
     rank: int
     local_rank: int
     world_size: int
+    local_size: int | None = None
 
     @property
     def is_rank_zero(self) -> bool:
@@ -51,14 +54,21 @@ def read_launch(environment: dict[str, str] | None = None) -> Launch:
     try:
         if "RANK" in env and "WORLD_SIZE" in env:
             rank = int(env["RANK"])
-            return Launch(rank, int(env.get("LOCAL_RANK", rank)), int(env["WORLD_SIZE"]))
+            local = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else None
+            return Launch(rank, int(env.get("LOCAL_RANK", rank)), int(env["WORLD_SIZE"]), local)
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             rank = int(env["SLURM_PROCID"])
-            return Launch(rank, int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
+            # "8(x16)", or "8,4" of machines that differ
+            local = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+            size = int(env["SLURM_STEP_NUM_TASKS"])
+            return Launch(rank, int(env["SLURM_LOCALID"]), size, int(local[0]) if local else None)
         for names in _MPI:
             if int(env.get(names.size, 1)) > 1:
                 return Launch(
-                    int(env[names.rank]), int(env[names.local_rank]), int(env[names.size])
+                    int(env[names.rank]),
+                    int(env[names.local_rank]),
+                    int(env[names.size]),
+                    int(env[names.local_size]) if names.local_size in env else None,
                 )
     except (KeyError, ValueError) as error:
         raise InputError(

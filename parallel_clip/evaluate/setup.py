@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.open import Need, check_first_samples
+from parallel_clip.data.index.shard_list import describe_differences, list_shards
 from parallel_clip.data.index.shard_table import (
     ShardTable,
     find_checked_shards,
@@ -15,7 +16,9 @@ from parallel_clip.data.index.shard_table import (
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import MAX_PIXELS
 from parallel_clip.data.storage.progress import Print, print_nothing
+from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
+from parallel_clip.errors import InputError
 from parallel_clip.evaluate.encoder import ModelEncoder, load_encoder
 
 
@@ -39,7 +42,8 @@ def open_evaluation(
     ranks; rank 0 checks the shards and saves their index for the others.
 
     Raises:
-        InputError: on every rank, as `load_encoder`, `find_checked_shards`, `check_first_samples`.
+        InputError: on every rank, as `load_encoder`, `find_checked_shards`, `check_first_samples`;
+            or a rank has other shards.
     """
     encoder = groups.run_on_all_ranks(
         lambda: load_encoder(
@@ -64,7 +68,19 @@ def open_evaluation(
         return table
 
     checked = groups.run_on_all_ranks(find_on_rank_zero)
-    table = groups.run_on_all_ranks(lambda: open_shards(patterns) if checked is None else checked)
+    listed = groups.run_on_rank_zero(lambda: list_shards([checked]))
+
+    def open_the_same() -> ShardTable:
+        table = open_shards(patterns) if checked is None else checked
+        own = list_shards([table])
+        if own != listed:
+            raise InputError(
+                f"rank {groups.rank} on {host_name()} has other shards than rank 0: "
+                f"{describe_differences(listed, own)}; bring the same files to every machine"
+            )
+        return table
+
+    table = groups.run_on_all_ranks(open_the_same)
     data = EvaluationData(
         table,
         encoder.preprocess,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from parallel_clip.config import parse_bytes
+from parallel_clip.data.order.reading import machine_reading
+from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.plan.run_plan import RunPlan
 
 
@@ -54,6 +57,45 @@ def describe_data(plan: RunPlan) -> str:
         for number, (source, found, pairs) in enumerate(sources)
     ]
     return "\n".join([*lines, f"  an epoch: {sum(plan.epoch_pairs):,} pairs"])
+
+
+def describe_reading(plan: RunPlan, ranks_per_machine: int) -> list[str]:
+    """How much a machine reads, and whether the cache is large enough for it."""
+    reading, layout, cache = plan.reading, plan.layout, plan.config.data.cache
+    if reading.sample_bytes is None:
+        return []
+    # In the order of ranks, those of the first pipeline stage, which read, come first.
+    machines = max(1, -(-layout.data * layout.tensor // ranks_per_machine))
+    found = machine_reading(
+        sum(plan.epoch_pairs),
+        reading.streams,
+        reading.sample_bytes,
+        machines,
+        PAGE if reading.is_fetched else 1,
+    )
+    line = f"  reading: {_gigabytes(found.own * machines)} an epoch"
+    if machines > 1:
+        each = _gigabytes(found.own)
+        line += f"; {machines} machines of {ranks_per_machine} processes, each {each}"
+    if not reading.is_fetched:
+        return [line]
+    kept = parse_bytes(cache, "data.cache")
+    lines = [
+        f"{line}, fetched in pages {_gigabytes(found.fetched)}, of which "
+        f"{_gigabytes(found.in_use)} are in use at a time (data.cache: {cache})"
+    ]
+    if found.in_use > 0.9 * kept:
+        again = 1 + PAGE / reading.sample_bytes
+        lines.append(
+            f"  data.cache={cache} is less than what is in use: pages are fetched again and again, "
+            f"up to {again:.0f} times the samples' bytes; set data.cache to "
+            f"{_gigabytes(1.2 * found.in_use)} or more, where the disk has it"
+        )
+    return lines
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def _tower_line(plan: RunPlan, name: str) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.config import Config
-from parallel_clip.plan.describe import describe_run
+from parallel_clip.plan.describe import describe_reading, describe_run
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
 from parallel_clip.plan.stage_estimate import StageEstimate, estimate_step
 from parallel_clip.stages.stage import LayerRange
@@ -24,7 +24,8 @@ def dry_run_report(config: Config, world_size: int) -> str:
     """
     plan, _ = make_run_plan(config, world_size, dry_run=True)
     step = estimate_step(plan.layout_plan, plan.architecture.costs, plan.memory)
-    lines = [describe_run(plan)]
+    # How many processes a machine will have is not known here; 8 is usual.
+    lines = [describe_run(plan), *describe_reading(plan, min(8, world_size))]
     if plan.layout.pipeline > 1:
         lines += [
             _stage_table(plan, step.stages),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from parallel_clip.config import Config
 from parallel_clip.convert.choose_model import resolve_preprocess
-from parallel_clip.data.feeding.open import RunShards, check_samples, find_run_shards
+from parallel_clip.data.feeding.open import check_samples
+from parallel_clip.data.feeding.run_shards import RunShards, find_run_shards
+from parallel_clip.data.index.shard_list import read_list
 from parallel_clip.data.samples.tokenizer import TokenizerSource
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
 from parallel_clip.engine.versions import versions
@@ -20,8 +22,22 @@ from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import RankMemory, count_stages, fit_stash_to_memory
-from parallel_clip.plan.resume import ResumePoint, find_resume_point, require_same_data
+from parallel_clip.plan.resume import (
+    SHARDS_FILE,
+    ResumePoint,
+    find_resume_point,
+    require_same_data,
+)
 from parallel_clip.plan.start_model import find_start_model
+
+
+class Reading(NamedTuple):
+    """What the order makes of the shards: its streams, the bytes of a sample on average (None: not
+    known), and whether the shards are fetched from addresses."""
+
+    streams: int
+    sample_bytes: float | None
+    is_fetched: bool
 
 
 @dataclass(frozen=True)
@@ -30,9 +46,10 @@ class RunPlan:
 
     tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
     data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
-    epoch; prompts: of `evaluate.zero_shot`; versions: of the packages on rank 0; memory: what each
-    pipeline stage holds, None where it was not counted; notes: what to tell of the model and its
-    preprocessing.
+    epoch; reading: what the order makes machines read; left_out: paths of the shards that
+    `data.missing: skip` does without; prompts: of `evaluate.zero_shot`; versions: of the packages
+    on rank 0; memory: what each pipeline stage holds, None where it was not counted; notes: what to
+    tell of the model and its preprocessing.
     """
 
     config: Config
@@ -45,6 +62,8 @@ class RunPlan:
     steps: int
     data_fingerprint: dict[str, Any]
     epoch_pairs: tuple[int, ...]
+    reading: Reading
+    left_out: tuple[str, ...]
     prompts: ClassPrompts | None
     versions: dict[str, str | None]
     memory: tuple[RankMemory, ...] | None
@@ -85,7 +104,7 @@ def make_run_plan(
     Checks everything, data included; reads files, writes none, starts nothing. The index of shards
     that had none is in the second value, still to be saved. Memory is counted where
     `parallel.memory` limits it, and in a dry run; that takes seconds a stage, and a process that
-    has joined no process group. A dry run also takes counts from a `sizes.json` for an index.
+    has joined no process group. A dry run also takes counts from files beside shards for an index.
 
     Raises:
         InputError: whatever is wrong, with the way out.
@@ -114,7 +133,8 @@ def make_run_plan(
         layout_plan = fit_stash_to_memory(layout_plan, memory, limit)
 
     prompts = read_class_prompts(config.evaluate.zero_shot)
-    shards = find_run_shards(config, print, counts_suffice=dry_run)
+    begun_with = read_list(Path(config.run_dir) / SHARDS_FILE) if resume.checkpoint else None
+    shards = find_run_shards(config, print, counts_suffice=dry_run, begun_with=begun_with)
     check_samples(config, shards)
     steps = training_steps(
         config.train, shards.order.samples_per_epoch, config.batch.global_, config.schedule
@@ -133,6 +153,8 @@ def make_run_plan(
         steps,
         fingerprint,
         tuple(shards.order.source_samples),
+        Reading(shards.order.streams, shards.sample_bytes, shards.is_fetched),
+        tuple(shards.left_out),
         prompts,
         versions(),
         memory,

@@ -229,7 +229,7 @@ class TrainingLoop:
             updates=self.updates,
             grad_norms=tuple(self.policy.grad_norms),
             skipped=tuple(self.policy.skipped),
-            config=plan.config.to_tree(),
+            config=plan.config.to_record(),
             layout=layout_tree(plan) | {"world": plan.layout.world},
             versions=plan.versions,
         )

@@ -10,7 +10,7 @@ from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE
 from parallel_clip.config import Config
-from parallel_clip.data.feeding.open import RunShards, reopen_run_shards
+from parallel_clip.data.feeding.run_shards import RunShards, reopen_run_shards
 from parallel_clip.data.index.shard_list import describe_differences
 from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.engine.collectives import gather_objects
@@ -107,7 +107,7 @@ def open_planned_shards(
         if found is not None or first != first_on_machine:
             return
         try:
-            found = reopen_run_shards(plan.config, check=first)
+            found = reopen_run_shards(plan.config, plan.left_out, check=first)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if first:
@@ -123,12 +123,20 @@ def open_planned_shards(
     listed = groups.run_on_rank_zero(lambda: found.listed)
 
     def complain() -> None:
-        if not same:
-            raise InputError(
-                f"{where} has other training shards than rank 0: "
-                f"{describe_differences(listed, found.listed)}; bring the same files to every "
-                "machine, or put them on a file system that all share"
-            )
+        if same:
+            return
+        if found.listed != listed:
+            what = f"training shards than rank 0: {describe_differences(listed, found.listed)}"
+        else:
+            others = found.fingerprint["held_out"]
+            names = [
+                n for n, sum_ in plan.data_fingerprint["held_out"].items() if others[n] != sum_
+            ]
+            what = f"shards of {', '.join(f'evaluate.{name}' for name in names)} than rank 0"
+        raise InputError(
+            f"{where} has other {what}; bring the same files to every machine, or put them on a "
+            "file system that all share"
+        )
 
     groups.run_on_all_ranks(complain)
     raise AssertionError("a rank that differs has said so")

@@ -9,11 +9,8 @@ from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.config import parse_seconds
 from parallel_clip.convert.open import open_initial_weights, open_source
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import (
-    RunShards,
-    build_held_out_data,
-    build_training_data,
-)
+from parallel_clip.data.feeding.open import build_held_out_data, build_training_data
+from parallel_clip.data.feeding.run_shards import RunShards
 from parallel_clip.data.feeding.training_data import TrainingData
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
@@ -29,7 +26,7 @@ from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.parameters import local_slice
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.build import build_planned_state
-from parallel_clip.plan.describe import describe_data, describe_run
+from parallel_clip.plan.describe import describe_data, describe_reading, describe_run
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.feed import DeviceFeed
 from parallel_clip.training.lease import Lease, LeaseToken
@@ -140,6 +137,8 @@ def _prepare(
     data = build_training_data(config, shards, plan.preprocess, tokenizer)
     print_(describe_run(plan))
     print_(describe_data(plan))
+    per_machine = launch.local_size or min(8, launch.world_size)
+    print_("\n".join(describe_reading(plan, per_machine)))
     feed = DeviceFeed(
         _loader(plan, data, groups) if groups.reads_data else None,
         plan.architecture,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel_clip.data.index.index_folder import INDEX_NAME
+from parallel_clip.data.index.beside import INDEX_NAME
 from parallel_clip.data.index.shard_table import find_shards
 from parallel_clip.errors import InputError
 

@@ -1,9 +1,11 @@
-"""A small server of files that gives parts of them, and fails when it is told to."""
+"""A small server of files that gives parts of them, says when they were changed, and fails, denies
+or dawdles when it is told to."""
 
 from __future__ import annotations
 
 import re
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,12 +13,18 @@ from pathlib import Path
 
 class Server:
     """address: of the folder that is served; requests: the files, and parts of them, that were
-    asked for; failures: how many of the next requests for contents go wrong."""
+    asked for; failures: how many of the next requests for contents go wrong; status: the answer to
+    all, in place of files; pause: seconds of waiting between the pieces of an answer, of `piece`
+    bytes; stops_after: bytes of an answer after which nothing comes any more."""
 
     def __init__(self, folder: Path):
         self.requests: list[tuple[str, str]] = []
         self.failures = 0
         self.whole_files = False  # does not know of parts
+        self.status: int | None = None
+        self.pause, self.piece = 0.0, 2**16
+        self.stops_after: int | None = None
+        self.stopping = threading.Event()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -29,7 +37,9 @@ class Server:
                 self._answer(contents=True)
 
             def _answer(self, contents: bool) -> None:
-                file = folder / self.path.lstrip("/")
+                file = folder / self.path.partition("?")[0].lstrip("/")
+                if owner.status is not None:
+                    return self._send(owner.status, b"no", contents)
                 if not file.is_file():
                     return self._send(404, b"")
                 part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -39,6 +49,9 @@ class Server:
                         owner.failures -= 1
                         return self._send(503, b"")
                 data = file.read_bytes()
+                status = file.stat()
+                self.modified = self.date_time_string(status.st_mtime)
+                self.tag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
                 if part is None or owner.whole_files:
                     return self._send(200, data, contents)
                 first, last = int(part[1]), int(part[2])
@@ -49,11 +62,18 @@ class Server:
                 self.send_response(code)
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
+                if code in (200, 206):
+                    self.send_header("Last-Modified", self.modified)
+                    self.send_header("ETag", self.tag)
                 self.send_header("Accept-Ranges", "bytes")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                if contents:
-                    self.wfile.write(data)
+                for start in range(0, len(data) if contents else 0, owner.piece):
+                    if owner.stops_after is not None and start >= owner.stops_after:
+                        owner.stopping.wait(20)
+                        return
+                    self.wfile.write(data[start : start + owner.piece])
+                    time.sleep(owner.pause)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -65,6 +85,7 @@ class Server:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
+        self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
 

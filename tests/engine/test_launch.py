@@ -109,7 +109,7 @@ MPICH = {"PMI_RANK": "9", "MPI_LOCALRANKID": "1", "PMI_SIZE": "16", "MPI_LOCALNR
 
 @pytest.mark.parametrize("environment", [OPEN_MPI, MPICH], ids=["Open MPI", "MPICH"])
 def test_mpirun(environment, monkeypatch):
-    assert read_launch(environment) == Launch(rank=9, local_rank=1, world_size=16)
+    assert read_launch(environment) == Launch(9, 1, 16, local_size=8)
     with pytest.raises(InputError, match="mpirun"):
         read_launch({k: v for k, v in environment.items() if "RANK" not in k or "LOCAL" in k})
     for name, value in environment.items():

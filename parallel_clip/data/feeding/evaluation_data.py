@@ -26,6 +26,7 @@ from parallel_clip.data.samples.transforms import (
     evaluation_resized,
     evaluation_transform,
 )
+from parallel_clip.data.storage.addresses import without_signature
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles
 
 
@@ -95,6 +96,7 @@ class EvaluationData:
             index = position - int(self._starts[number])
             report_progress(number, index)
             shard = self._shard(number)
+            where = without_signature(shard.path)
             try:
                 sample = self._files.read(shard, index)
                 picture = decode_picture(sample, self._pictures)
@@ -105,11 +107,11 @@ class EvaluationData:
                 else:
                     labels.append(label_of(sample))
             except BadSampleError as error:
-                bad.append(BadSample(position, 0, shard.path, error.key, error.reason))
+                bad.append(BadSample(position, 0, where, error.key, error.reason))
                 continue
             images.append(self._transform(picture))
             used.append(position)
-            addresses.append(StoredAddress(0, shard.path, sample.key))
+            addresses.append(StoredAddress(0, where, sample.key))
         return EvaluationBatch(
             default_collate(images) if images else torch.empty(0, 3, *self.preprocess.image_size),
             torch.tensor(used, dtype=torch.int64),

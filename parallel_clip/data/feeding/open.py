@@ -1,32 +1,14 @@
-"""Open the data of a run: its shards, then the data sets over them.
-
-Rank 0 finds and checks all shards (`find_run_shards`, `check_samples`) and saves their index; the
-other ranks open them by that index (`reopen_run_shards`). Order, length and fingerprint of a run
-follow from the shards and the config alone.
-"""
+"""Open the data of a run over its shards: training pairs and held-out sets."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from parallel_clip.config import parse_bytes
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
+from parallel_clip.data.feeding.run_shards import RunShards
 from parallel_clip.data.feeding.training_data import TrainingData
-from parallel_clip.data.index.shard_list import ListedShard, contents_checksum, list_shards
-from parallel_clip.data.index.shard_table import (
-    ShardTable,
-    check_shards,
-    find_checked_shards,
-    open_shards,
-    save_index,
-)
-from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
-from parallel_clip.data.order.sample_order import Order, OrderSource
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import PictureRule, decode_picture, label_of
 from parallel_clip.data.samples.tokenizer import Tokenizer
@@ -38,8 +20,6 @@ from parallel_clip.data.samples.transforms import (
     training_shrink,
     training_transform,
 )
-from parallel_clip.data.storage.progress import Print
-from parallel_clip.data.storage.remote import RemoteCache
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
 from parallel_clip.errors import InputError
 
@@ -55,75 +35,6 @@ HELD_OUT_NEEDS: dict[str, Need] = {
 }
 
 _FIRST_SAMPLES = 64  # of which one must be good
-
-
-@dataclass(frozen=True)
-class RunShards:
-    """The shards that a config names, and the order in which training samples are taken."""
-
-    train: list[ShardTable]  # of each entry of `data.train`
-    held_out: dict[str, ShardTable]  # of the keys of HELD_OUT_NEEDS that `evaluate` has set
-    order: Order
-
-    def save_index(self, say: Print = print) -> None:
-        """Save the index of what was scanned when the shards were found."""
-        for table in (*self.train, *self.held_out.values()):
-            save_index(table, say)
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What the order follows from beside the config, and what is in the shards, ready for JSON:
-        a run may only be resumed, and ranks may only work together, where it is equal."""
-        sources = [
-            {
-                "shards": len(table),
-                "samples": table.samples,
-                "checksum": zlib.crc32(table.counts.tobytes()),
-                "contents": contents_checksum(list_shards([table])),
-            }
-            for table in self.train
-        ]
-        return {"order": ORDER_VERSION, "sources": sources}
-
-    @property
-    def listed(self) -> list[ListedShard]:
-        """The shards of training, apart from where they lie."""
-        return list_shards(self.train)
-
-
-def find_run_shards(
-    config: Config, say: Print = print, *, counts_suffice: bool = False
-) -> RunShards:
-    """Find and check all shards of a run, on rank 0 for all ranks. Writes nothing.
-
-    Scans shards that no saved index has, which is said; counts_suffice: not those whose number of
-    samples a `sizes.json` beside them has, which is enough where no sample is read.
-
-    Raises:
-        InputError: no shards, missing, changed or broken ones, an epoch without samples, or wrong
-            settings of `data`.
-    """
-    settings = config.data
-    if not settings.train:
-        raise InputError("data.train names no shards; give a list of {shards: ...}")
-    parse_bytes(settings.cache, "data.cache")
-
-    return _run_shards(config, partial(find_checked_shards, say=say, counts_suffice=counts_suffice))
-
-
-def reopen_run_shards(config: Config, *, check: bool = False) -> RunShards:
-    """Find the shards of a run on another rank, after rank 0 has checked them and saved their
-    index. Looks at no shard that has one.
-
-    check: see that this machine has them all, each of its size; one rank of a machine does that.
-
-    Raises:
-        InputError: a shard is missing here, or cannot be read.
-    """
-    shards = _run_shards(config, open_shards)
-    for table in (*shards.train, *shards.held_out.values()) if check else ():
-        check_shards(table)
-    return shards
 
 
 def check_samples(config: Config, shards: RunShards) -> None:
@@ -193,7 +104,6 @@ def build_training_data(
         any_caption=augment,
         captions=_caption_rules(settings),
         pictures=PictureRule(settings.max_pixels, shrink, resized),
-        cache=RemoteCache(parse_bytes(settings.cache, "data.cache")),
     )
 
 
@@ -236,26 +146,3 @@ def _caption_rules(settings: Data) -> list[CaptionRule]:
         )
         for source in settings.train
     ]
-
-
-def _run_shards(config: Config, find_table: Callable[..., ShardTable]) -> RunShards:
-    """Find the shards of each source and held-out set; each folder's index is opened once, and the
-    samples are put in order.
-
-    find_table: `find_checked_shards` or `open_shards`.
-    """
-    find = partial(find_table, folders={})  # one dict for all
-    train = [find(source.shards) for source in config.data.train]
-    wanted, held_out = config.evaluate, {}
-    if wanted.loss is not None:
-        held_out["loss"] = find(wanted.loss)
-    if wanted.retrieval is not None:  # one set for both is encoded once
-        same = wanted.retrieval == wanted.loss
-        held_out["retrieval"] = held_out["loss"] if same else find(wanted.retrieval)
-    if wanted.zero_shot is not None:
-        held_out["zero_shot"] = find(wanted.zero_shot.shards)
-    sources = [
-        OrderSource(table.counts, source.weight, source.samples)
-        for source, table in zip(config.data.train, train, strict=True)
-    ]
-    return RunShards(train, held_out, Order(sources, config.seed, config.batch.global_))

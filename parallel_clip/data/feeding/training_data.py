@@ -4,7 +4,7 @@ The pair at a position is a function of the shards, the seed and the position al
 """
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
-from parallel_clip.data.feeding.workers import heartbeat, report_progress
+from parallel_clip.data.feeding.workers import report_progress
 from parallel_clip.data.index.shard_table import ShardTable
 from parallel_clip.data.order.sample_order import Order, SampleAddress
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import PictureRule, decode_picture, pillows_limit
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import Transform, sample_seed, seeded
-from parallel_clip.data.storage.files import OpenFiles
-from parallel_clip.data.storage.remote import RemoteCache
+from parallel_clip.data.storage.addresses import without_signature
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles
 from parallel_clip.errors import BadDataError
 
@@ -65,11 +64,9 @@ class TrainingData:
     any_caption: bool
     captions: Sequence[CaptionRule]
     pictures: PictureRule
-    cache: RemoteCache = field(default_factory=RemoteCache)
 
     def __post_init__(self) -> None:
-        self.cache.on_try = heartbeat
-        self._files = ShardFiles(OpenFiles(cache=self.cache))
+        self._files = ShardFiles()
         sources = self.sources
         self._shard = lru_cache(RECENT_SHARDS)(lambda source, shard: sources[source][shard])
 
@@ -114,13 +111,17 @@ class TrainingData:
                 picture = decode_picture(sample, self.pictures)
             except BadSampleError as error:
                 bad = bad or BadSample(
-                    position, address.source, shard.path, error.key, error.reason
+                    position,
+                    address.source,
+                    without_signature(shard.path),
+                    error.key,
+                    error.reason,
                 )
                 continue
             # A crop of a large picture is a picture of which Pillow looks at the size again.
             with seeded(bits("augment")), pillows_limit(self.pictures.max_pixels):
                 image = self.transform(picture)
-            stored = StoredAddress(address.source, shard.path, sample.key)
+            stored = StoredAddress(address.source, without_signature(shard.path), sample.key)
             return image, caption, stored, bad
         raise BadDataError(
             f"{bad}; the {MAX_SUBSTITUTES} samples tried in its place are bad too; "

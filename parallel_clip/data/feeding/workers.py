@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from parallel_clip.data.storage.addresses import beat_while_waiting
 from parallel_clip.errors import BadDataError, InputError, WorkerError
 
 _SECONDS_BETWEEN_LOOKS = 5
@@ -78,7 +79,7 @@ def report_progress(*numbers: int) -> None:
 
 
 def heartbeat() -> None:
-    """Called by data that waits and is not stuck, such as before each try of a request."""
+    """Called while a request to a store is under way, which waits and is not stuck."""
     if _own_row is not None:
         _own_row[_SINCE] = time.monotonic()
 
@@ -187,6 +188,7 @@ class WorkerMonitor:
         start = number * _ROW
         _own_row = memoryview(self._memory).cast("B").cast("d")[start : start + _ROW]
         _own_row[_PID] = os.getpid()
+        beat_while_waiting(heartbeat)
 
     def check_workers(self, error: Exception) -> None:
         """Raise WorkerError if one has ended or is stuck, after torch's or multiprocessing's

@@ -2,7 +2,7 @@
 where in them each sample is.
 
 All shards: `names`, their file names in UTF-8, sorted, a line each. Each shard: `bytes`,
-`changed_ns` (its time of change), `samples`, and `checksums`, of its part of what follows. Each
+`changed_ns` (`ShardIndex.changed`), `samples`, and `checksums`, of its part of what follows. Each
 sample, shard after shard: `bounds`, which are `ShardIndex.bounds` and one more for each shard, and
 `headers`, which are `ShardIndex.checksums`.
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -32,8 +33,8 @@ _KINDS = {np.uint8: "U8", np.uint32: "U32", np.int64: "I64"}  # as safetensors n
 
 
 @dataclass(frozen=True)
-class IndexFile:
-    """An open index file: tables in memory, bounds of samples on disk. Rows are shards by name."""
+class IndexTables:
+    """What a file has on each of its shards, in memory. Rows are shards by name."""
 
     path: Path
     names: np.ndarray  # bytes [shards], sorted
@@ -42,17 +43,43 @@ class IndexFile:
     samples: np.ndarray
     checksums: np.ndarray  # uint32 [shards]
 
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rows(self, names: np.ndarray) -> np.ndarray:
+        """The row of each name (bytes [n]); -1 where there is none."""
+        found = np.searchsorted(self.names, names)
+        found[found == len(self)] = 0
+        return np.where(self.names[found] == names, found, -1) if len(self) else found - 1
+
+    def shard(self, row: int, path: str) -> ShardIndex:
+        """The index of the shard in a row. InputError where the file is damaged there."""
+        shard = self._read(row, path)
+        if shard.table_checksum != self.checksums[row]:
+            raise InputError(
+                f"the index {self.path} is damaged where it tells of {path}; delete it, and run "
+                "parallel-clip data index"
+            )
+        return shard
+
+    def _read(self, row: int, path: str) -> ShardIndex:
+        raise NotImplementedError
+
+
+class IndexFile(IndexTables):
+    """An open index file: tables in memory, bounds of samples on disk."""
+
     @classmethod
     def read(cls, path: Path) -> IndexFile:
         """Open a file. Raises ValueError if it is damaged or of another format, OSError."""
         try:
-            with safe_open(path, framework="numpy") as file:
-                kind = (file.metadata() or {}).get("format")
-                if kind != FORMAT:
-                    raise ValueError(f"its format is {kind!r}")
-                text = file.get_tensor("names").tobytes()
-                tables = {name: file.get_tensor(name) for name in _TABLES}
-                shapes = {name: file.get_slice(name).get_shape() for name in ("bounds", "headers")}
+            file = safe_open(path, framework="numpy").__enter__()
+            kind = (file.metadata() or {}).get("format")
+            if kind != FORMAT:
+                raise ValueError(f"its format is {kind!r}")
+            text = file.get_tensor("names").tobytes()
+            tables = {name: file.get_tensor(name) for name in _TABLES}
+            shapes = {name: file.get_slice(name).get_shape() for name in ("bounds", "headers")}
         except SafetensorError as error:
             raise ValueError(str(error)) from None
         names = np.array(text.split(b"\n") if text else [], dtype=bytes)
@@ -66,29 +93,15 @@ class IndexFile:
         )
         if not whole:
             raise ValueError("its parts do not fit one another")
-        return cls(path, names, **tables)
+        index = cls(path, names, **tables)
+        index.__dict__["_file"] = file  # which others may replace: its tables are those of this one
+        return index
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def rows(self, names: np.ndarray) -> np.ndarray:
-        """The row of each name (bytes [n]); -1 where there is none."""
-        found = np.searchsorted(self.names, names)
-        found[found == len(self)] = 0
-        return np.where(self.names[found] == names, found, -1) if len(self) else found - 1
-
-    def shard(self, row: int, path: str) -> ShardIndex:
-        """The index of the shard in a row. InputError where the file is damaged there."""
+    def _read(self, row: int, path: str) -> ShardIndex:
         first, count = int(self._starts[row]), int(self.samples[row])
         bounds = self._file.get_slice("bounds")[first + row : first + row + count + 1]
         headers = self._file.get_slice("headers")[first : first + count]
-        shard = ShardIndex(path, int(self.bytes[row]), bounds, headers)
-        if shard.table_checksum != self.checksums[row]:
-            raise InputError(
-                f"the index {self.path} is damaged where it tells of {path}; delete it, and run "
-                "parallel-clip data index"
-            )
-        return shard
+        return ShardIndex(path, int(self.bytes[row]), bounds, headers, int(self.changed_ns[row]))
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -102,32 +115,60 @@ class IndexFile:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
 
 
-def write_index(path: Path, shards: Sequence[ShardIndex], changed_ns: Sequence[int]) -> None:
+class IndexEntry(NamedTuple):
+    """A shard to be written to an index: its file's name, its tables, and what reads the rest, so
+    that an index larger than memory can be written."""
+
+    name: bytes
+    bytes: int
+    changed_ns: int
+    samples: int
+    checksums: int
+    read: Callable[[], ShardIndex]
+
+
+def entry_of(shard: ShardIndex, name: bytes) -> IndexEntry:
+    return IndexEntry(
+        name, shard.bytes, shard.changed, shard.samples, shard.table_checksum, lambda: shard
+    )
+
+
+def entry_at(file: IndexTables, row: int) -> IndexEntry:
+    """What a file has in a row; read from it when it is written to another."""
+    name = file.names[row]
+    return IndexEntry(
+        name,
+        int(file.bytes[row]),
+        int(file.changed_ns[row]),
+        int(file.samples[row]),
+        int(file.checksums[row]),
+        lambda: file.shard(row, os.fsdecode(name)),
+    )
+
+
+def write_index(path: Path, entries: Sequence[IndexEntry]) -> None:
     """Write the index of the shards of one folder, whole or not at all. Raises OSError.
 
-    changed_ns: time of change of each shard. Written array by array, which needs no second copy of
-    them in memory; the bytes are those that safetensors' own writer would write.
+    Written shard by shard; the bytes are those that safetensors' own writer would write.
     """
-    names = [os.fsencode(os.path.basename(shard.path)) for shard in shards]
-    by_name = sorted(range(len(shards)), key=names.__getitem__)
-    shards = [shards[number] for number in by_name]
+    entries = sorted(entries, key=lambda entry: entry.name)
+    names = b"\n".join(entry.name for entry in entries)
     tables = {
-        "bytes": [shard.bytes for shard in shards],
-        "changed_ns": [changed_ns[number] for number in by_name],
-        "samples": [shard.samples for shard in shards],
-        "checksums": [shard.table_checksum for shard in shards],
+        name: np.array([getattr(entry, name) for entry in entries], kind)
+        for name, kind in _TABLES.items()
     }
-    parts = {name: [np.array(tables[name], kind)] for name, kind in _TABLES.items()}
-    parts["bounds"] = [shard.bounds for shard in shards]
-    parts["headers"] = [shard.checksums for shard in shards]
-    parts["names"] = [np.frombuffer(b"\n".join(sorted(names)), np.uint8)]
+    samples = int(tables["samples"].sum())
+    lengths = dict.fromkeys(_TABLES, len(entries))
+    lengths |= {"bounds": samples + len(entries), "headers": samples, "names": len(names)}
     header: dict[str, object] = {"__metadata__": {"format": FORMAT}}
     offset = 0
-    for name, arrays in parts.items():
-        end = offset + sum(array.nbytes for array in arrays)
-        length = sum(len(array) for array in arrays)
-        kind = _KINDS[_PARTS[name]]
-        header[name] = {"dtype": kind, "shape": [length], "data_offsets": [offset, end]}
+    for name, kind in _PARTS.items():
+        end = offset + lengths[name] * np.dtype(kind).itemsize
+        header[name] = {
+            "dtype": _KINDS[kind],
+            "shape": [lengths[name]],
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -136,10 +177,14 @@ def write_index(path: Path, shards: Sequence[ShardIndex], changed_ns: Sequence[i
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
-            for arrays in parts.values():
-                for array in arrays:
-                    stream.write(np.ascontiguousarray(array).tobytes())
+            for table in tables.values():
+                stream.write(table.tobytes())
+            for entry in entries:
+                stream.write(np.ascontiguousarray(entry.read().bounds).tobytes())
+            for entry in entries:
+                stream.write(np.ascontiguousarray(entry.read().checksums).tobytes())
+            stream.write(names)
         os.replace(temporary, path)
-    except OSError:
+    except (OSError, InputError):
         temporary.unlink(missing_ok=True)
         raise

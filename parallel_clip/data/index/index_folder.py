@@ -1,13 +1,13 @@
 """The index of one folder of shards: its saved files, and the shards scanned since.
 
 It is saved as `shards.index` beside the shards, or in the cache folder where theirs is not writable
-or is an address.
+or is an address. While it is made, what has been scanned is kept in `shards.index.parts`
+(`journal.py`), from where `save` takes it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,15 +16,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel_clip.data.index.index_file import IndexFile, write_index
+from parallel_clip.data.index import beside
+from parallel_clip.data.index.index_file import (
+    IndexEntry,
+    IndexFile,
+    IndexTables,
+    entry_at,
+    entry_of,
+    write_index,
+)
+from parallel_clip.data.index.journal import (
+    Journal,
+    JournalWriter,
+    is_finished,
+    journals_in,
+    locked,
+)
+from parallel_clip.data.storage.addresses import is_remote
+from parallel_clip.data.storage.disks import settings_folder
 from parallel_clip.data.storage.files import parent_and_name
-from parallel_clip.data.storage.progress import Print
-from parallel_clip.data.storage.remote import cache_folder, file_system, is_remote, with_retries
+from parallel_clip.data.storage.progress import Print, print_nothing
 from parallel_clip.data.storage.shards import ShardIndex, scan_shard
-from parallel_clip.errors import InputError
-
-INDEX_NAME = "shards.index"
-SIZES_NAME = "sizes.json"  # OpenCLIP's: the samples of each shard, by file name
 
 
 class IndexedShards(NamedTuple):
@@ -32,39 +44,52 @@ class IndexedShards(NamedTuple):
 
     samples: np.ndarray
     bytes: np.ndarray
-    changed_ns: np.ndarray  # time of change
+    changed: np.ndarray  # `ShardIndex.changed`
     checksums: np.ndarray  # `ShardIndex.table_checksum`
 
 
 class FolderIndex:
     """The index of one folder of shards: rows of its saved files, and what was scanned since.
 
-    A shard is looked up among the scanned ones first, then in the file beside the shards, then in
-    that of the cache folder. `save` merges all of them into one file.
+    A shard is looked up among the scanned ones first, then in the journals, the newest first, then
+    in the file beside the shards, then in that of the cache folder. `save` merges all of them into
+    one file.
     """
 
-    def __init__(self, folder: str, files: list[IndexFile]):
+    def __init__(self, folder: str, places: Sequence[Path]):
         self._folder = folder
-        self._files = files
-        self._scanned: dict[str, tuple[ShardIndex, int]] = {}  # by path, with the time of change
-        self._sizes: dict[str, int] | None = None
+        self._places = places  # of the index, best first
+        self._files: list[IndexTables] = []
+        self._scanned: dict[str, ShardIndex] = {}  # by path
+        self._keeps_at_once = False
+        self._journal: JournalWriter | None = None
+        self._own: set[Path] = set()  # journals that this one has closed
+        self._has_news = False  # the journals have more than `_files`
 
     @classmethod
-    def load(cls, folder: str, say: Print) -> FolderIndex:
-        """Read the saved files; one that is damaged is left out, which is said."""
-        files = []
-        _fetch_remote_index(folder)
-        for path in filter(Path.is_file, _index_files(folder)):
-            try:
-                files.append(IndexFile.read(path))
-            except (OSError, ValueError) as error:
-                say(f"the index {path} is not readable ({error}): made again")
-        return cls(folder, files)
+    def load(cls, folder: str, say: Print, place: Path | None = None) -> FolderIndex:
+        """Read the saved files; one that is damaged is left out, which is said. One beside shards
+        at an address is fetched where it is not the one that was fetched before.
+
+        place: the index, where it is to be neither beside the shards nor in the cache folder.
+        """
+        places = [place] if place is not None else _usual_places(folder)
+        if is_remote(folder) and place is None:
+            beside.fetch(folder, places[0], say)
+        index = cls(folder, places)
+        index._read_files(say)
+        return index
+
+    @property
+    def beside_modified(self) -> float | None:
+        """When the index beside shards at an address was written; None where it is not known."""
+        return beside.modified(self._places[0]) if is_remote(self._folder) else None
 
     def look_up(self, paths: Sequence[str]) -> IndexedShards:
         """What is known of shards of this folder."""
+        self._read_news()
         table = np.full((len(IndexedShards._fields), len(paths)), -1, np.int64)
-        names = np.array([os.fsencode(parent_and_name(path)[1]) for path in paths])
+        names = np.array([_name(path) for path in paths])
         for file in reversed(self._files):
             rows = file.rows(names)
             has = rows >= 0
@@ -72,92 +97,131 @@ class FolderIndex:
             table[:, has] = [values[rows[has]] for values in columns]
         for number, path in enumerate(paths if self._scanned else ()):
             if path in self._scanned:
-                shard, changed_ns = self._scanned[path]
-                found = IndexedShards(shard.samples, shard.bytes, changed_ns, shard.table_checksum)
+                shard = self._scanned[path]
+                found = IndexedShards(
+                    shard.samples, shard.bytes, shard.changed, shard.table_checksum
+                )
                 table[:, number] = found
         return IndexedShards(*table)
 
     def shard(self, path: str) -> ShardIndex:
         """The index of one shard; scanned where no file has it. Raises InputError."""
-        if path in self._scanned:
-            return self._scanned[path][0]
-        name = np.array([os.fsencode(parent_and_name(path)[1])])
-        for file in self._files:
-            row = int(file.rows(name)[0])
-            if row >= 0:
-                return file.shard(row, path)
-        self.add(scan_shard(path), 0)  # its count came from sizes.json
-        return self._scanned[path][0]
+        self._read_news()
+        if path not in self._scanned:
+            name = np.array([_name(path)])
+            for file in self._files:
+                row = int(file.rows(name)[0])
+                if row >= 0:
+                    return file.shard(row, path)
+            self._scanned[path] = scan_shard(path)  # its count came from a sidecar
+        return self._scanned[path]
 
-    def add(self, shard: ShardIndex, changed_ns: int) -> None:
+    def keep_at_once(self) -> None:
+        """From now on, keep each shard that is added in a journal, where a place is writable, and
+        not in memory."""
+        self._keeps_at_once = True
+
+    def add(self, shard: ShardIndex) -> None:
         """Take in a scanned shard; `save` keeps it."""
-        self._scanned[shard.path] = shard, changed_ns
+        if self._keeps_at_once and self._journal is None:
+            self._journal = self._begin_journal()
+        if self._journal is None:
+            self._scanned[shard.path] = shard
+        else:
+            self._journal.append(_name(shard.path), shard)
+            self._has_news = True
 
-    def sizes_from_json(self) -> dict[str, int]:
-        """The counts of a `sizes.json` beside the shards, by file name; InputError: damaged."""
-        if self._sizes is None:
-            self._sizes = {} if is_remote(self._folder) else _read_sizes(Path(self._folder))
-        return self._sizes
+    def close_journal(self) -> None:
+        """What was added stays in the journal; others may take it into an index."""
+        self._keeps_at_once = False
+        if self._journal is not None:
+            self._journal.close()
+            self._own.add(self._journal.path)
+            self._journal = None
 
     def save(self, say: Print) -> None:
-        """Write what was scanned beside the shards, else to the cache folder; both may refuse."""
-        if not self._scanned:
+        """Merge what was scanned, here and by others that left a journal, into the index beside the
+        shards, else that in the cache folder; both may refuse. Others that save at the same time
+        wait."""
+        self.close_journal()
+        self._read_news()
+        if not self._scanned and not any(isinstance(file, Journal) for file in self._files):
             return
-        entries = dict(self._scanned)
-        for file in self._files:
-            for row, name in enumerate(file.names.tolist()):
-                path = _join(self._folder, os.fsdecode(name))
-                if path not in entries:
-                    entries[path] = file.shard(row, path), int(file.changed_ns[row])
-        shards, changed = zip(*entries.values(), strict=True)
-        samples = sum(shard.samples for shard in shards)
-        for path in _index_files(self._folder):
+        for place in self._places:
             try:
-                write_index(path, shards, changed)
-                self._files, self._scanned = [IndexFile.read(path)], {}
+                with locked(place):
+                    shards, samples = self._merge(place)
             except OSError:
                 continue
-            say(f"index of {len(shards):,} shards, {samples:,} samples, written to {path}")
+            say(f"index of {shards:,} shards, {samples:,} samples, written to {place}")
             return
         say(
             f"neither {self._folder} nor the cache folder is writable: the index is not kept "
             "(set PARALLEL_CLIP_CACHE to a folder that is)"
         )
 
+    def _begin_journal(self) -> JournalWriter | None:
+        for place in self._places:
+            with suppress(OSError):
+                return JournalWriter(_parts(place))
+        self._keeps_at_once = False
+        return None
 
-def _read_sizes(folder: Path) -> dict[str, int]:
-    file = folder / SIZES_NAME
-    if not file.is_file():
-        return {}
-    try:
-        sizes = json.loads(file.read_text())
-        return {str(name): int(count) for name, count in sizes.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a table of counts by shard: {error}") from None
+    def _merge(self, place: Path) -> tuple[int, int]:
+        """Shards and samples of the index that was written."""
+        # Found before they are read: one that ends meanwhile stays for the next.
+        journals = [path for other in self._places for path in journals_in(_parts(other))]
+        finished = [path for path in journals if path in self._own or is_finished(path)]
+        self._read_files(print_nothing)  # others may have saved since
+        entries: dict[bytes, IndexEntry] = {}
+        for path, shard in self._scanned.items():
+            entries[_name(path)] = entry_of(shard, _name(path))
+        for file in self._files:
+            for row, name in enumerate(file.names.tolist()):
+                if name not in entries:
+                    entries[name] = entry_at(file, row)
+        write_index(place, list(entries.values()))
+        for journal in finished:
+            with suppress(OSError):  # a place that is not writable any more
+                journal.unlink(missing_ok=True)
+        for other in self._places:
+            with suppress(OSError):
+                _parts(other).rmdir()  # where it is empty
+        self._files, self._scanned = [IndexFile.read(place)], {}
+        return len(entries), sum(entry.samples for entry in entries.values())
+
+    def _read_news(self) -> None:
+        if self._has_news:
+            self._read_files(print_nothing)
+            self._has_news = False
+
+    def _read_files(self, say: Print) -> None:
+        self._files = []
+        for place in self._places:
+            found: list[tuple[Path, type[Journal] | type[IndexFile]]] = [
+                (path, Journal) for path in reversed(journals_in(_parts(place)))
+            ]
+            found += [(place, IndexFile)] if place.is_file() else []
+            for path, kind in found:
+                try:
+                    self._files.append(kind.read(path))
+                except FileNotFoundError:  # another process has merged it
+                    continue
+                except (OSError, ValueError) as error:
+                    say(f"the index {path} is not readable ({error}): made again")
 
 
-def _index_files(folder: str) -> list[Path]:
-    """The files that may hold the index of a folder, best first."""
-    place = folder if is_remote(folder) else os.path.abspath(folder)
-    name = hashlib.sha256(place.encode()).hexdigest()[:16]
-    cached = cache_folder() / f"{name}.index"
-    return [cached] if is_remote(folder) else [Path(folder) / INDEX_NAME, cached]
+def _name(path: str) -> bytes:
+    return os.fsencode(parent_and_name(path)[1])
 
 
-def _fetch_remote_index(folder: str) -> None:
-    """Copy the `shards.index` beside shards at an address, if there is one, to the cache folder."""
-    target = _index_files(folder)[0]
-    if not is_remote(folder) or target.is_file():
-        return
-    with suppress(OSError):  # it is made here instead
-        system, path = file_system(f"{folder}/{INDEX_NAME}")
-        if not with_retries(folder, lambda: system.exists(path)):
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with_retries(folder, lambda: system.get_file(path, str(temporary)))
-        temporary.replace(target)
+def _usual_places(folder: str) -> list[Path]:
+    """Where the index of a folder may be, best first."""
+    where = folder if is_remote(folder) else os.path.abspath(folder)
+    name = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
+    cached = settings_folder() / f"{name}.index"
+    return [cached] if is_remote(folder) else [Path(folder) / beside.INDEX_NAME, cached]
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if is_remote(folder) else os.path.normpath(os.path.join(folder, name))
+def _parts(place: Path) -> Path:
+    return place.with_name(f"{place.name}.parts")

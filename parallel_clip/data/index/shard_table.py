@@ -1,25 +1,29 @@
-"""The table of the shards that a pattern names: find them, check them, scan those without an index,
-and save the index of each folder (see `index_folder.py`)."""
+"""The table of the shards that a pattern names: find them, check them against their index, and scan
+those that have none."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parallel_clip.data.index.index_folder import SIZES_NAME, FolderIndex
+from parallel_clip.data.index.index_folder import FolderIndex
+from parallel_clip.data.index.scan import scan_all
+from parallel_clip.data.index.sidecars import SIZES_NAME, counts_of_img2dataset, read_sizes
+from parallel_clip.data.storage.addresses import is_remote
 from parallel_clip.data.storage.files import parent_and_name
-from parallel_clip.data.storage.patterns import expand_shards, file_stat, require_files
-from parallel_clip.data.storage.processes import parallel_map
-from parallel_clip.data.storage.progress import Print, print_nothing, show_progress
-from parallel_clip.data.storage.shards import ShardIndex, scan_shard
+from parallel_clip.data.storage.patterns import (
+    FileStat,
+    expand_shards,
+    missing_words,
+    stat_files,
+)
+from parallel_clip.data.storage.progress import Print, print_nothing
+from parallel_clip.data.storage.shards import ShardFiles, ShardIndex
 from parallel_clip.errors import InputError
 
 UNKNOWN = -1  # in place of a count: no saved index has the shard, and it has not been scanned
-
-_FEW = 16  # shards that are scanned quicker than processes start
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,33 @@ class ShardTable(Sequence[ShardIndex]):
 
     def table_checksums(self) -> np.ndarray:
         """`ShardIndex.table_checksum` of each shard, int64 [shards]; -1 where no index has it."""
-        checksums = np.full(len(self), -1, np.int64)
-        for folder, rows in self.rows_by_folder():
-            checksums[rows] = folder.look_up([self.paths[row] for row in rows]).checksums
-        return checksums
+        return self._column("checksums")
+
+    def bytes(self) -> np.ndarray:
+        """The size of each shard, int64 [shards]; -1 where no index has it."""
+        return self._column("bytes")
+
+    def without(self, paths: Iterable[str]) -> ShardTable:
+        """The table but for some shards."""
+        gone = set(paths)
+        kept = [number for number, path in enumerate(self.paths) if path not in gone]
+        return replace(self, paths=[self.paths[n] for n in kept], counts=self.counts[kept])
 
     def rows_by_folder(self) -> Iterable[tuple[FolderIndex, list[int]]]:
         """Each folder with the numbers of its shards."""
+        return [(self.folders[parent], numbers) for parent, numbers in self._numbers().items()]
+
+    def _numbers(self) -> dict[str, list[int]]:
         rows: dict[str, list[int]] = {}
         for number, path in enumerate(self.paths):
             rows.setdefault(parent_and_name(path)[0], []).append(number)
-        return [(self.folders[parent], numbers) for parent, numbers in rows.items()]
+        return rows
+
+    def _column(self, name: str) -> np.ndarray:
+        values = np.full(len(self), -1, np.int64)
+        for folder, rows in self.rows_by_folder():
+            values[rows] = getattr(folder.look_up([self.paths[row] for row in rows]), name)
+        return values
 
 
 def find_shards(
@@ -73,7 +93,13 @@ def find_shards(
     Looks at no shard: a count is UNKNOWN where no index has it. folders: indexes that are open
     already, to which those of other folders are added. InputError: a pattern that names nothing.
     """
-    paths = expand_shards(patterns)
+    return table_of(expand_shards(patterns), say, folders)
+
+
+def table_of(
+    paths: list[str], say: Print, folders: dict[str, FolderIndex] | None = None
+) -> ShardTable:
+    """`find_shards` for paths."""
     folders = {} if folders is None else folders
     for parent in dict.fromkeys(parent_and_name(path)[0] for path in paths):
         if parent not in folders:
@@ -84,67 +110,122 @@ def find_shards(
     return table
 
 
-def check_shards(table: ShardTable) -> None:
-    """Check that all shards exist, have the size of which their index says that they had, and as
-    many samples as a `sizes.json` beside them says.
+def find_faults(table: ShardTable, *, local_only: bool = False) -> dict[str, str]:
+    """What is wrong with shards, by path: they do not exist, or are not as they were when they were
+    indexed.
 
-    Looks at every shard on this machine; one process of a job does this on each.
+    Looks at every shard, on this machine alone with `local_only`. One that has its size but another
+    time of change may be a copy: its first and last sample are compared with the index. At an
+    address an index that was made elsewhere has only sizes to compare.
+
+    Raises:
+        InputError: a store does not answer.
+    """
+    paths = [path for path in table.paths if not (local_only and is_remote(path))]
+    stats = stat_files(paths)
+    faults = {path: f"shard {path} does not exist" for path, stat in stats.items() if stat is None}
+    files = ShardFiles()
+    for folder, rows in table.rows_by_folder():
+        indexed = folder.look_up([table.paths[row] for row in rows])
+        for row, samples, size, changed in zip(
+            rows, indexed.samples, indexed.bytes, indexed.changed, strict=True
+        ):
+            path = table.paths[row]
+            stat = stats.get(path)
+            if samples == UNKNOWN or stat is None:
+                continue
+            if stat.size != size:
+                faults[path] = (
+                    f"shard {path} has {stat.size:,} bytes, but had {size:,} when it was "
+                    f"indexed, with {samples:,} samples"
+                )
+            elif _may_be_another(path, stat, int(changed), table, row, files):
+                faults[path] = (
+                    f"shard {path} is another one of as many bytes than when it was indexed, with "
+                    f"{samples:,} samples"
+                )
+    files.close()
+    return faults
+
+
+def check_shards(table: ShardTable, *, local_only: bool = False) -> None:
+    """Check that all shards exist and are as they were when they were indexed (`find_faults`), and
+    have as many samples as a `sizes.json` beside them says.
 
     Raises:
         InputError: shards that are missing or changed, each by name.
     """
-    stats = require_files(list(dict.fromkeys(table.paths)))
-    for folder, rows in table.rows_by_folder():
-        paths = [table.paths[row] for row in rows]
-        indexed = folder.look_up(paths)
-        # Size alone: copying changes the time of change too.
-        changed = {
-            path: f"shard {path} has {stats[path].size:,} bytes, but had {size:,} when it was "
-            f"indexed, with {samples:,} samples"
-            for path, samples, size in zip(paths, indexed.samples, indexed.bytes, strict=True)
-            if samples != UNKNOWN and path in stats and stats[path].size != size
-        }
-        if changed:
-            raise InputError(
-                "\n".join(_first_five([changed[path] for path in sorted(changed)]))
-                + "\nfetch what is not whole again; if the change is meant, renew the index: "
-                f"parallel-clip data index {min(changed)}"
-            )
+    faults = find_faults(table, local_only=local_only)
+    if faults:
+        raise InputError(describe_faults(faults, len(table)))
     _check_counts(table)
 
 
-def counts_from_json(table: ShardTable) -> ShardTable:
-    """The table with counts of a `sizes.json` beside the shards where no index has them."""
+def describe_faults(faults: dict[str, str], total: int) -> str:
+    """In words, with the way out. total: shards there are to be."""
+    missing = [path for path, fault in faults.items() if fault.endswith("does not exist")]
+    changed = sorted(set(faults).difference(missing))
+    parts = [missing_words(missing, total)] if missing else []
+    if changed:
+        parts += first_five([faults[path] for path in changed])
+        parts.append(
+            "fetch what is not whole again; if the change is meant, renew the index: "
+            f"parallel-clip data index {changed[0]}"
+        )
+    return "\n".join(parts)
+
+
+def counts_from_sidecars(table: ShardTable) -> ShardTable:
+    """The table with counts of a `sizes.json`, or of img2dataset's files, beside the shards where
+    no index has them."""
     counts = table.counts.copy()
-    for folder, rows in table.rows_by_folder():
-        sizes = folder.sizes_from_json()
-        for row in rows:
-            if counts[row] == UNKNOWN:
-                counts[row] = sizes.get(parent_and_name(table.paths[row])[1], UNKNOWN)
+    for parent, rows in table._numbers().items():
+        unknown = [row for row in rows if counts[row] == UNKNOWN]
+        sizes = read_sizes(parent) if unknown else {}
+        for row in unknown:
+            counts[row] = sizes.get(parent_and_name(table.paths[row])[1], UNKNOWN)
+        unknown = [row for row in unknown if counts[row] == UNKNOWN]
+        found = counts_of_img2dataset(table.paths[row] for row in unknown)
+        for row, count in zip(unknown, found, strict=True):
+            counts[row] = count or UNKNOWN
     return replace(table, counts=counts)
 
 
-def scan_unindexed(table: ShardTable, say: Print = print, workers: int | None = None) -> ShardTable:
+def scan_unindexed(
+    table: ShardTable,
+    say: Print = print,
+    workers: int | None = None,
+    *,
+    keep_above: int | None = None,
+    bad: dict[str, str] | None = None,
+) -> ShardTable:
     """The table with all counts known, after scanning the shards whose count is UNKNOWN.
 
     Scans in `workers` processes (None: one a core) and says so; `save_index` keeps what it finds.
+    keep_above: where more shards than that are scanned, each is kept at once, so that the next scan
+    goes on behind it. bad: takes those that are missing, empty or cut off, by path, with the
+    reason; they stay UNKNOWN.
 
     Raises:
-        InputError: shards that are missing, empty or cut off, each by name.
+        InputError: such shards, each by name, where there is no `bad`; the others are scanned.
     """
-    missing = dict.fromkeys(
-        path for path, count in zip(table.paths, table.counts, strict=True) if count == UNKNOWN
+    missing = list(
+        dict.fromkeys(
+            path for path, count in zip(table.paths, table.counts, strict=True) if count == UNKNOWN
+        )
     )
     if not missing:
         return table
     say(f"making the index of {len(missing):,} of {len(set(table.paths)):,} shards")
-    found = {}
-    for shard, changed_ns in _scan(list(missing), say, workers):
-        table.folders[parent_and_name(shard.path)[0]].add(shard, changed_ns)
-        found[shard.path] = shard.samples
+    faults: dict[str, str] = {}
+    found = scan_all(missing, table.folders, faults, say, workers, keep_above=keep_above)
     counts = [found.get(path, count) for path, count in zip(table.paths, table.counts, strict=True)]
     table = replace(table, counts=np.array(counts, np.int64))
+    if faults and bad is None:
+        raise InputError("\n".join(first_five(list(faults.values()))))
     _check_counts(table)
+    if bad is not None:
+        bad |= faults
     return table
 
 
@@ -162,14 +243,17 @@ def find_checked_shards(
     folders: dict[str, FolderIndex] | None = None,
     *,
     counts_suffice: bool = False,
+    keep_above: int | None = None,
 ) -> ShardTable:
     """Find, check and scan: the table that the first process of a job opens.
 
-    counts_suffice: do not scan those whose number of samples a `sizes.json` beside them has.
+    counts_suffice: do not scan those whose number of samples a file beside them has;
+    keep_above: as in `scan_unindexed`.
     """
     table = find_shards(patterns, say, folders)
     check_shards(table)  # before a scan that may take hours
-    return scan_unindexed(counts_from_json(table) if counts_suffice else table, say)
+    table = counts_from_sidecars(table) if counts_suffice else table
+    return scan_unindexed(table, say, keep_above=keep_above)
 
 
 def save_index(table: ShardTable, say: Print = print) -> None:
@@ -178,57 +262,24 @@ def save_index(table: ShardTable, say: Print = print) -> None:
         folder.save(say)
 
 
-def renew_index(
-    patterns: str | Sequence[str], say: Print = print, workers: int | None = None
-) -> ShardTable:
-    """Scan the shards that are new or have changed (size or time of change), and save the index.
-
-    Raises:
-        InputError: shards that are missing, empty, cut off, or disagree with a `sizes.json`.
-    """
-    table = find_shards(patterns, say)
-    stats = require_files(list(dict.fromkeys(table.paths)))
-    for folder, rows in table.rows_by_folder():
-        folder.sizes_from_json()  # found unreadable before a scan
-        indexed = folder.look_up([table.paths[row] for row in rows])
-        for row, *saved in zip(rows, indexed.bytes, indexed.changed_ns, strict=True):
-            stat = stats.get(table.paths[row])
-            if stat is not None and tuple(saved) != stat:
-                table.counts[row] = UNKNOWN
-    table = scan_unindexed(table, say, workers)
-    _check_counts(table)
-    save_index(table, say)
-    return table
-
-
-def _scan(paths: Sequence[str], say: Print, workers: int | None) -> list[tuple[ShardIndex, int]]:
-    """Each shard's index and time of change (ns)."""
-    found, errors = [], []
-    workers = 1 if len(paths) <= _FEW else workers or os.cpu_count() or 1
-    results = parallel_map(_scan_or_error, paths, workers=workers, chunksize=4)
-    for result in show_progress(results, len(paths), "indexed", say):
-        (errors if isinstance(result, InputError) else found).append(result)
-    if errors:
-        raise InputError("\n".join(_first_five(list(map(str, errors)))))
-    return found
-
-
-def _scan_or_error(path: str) -> tuple[ShardIndex, int] | InputError:
-    stat = file_stat(path)  # before: a change meanwhile is noticed when the index is renewed
-    try:
-        return scan_shard(path), 0 if stat is None else stat.changed_ns
-    except InputError as error:
-        return error
-
-
-def _first_five(lines: list[str]) -> list[str]:
+def first_five(lines: list[str]) -> list[str]:
     return lines[:5] + ([f"and {len(lines) - 5:,} shards more"] if len(lines) > 5 else [])
+
+
+def _may_be_another(
+    path: str, stat: FileStat, changed: int, table: ShardTable, row: int, files: ShardFiles
+) -> bool:
+    if stat.changed == changed or 0 in (stat.changed, changed):
+        return False
+    if is_remote(path):
+        return changed < 0  # it was made there, so that ETag or time can be compared
+    return not files.has_ends_of(table[row])
 
 
 def _check_counts(table: ShardTable) -> None:
     """Compare the known counts with `sizes.json`. Raises InputError."""
-    for folder, rows in table.rows_by_folder():
-        sizes = folder.sizes_from_json()
+    for parent, rows in table._numbers().items():
+        sizes = read_sizes(parent)
         wrong = []
         for row in rows if sizes else ():
             path, count = table.paths[row], int(table.counts[row])

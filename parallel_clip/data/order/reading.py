@@ -41,9 +41,9 @@ def machine_reading(
             part = min(stop, stream + 1) - max(first, stream)
             touched += 1 - (1 - min(1.0, max(0.0, part))) ** samples_of_page
         fullest = max(fullest, touched)
-    per_stream = pairs / streams
+    per_stream, all_bytes = pairs / streams, pairs * sample_bytes
     return MachineReading(
-        pairs * sample_bytes / machines,
-        fullest * per_stream * sample_bytes * edges,
-        fullest * min(per_stream, SHUFFLED / streams) * sample_bytes * edges,
+        all_bytes / machines,
+        min(all_bytes, fullest * per_stream * sample_bytes * edges),
+        min(all_bytes, fullest * min(per_stream, SHUFFLED / streams) * sample_bytes * edges),
     )

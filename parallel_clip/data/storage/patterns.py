@@ -12,10 +12,19 @@ from typing import NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from parallel_clip.data.storage.remote import file_system, is_remote, with_retries
+from parallel_clip.data.storage.addresses import (
+    file_system,
+    is_remote,
+    remote_stat,
+    request,
+    stat_of_info,
+    without_signature,
+)
+from parallel_clip.data.storage.files import parent_and_name
 from parallel_clip.errors import InputError
 
 _THREADS, _PART = 16, 512
+_FEW = 8  # files at addresses that are looked at one by one, rather than by a list of their folder
 # What fsspec's chained addresses begin with: simplecache::https://..., zip://a.tar::https://...
 _CACHES = ("simplecache", "filecache", "blockcache", "cached")
 _ARCHIVES = ("zip://", "tar://", "libarchive://")
@@ -39,38 +48,99 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
 
 
 class FileStat(NamedTuple):
-    """A file's bytes, and its time of change in ns."""
+    """A file's bytes, and its time of change in ns or `RemoteStat.changed`."""
 
     size: int
-    changed_ns: int
+    changed: int
 
 
-def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
-    """The `FileStat` of each path on this machine, addresses left out; InputError names the
-    missing."""
-    local = list(dict.fromkeys(path for path in paths if not is_remote(path)))
+def stat_files(paths: Sequence[str]) -> dict[str, FileStat | None]:
+    """Look at files, of this machine and at addresses; None where there is none.
+
+    InputError: a store does not answer, or denies access.
+    """
+    paths = list(dict.fromkeys(paths))
+    local = [path for path in paths if not is_remote(path)]
     parts = [local[start : start + _PART] for start in range(0, len(local), _PART)]
     with ThreadPoolExecutor(_THREADS) as threads:  # it waits for the file system
         answers = threads.map(lambda part: [file_stat(path) for path in part], parts)
         found = dict(zip(local, chain.from_iterable(answers), strict=True))
-    missing = [path for path, status in found.items() if status is None]
-    if missing:
-        shown = ", ".join(missing[:5])
-        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
-        raise InputError(
-            f"{len(missing):,} of {len(paths):,} shards do not exist: {shown}{more}; correct the "
-            f"pattern (paths start from {os.getcwd()})"
-        )
+    if len(local) < len(paths):
+        found |= _stat_remote([path for path in paths if is_remote(path)])
     return found
 
 
+def require_files(paths: Sequence[str]) -> dict[str, FileStat]:
+    """`stat_files`; InputError names those that are missing."""
+    found = stat_files(paths)
+    missing = [path for path, status in found.items() if status is None]
+    if missing:
+        raise InputError(missing_words(missing, len(found)))
+    return found
+
+
+def missing_words(missing: Sequence[str], total: int) -> str:
+    """That shards do not exist, and which."""
+    shown = ", ".join(missing[:5])
+    more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+    where = "" if is_remote(missing[0]) else f" (paths start from {os.getcwd()})"
+    return (
+        f"{len(missing):,} of {total:,} shards do not exist: {shown}{more}; correct the "
+        f"pattern{where}"
+    )
+
+
 def file_stat(path: str) -> FileStat | None:
-    """None where there is no file of this machine."""
+    """Of a file of this machine; None where there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
     return FileStat(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def _stat_remote(addresses: list[str]) -> dict[str, FileStat | None]:
+    """By a list of each folder where stores give one, else one by one."""
+    found: dict[str, FileStat | None] = {}
+    folders: dict[str, list[str]] = {}
+    for address in addresses:
+        folders.setdefault(parent_and_name(address)[0], []).append(address)
+    single = []
+    for folder, files in folders.items():
+        # A web server's list is a page for people; signed addresses are for one file each.
+        lists = not folder.startswith("http") and all(without_signature(f) == f for f in files)
+        if lists and len(files) > _FEW:
+            found |= _stat_by_list(folder, files)
+        else:
+            single += files
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found |= zip(single, threads.map(_stat_address, single), strict=True)
+    return found
+
+
+def _stat_by_list(folder: str, addresses: Sequence[str]) -> dict[str, FileStat | None]:
+    system, path = file_system(folder)
+    try:
+        infos = request(folder, lambda: system.ls(path, detail=True))
+    except FileNotFoundError:
+        infos = []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed: {error}") from None
+    by_name = {info["name"].rpartition("/")[2]: info for info in infos}
+    found: dict[str, FileStat | None] = {}
+    for address in addresses:
+        info = by_name.get(parent_and_name(address)[1])
+        found[address] = None if info is None else FileStat(*stat_of_info(address, info)[:2])
+    return found
+
+
+def _stat_address(address: str) -> FileStat | None:
+    try:
+        return FileStat(*remote_stat(address)[:2])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"shard {error}") from None  # which names it
 
 
 def _refuse_chains(text: str) -> None:
@@ -121,7 +191,7 @@ def _remote(text: str) -> list[str]:
         return [text]
     pattern = path if magic else path.rstrip("/") + "/*.tar"
     try:
-        found = sorted(with_retries(text, lambda: system.glob(pattern)))
+        found = sorted(request(text, lambda: system.glob(pattern)))
     except OSError as error:
         raise InputError(f"{text} cannot be listed: {error}") from None
     if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 Print = Callable[[str], None]  # where lines for people go: `print`, `print_nothing`, a test's list
@@ -21,18 +22,35 @@ def show_progress(
     doing: the past participle in the line, such as "indexed"; unit: what is counted.
     """
     if say is print and sys.stdout.isatty():
-        from rich.progress import track
-
-        yield from track(results, description=doing, total=total)
+        yield from _bar(results, total, doing, unit)
         return
     began = last = time.monotonic()
     for number, result in enumerate(results, 1):
         now = time.monotonic()
         if now - last > _SECONDS_BETWEEN_LINES:
             last = now
-            left = (now - began) / number * (total - number)
-            say(f"{doing} {number:,} of {total:,} {unit}, {left:,.0f} s left")
+            rate = number / (now - began)
+            left = timedelta(seconds=round((total - number) / rate))
+            say(f"{doing} {number:,} of {total:,} {unit}, {rate:,.3g} a second, {left} left")
         yield result
+
+
+def _bar(results: Iterable[Value], total: int, doing: str, unit: str) -> Iterator[Value]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, TimeLeft()) as progress:
+        task, began = progress.add_task(doing, total=total, rate=""), time.monotonic()
+        for number, result in enumerate(results, 1):
+            rate = number / max(time.monotonic() - began, 1e-3)
+            progress.update(task, completed=number, rate=f"{unit}, {rate:,.3g} a second")
+            yield result
 
 
 def print_nothing(_: str) -> None:

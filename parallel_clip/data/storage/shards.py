@@ -35,15 +35,21 @@ class BadSampleError(Exception):
         self.reason = reason
 
 
+class ChangedSampleError(BadSampleError):
+    """A sample is not what the index of its shard knows."""
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """Where the samples of a shard are: sample i is the blocks [bounds[i], bounds[i + 1]) of 512
-    bytes, and `checksums[i]` is that of its headers, or REPEATED."""
+    bytes, and `checksums[i]` is that of its headers, or REPEATED. `changed` is the file's time of
+    change in ns, or what `RemoteStat.changed` is."""
 
     path: str
     bytes: int
     bounds: np.ndarray  # uint32 [samples + 1]
     checksums: np.ndarray  # uint32 [samples]
+    changed: int = 0
 
     @property
     def samples(self) -> int:
@@ -55,7 +61,7 @@ class ShardIndex:
 
     @property
     def table_checksum(self) -> int:
-        """CRC-32 of all fields but the path."""
+        """CRC-32 of all that is in the shard."""
         return zlib.crc32(self.checksums.tobytes(), zlib.crc32(self.bounds.tobytes(), self.bytes))
 
 
@@ -154,7 +160,7 @@ def scan_headers(path: str) -> Scan:
         end = starts.pop()
         checksums.pop()
     bounds = (np.array([*starts, end], np.int64) // TAR_BLOCK).astype(np.uint32)
-    index = ShardIndex(path, file.size, bounds, np.array(checksums, np.uint32))
+    index = ShardIndex(path, file.size, bounds, np.array(checksums, np.uint32), file.changed)
     return Scan(index, damage, last_key, advice, note if damage is None else None)
 
 
@@ -184,7 +190,7 @@ class ShardFiles:
         runs would differ by chance.
         """
         start, end = shard.span(index)
-        file = self._files.get(shard.path, shard.bytes)
+        file = self._files.get(shard.path, shard.bytes, shard.changed)
         if not 0 < end - start <= MAX_SAMPLE_BYTES:
             reason = f"{end - start:,} bytes, at most {MAX_SAMPLE_BYTES:,} are read"
             raise BadSampleError(_first_key(file, shard, index), reason)
@@ -217,8 +223,19 @@ class ShardFiles:
                 raise TarError("other files are here than when it was indexed")
         except TarError as error:
             known = printable(key) or _number(index)
-            raise BadSampleError(known, f"damaged in the shard: {error}") from None
+            raise ChangedSampleError(known, f"damaged in the shard: {error}") from None
         return StoredSample(printable(key), files, links)
+
+    def has_ends_of(self, shard: ShardIndex) -> bool:
+        """Whether the first and the last sample are those that the index knows."""
+        for index in {0, shard.samples - 1}:
+            try:
+                self.read(shard, index)
+            except (ChangedSampleError, OSError):
+                return False
+            except BadSampleError:  # as it was when it was indexed
+                continue
+        return True
 
     def close(self) -> None:
         self._files.close()

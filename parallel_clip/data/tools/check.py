@@ -11,10 +11,10 @@ from functools import partial
 from parallel_clip.data.index.shard_table import UNKNOWN, find_shards
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import MAX_PIXELS, PictureRule, decode_picture
+from parallel_clip.data.storage.addresses import is_remote
 from parallel_clip.data.storage.patterns import file_stat, require_files
 from parallel_clip.data.storage.processes import parallel_map
 from parallel_clip.data.storage.progress import Print, show_progress
-from parallel_clip.data.storage.remote import is_remote
 from parallel_clip.data.storage.shards import (
     BadSampleError,
     Scan,
@@ -91,7 +91,8 @@ def decode_all_shards(
     table = find_shards(patterns, say)
     require_files(table.paths)
     check = partial(check_shard, caption_key=caption_key, max_pixels=max_pixels)
-    known = [None if n == UNKNOWN else table[number] for number, n in enumerate(table.counts)]
+    # One at a time: of all together they may be more than memory holds.
+    known = (None if n == UNKNOWN else table[number] for number, n in enumerate(table.counts))
     reports = parallel_map(check, table.paths, known, workers=workers)
     total = CheckReport()
     for report in show_progress(reports, len(table), "checked", say):

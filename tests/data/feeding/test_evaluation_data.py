@@ -3,7 +3,8 @@ import torch
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
-from parallel_clip.data.feeding.open import build_held_out_data, check_samples, find_run_shards
+from parallel_clip.data.feeding.open import build_held_out_data, check_samples
+from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import Preprocess

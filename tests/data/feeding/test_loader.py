@@ -10,7 +10,8 @@ from parallel_clip.config import Config, Data, DataSource
 from parallel_clip.config.keys import Batch
 from parallel_clip.data.feeding import loader as loader_module
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import build_training_data, find_run_shards
+from parallel_clip.data.feeding.open import build_training_data
+from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.feeding.training_data import BadSample, Microbatch
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import decode_picture

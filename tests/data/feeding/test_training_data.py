@@ -12,7 +12,8 @@ from PIL import Image
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
-from parallel_clip.data.feeding.open import build_training_data, check_samples, find_run_shards
+from parallel_clip.data.feeding.open import build_training_data, check_samples
+from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.data.storage.progress import print_nothing

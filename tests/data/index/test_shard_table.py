@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel_clip.data.index import shard_table
-from parallel_clip.data.index.index_file import IndexFile, write_index
-from parallel_clip.data.index.index_folder import INDEX_NAME
+from parallel_clip.data.index import scan
+from parallel_clip.data.index.beside import INDEX_NAME
+from parallel_clip.data.index.index_file import IndexFile, entry_of, write_index
+from parallel_clip.data.index.renew import renew_index
 from parallel_clip.data.index.shard_table import (
     UNKNOWN,
     check_shards,
-    counts_from_json,
+    counts_from_sidecars,
     find_checked_shards,
     find_shards,
-    renew_index,
     save_index,
     scan_unindexed,
 )
@@ -77,7 +77,7 @@ def test_a_shard_of_another_size_than_indexed_is_an_error_until_the_index_is_ren
 
     said = Said()
     assert counts(renew_index(str(tmp_path), said)) == [5, 2]
-    assert "index of 1 of 2 shards" in said[0]
+    assert f"changed since indexed: {paths[0]}" in said[0] and "index of 1 of 2 shards" in said[1]
     assert counts(index_shards(str(tmp_path), Said())) == [5, 2]
 
 
@@ -89,7 +89,7 @@ def test_a_copy_has_another_time_and_needs_no_new_index(tmp_path, cache):
     index_shards(str(tmp_path), said)
     assert not said
     renew_index(str(tmp_path), said)
-    assert "index of 1 of 1 shards" in said[0]
+    assert "index of 1 of 1 shards" in said[1]
 
 
 def test_openclips_counts_are_compared(tmp_path, cache):
@@ -111,7 +111,7 @@ def test_openclips_counts_suffice_where_nothing_is_read(tmp_path, cache):
     said = Said()
     found = find_shards(str(tmp_path), said)
     assert found.counts.tolist() == [UNKNOWN, UNKNOWN]
-    shards = scan_unindexed(counts_from_json(found), said)
+    shards = scan_unindexed(counts_from_sidecars(found), said)
     assert shards.counts.tolist() == [3, 7] and not said
     assert shards[0].samples == 3  # looked up when it is asked for
     with pytest.raises(InputError, match="holds 2 samples, but sizes.json beside it says 7"):
@@ -119,7 +119,7 @@ def test_openclips_counts_suffice_where_nothing_is_read(tmp_path, cache):
 
 
 def test_many_shards_are_scanned_by_processes(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(shard_table, "_FEW", 3)
+    monkeypatch.setattr(scan, "FEW", 3)
     write_shards(tmp_path, [1, 2, 3, 4, 5])
     table = scan_unindexed(find_shards(str(tmp_path), Said()), Said(), workers=2)
     assert counts(table) == [1, 2, 3, 4, 5]
@@ -151,10 +151,11 @@ def test_an_index_file_gives_back_what_was_written(tmp_path_factory, shards):
             number,
             np.arange(len(checksums) + 1, dtype=np.uint32),
             np.array(checksums, np.uint32),
+            7 * number,
         )
         for number, (name, checksums) in enumerate(shards.items())
     ]
-    write_index(path, written, [7 * shard.bytes for shard in written])
+    write_index(path, [entry_of(shard, shard.path.encode()) for shard in written])
     file = IndexFile.read(path)
     names = np.array([name.encode() for name in shards] or [b""])
     rows = file.rows(names).tolist()
