@@ -92,6 +92,28 @@ def test_a_folder_that_is_moved_is_no_change(world):
     assert_each_once(world)
 
 
+def test_a_run_without_a_missing_shard_goes_on_without_it(world):
+    """On every rank, and when the shard is back."""
+    missing = world / "shards/000001.tar"
+    missing.rename(world / "away")
+    skip = ("data.missing=skip", "data.max_missing_fraction=0.25", "schedule.kind=constant")
+    first, _ = train(world, "train.steps=2", *skip, processes=2)
+    assert first.code == 0, first
+    assert "leaves out 1 of 4 shards" in first.out and "000001.tar does not exist" in first.out
+    (world / "away").rename(missing)
+    (ended,) = train(world, "train.epochs=1", *skip)
+    assert ended.code == 2 and "train.epochs" in ended.err  # the length, of which kinds do not mix
+    resumed, _ = train(world, "train.steps=3", *skip, processes=2)
+    assert resumed.code == 0, resumed
+    assert "000001.tar was left out when the run began" in resumed.out
+    seen = [(shard, key) for _, _, shard, key in ledger(world / "run")]
+    assert len(seen) == len(set(seen)) == 24
+    assert {Path(shard).name for shard, _ in seen} == {f"00000{n}.tar" for n in (0, 2, 3)}
+    # As an error it is another shard than the run began with.
+    (ended,) = train(world, "train.steps=4", "schedule.kind=constant")
+    assert ended.code == 2 and "000001.tar is new" in ended.err
+
+
 def assert_each_once(world: Path) -> None:
     seen = [(shard, key) for _, _, shard, key in ledger(world / "run")]
     assert len(seen) == len(set(seen)) == sum(COUNTS)
@@ -145,6 +167,27 @@ def test_a_machine_with_other_shards_is_named(world, spoil):
         assert ended.code == 2, ended
         assert rank or ("rank 1 on " in ended.err and told in ended.err), ended.err
     assert not (world / "run").exists()
+
+
+def test_a_machine_with_other_held_out_shards_is_named(world):
+    """In training and in an evaluation of what it gave."""
+    write_shards(world / "held", [4])
+    write_shards(world / "machine/held", [4, 4])
+    (world / "machine/held/000001.tar").replace(world / "machine/held/000000.tar")
+    before = partial(elsewhere, world / "machine")
+    config = world / "config.yaml"
+    config.write_text(config.read_text().replace(SHARDS, f"{world}/{SHARDS}"))
+    words = ("train", config, f"run_dir={world}/run", "train.steps=2")
+    held_out = ("evaluate.loss=held/000000.tar", "evaluate.every=2")
+    ended = start(*words, *held_out, processes=2, cwd=world, before=before).wait(60)
+    assert [one.code for one in ended] == [2, 2], ended
+    assert "rank 1 on " in ended[0].err and "has other shards of evaluate.loss" in ended[0].err
+    (one,) = run(*words, cwd=world)
+    assert one.code == 0, one
+    words = ("evaluate", "retrieval", world / "run", "--data", "held/000000.tar")
+    ended = start(*words, processes=2, cwd=world, before=before).wait(60)
+    assert [one.code for one in ended] == [2, 2], ended
+    assert "000000.tar is of other samples" in ended[0].err
 
 
 def test_a_machine_without_an_index_keeps_the_one_that_it_makes(world):
