@@ -25,6 +25,7 @@ RESUMES_FILE = "resumes.jsonl"
 METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
+LEFT_OUT_FILE = "left_out_shards.txt"
 LEDGER_FOLDER = "ledger"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -32,8 +33,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 def prepare_run_folder(
     plan: RunPlan, device: str, shards: Sequence[ListedShard] | None = None
 ) -> None:
-    """Write the config, the environment and the list of training shards, note a resumption, and
-    cut the logs back to the step resumed from.
+    """Write the config, the environment and the lists of training shards and of those left out,
+    note a resumption, and cut the logs back to the step resumed from.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -50,6 +51,8 @@ def prepare_run_folder(
         durable.replace_text(run_dir / CONFIG_FILE, plan.config.to_yaml())
         if shards is not None:
             durable.replace_text(run_dir / SHARDS_FILE, as_text(shards))
+        if plan.left_out:
+            durable.replace_text(run_dir / LEFT_OUT_FILE, "\n".join(plan.left_out) + "\n")
         environment = json.dumps(environment_of(plan, device), indent=2)
         durable.replace_text(run_dir / ENVIRONMENT_FILE, environment + "\n")
         names = METRICS_FILE, EVALUATIONS_FILE, BAD_SAMPLES_FILE, SKIPPED_SAMPLES_FILE

@@ -100,6 +100,7 @@ def test_a_run_without_a_missing_shard_goes_on_without_it(world):
     first, _ = train(world, "train.steps=2", *skip, processes=2)
     assert first.code == 0, first
     assert "leaves out 1 of 4 shards" in first.out and "000001.tar does not exist" in first.out
+    assert (world / "run/left_out_shards.txt").read_text() == "shards/000001.tar\n"
     (world / "away").rename(missing)
     (ended,) = train(world, "train.epochs=1", *skip)
     assert ended.code == 2 and "train.epochs" in ended.err  # the length, of which kinds do not mix
