@@ -22,7 +22,8 @@ from parallel_clip.errors import BadDataError, InputError, SaveFailedError, Work
 
 # Of a disk or a mount, not of our code.
 _DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT, errno.ESTALE, errno.ENOTCONN,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT, errno.ESTALE,
+    errno.ENOTCONN,
 )  # fmt: skip
 
 _ALONE = (commands.data_index, commands.data_check, commands.data_pack)
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"parallel-clip: a file cannot be used{where}: {error.strerror}"
                 f"{f': {error.filename}' if error.filename else ''}; see to the disk, then the "
-                "same command goes on from the last checkpoint",
+                "same command goes on with what it had kept (a run from its last checkpoint)",
                 file=sys.stderr,
             )
         else:

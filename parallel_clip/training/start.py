@@ -128,11 +128,9 @@ def open_planned_shards(
         if found.listed != listed:
             what = f"training shards than rank 0: {describe_differences(listed, found.listed)}"
         else:
-            others = found.fingerprint["held_out"]
-            names = [
-                n for n, sum_ in plan.data_fingerprint["held_out"].items() if others[n] != sum_
-            ]
-            what = f"shards of {', '.join(f'evaluate.{name}' for name in names)} than rank 0"
+            own, others = found.fingerprint["held_out"], plan.data_fingerprint["held_out"]
+            names = [f"evaluate.{name}" for name in own if own[name] != others[name]]
+            what = f"shards of {', '.join(names) or 'data.train'} than rank 0"
         raise InputError(
             f"{where} has other {what}; bring the same files to every machine, or put them on a "
             "file system that all share"

@@ -13,9 +13,11 @@ from pathlib import Path
 
 class Server:
     """address: of the folder that is served; requests: the files, and parts of them, that were
-    asked for; failures: how many of the next requests for contents go wrong; status: the answer to
-    all, in place of files; pause: seconds of waiting between the pieces of an answer, of `piece`
-    bytes; stops_after: bytes of an answer after which nothing comes any more."""
+    asked for. What goes wrong: failures: how many of the next requests for contents; status: the
+    answer to all, in place of files; pause: seconds of waiting between the pieces of an answer, of
+    `piece` bytes; stops_after: bytes of an answer after which nothing comes any more;
+    short_answers: how many of the next parts are half as long; denied: paths that are; page: the
+    answer for what is not there. A file may also be named in a query, /get?file=NAME."""
 
     def __init__(self, folder: Path):
         self.requests: list[tuple[str, str]] = []
@@ -25,6 +27,9 @@ class Server:
         self.pause, self.piece = 0.0, 2**16
         self.stops_after: int | None = None
         self.stopping = threading.Event()
+        self.short_answers = 0
+        self.denied: set[str] = set()
+        self.page: bytes | None = None
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,10 +42,17 @@ class Server:
                 self._answer(contents=True)
 
             def _answer(self, contents: bool) -> None:
-                file = folder / self.path.partition("?")[0].lstrip("/")
+                path, _, query = self.path.partition("?")
+                named = re.match(r"file=([^&]+)", query)
+                file = folder / (named[1] if named else path.lstrip("/"))
+                if path in owner.denied:
+                    return self._send(403, b"no", contents)
                 if owner.status is not None:
                     return self._send(owner.status, b"no", contents)
                 if not file.is_file():
+                    if owner.page is not None:
+                        self.modified, self.tag = self.date_time_string(), "page"
+                        return self._send(200, owner.page, contents)
                     return self._send(404, b"")
                 part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
                 if contents:
@@ -55,6 +67,9 @@ class Server:
                 if part is None or owner.whole_files:
                     return self._send(200, data, contents)
                 first, last = int(part[1]), int(part[2])
+                if owner.short_answers and contents:
+                    owner.short_answers -= 1
+                    last = (first + last) // 2
                 headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
                 return self._send(206, data[first : last + 1], contents, headers)
 

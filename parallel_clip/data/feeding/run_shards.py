@@ -19,7 +19,12 @@ from braceexpand import braceexpand
 from parallel_clip.config import parse_bytes
 from parallel_clip.data.index.index_folder import FolderIndex
 from parallel_clip.data.index.scan import FEW
-from parallel_clip.data.index.shard_list import ListedShard, contents_checksum, list_shards
+from parallel_clip.data.index.shard_list import (
+    ListedShard,
+    contents_checksum,
+    list_shards,
+    shards_added,
+)
 from parallel_clip.data.index.shard_table import (
     ShardTable,
     check_shards,
@@ -39,11 +44,10 @@ from parallel_clip.data.storage.disks import pages_folder
 from parallel_clip.data.storage.files import parent_and_name
 from parallel_clip.data.storage.patterns import expand_shards
 from parallel_clip.data.storage.progress import Print, print_nothing
-from parallel_clip.data.storage.tar import printable
 from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
-    from parallel_clip.config import Config, Data, DataSource
+    from parallel_clip.config import Config, Data
 
 Folders = dict[str, FolderIndex]
 
@@ -106,7 +110,7 @@ class RunShards:
     @property
     def is_fetched(self) -> bool:
         """Whether shards of training lie at addresses."""
-        return any(is_remote(path) for table in self.train for path in table.paths[:1])
+        return any(is_remote(path) for table in self.train for path in table.paths)
 
 
 def find_run_shards(
@@ -137,17 +141,17 @@ def find_run_shards(
     keep_above = None if counts_suffice else FEW
     left_out: list[str] = []
     paths = _training_paths(settings)
-    if any(is_remote(path) for source in paths for path in source[:1]):
+    if any(is_remote(path) for source in paths for path in source):
         place, why = pages_folder()
         say(f"pages of shards at addresses: at most {settings.cache} in {place} ({why})")
     train = []
-    for number, (source, named) in enumerate(zip(settings.train, paths, strict=True)):
+    for number, named in enumerate(paths):
         table = table_of(named, say, folders)
         if settings.missing == "skip":
             known = None
             if begun_with is not None:
-                known = {shard.name for shard in begun_with if shard.source == number}
-            table = _without_missing(table, source, settings, left_out, known, say, keep_above)
+                known = [shard for shard in begun_with if shard.source == number]
+            table = _without_missing(table, number, settings, left_out, known, say, keep_above)
         else:
             check_shards(table)  # before a scan that may take hours
             table = counts_from_sidecars(table) if counts_suffice else table
@@ -232,31 +236,37 @@ def _is_named(path: str, pattern: str) -> bool:
 
 def _without_missing(
     table: ShardTable,
-    source: DataSource,
+    number: int,
     settings: Data,
     left_out: list[str],
-    begun_with: set[str] | None,
+    begun_with: list[ListedShard] | None,
     say: Print,
     keep_above: int | None,
 ) -> ShardTable:
-    """The table without the shards that are missing or cannot be used, which go to `left_out`."""
+    """The table of source `number` without the shards that are missing or cannot be used, which go
+    to `left_out`. begun_with: of this source."""
     total = len(table)
     faults = find_faults(table)
     table = table.without(faults)
-    if begun_with is not None:
-        for path in table.paths:
-            if printable(parent_and_name(path)[1]) not in begun_with:
-                faults[path] = f"shard {path} was left out when the run began"
-        table = table.without(faults)
     bad: dict[str, str] = {}
     table = scan_unindexed(table, say, keep_above=keep_above, bad=bad)
     table, faults = table.without(bad), faults | bad
+    if begun_with is not None:
+        listed = [shard._replace(source=number) for shard in list_shards([table])]
+        back = [table.paths[n] for n in shards_added(begun_with, listed)]
+        faults |= {path: f"shard {path} was left out when the run began" for path in back}
+        table = table.without(back)
+    if not len(table):
+        raise InputError(
+            f"none of the {total:,} shards of data.train.{number} can be used:\n"
+            + "\n".join(first_five(list(faults.values())))
+        )
     if not faults:
         return table
     fraction = len(faults) / total
     if fraction > settings.max_missing_fraction:
         raise InputError(
-            f"{len(faults):,} of {total:,} shards of {source.shards} cannot be used, "
+            f"{len(faults):,} of {total:,} shards of data.train.{number} cannot be used, "
             f"{fraction:.2%}, and data.max_missing_fraction is "
             f"{settings.max_missing_fraction:.2%}:\n" + "\n".join(first_five(list(faults.values())))
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +62,7 @@ class FolderIndex:
         self._files: list[IndexTables] = []
         self._scanned: dict[str, ShardIndex] = {}  # by path
         self._keeps_at_once = False
+        self._place = 0  # of the journal
         self._journal: JournalWriter | None = None
         self._own: set[Path] = set()  # journals that this one has closed
         self._has_news = False  # the journals have more than `_files`
@@ -123,13 +124,17 @@ class FolderIndex:
 
     def add(self, shard: ShardIndex) -> None:
         """Take in a scanned shard; `save` keeps it."""
-        if self._keeps_at_once and self._journal is None:
-            self._journal = self._begin_journal()
-        if self._journal is None:
+        if not self._keep(lambda journal: journal.append(_name(shard.path), shard)):
             self._scanned[shard.path] = shard
-        else:
-            self._journal.append(_name(shard.path), shard)
-            self._has_news = True
+
+    def refuse(self, path: str) -> None:
+        """Note a shard that cannot be used, where shards are kept at once."""
+        self._keep(lambda journal: journal.refuse(_name(path)))
+
+    def was_refused(self, path: str) -> bool:
+        """Whether a journal notes that a shard cannot be used."""
+        journals = (file for file in self._files if isinstance(file, Journal))
+        return any(_name(path) in journal.refused for journal in journals)
 
     def close_journal(self) -> None:
         """What was added stays in the journal; others may take it into an index."""
@@ -153,23 +158,39 @@ class FolderIndex:
                     shards, samples = self._merge(place)
             except OSError:
                 continue
-            say(f"index of {shards:,} shards, {samples:,} samples, written to {place}")
+            if shards:
+                say(f"index of {shards:,} shards, {samples:,} samples, written to {place}")
             return
         say(
             f"neither {self._folder} nor the cache folder is writable: the index is not kept "
             "(set PARALLEL_CLIP_CACHE to a folder that is)"
         )
 
-    def _begin_journal(self) -> JournalWriter | None:
-        for place in self._places:
-            with suppress(OSError):
-                return JournalWriter(_parts(place))
-        self._keeps_at_once = False
-        return None
+    def _keep(self, write: Callable[[JournalWriter], None]) -> bool:
+        """Write a record to the journal; where its disk is full, to one in the next place. False
+        where none is to be kept, or can be."""
+        while self._keeps_at_once:
+            try:
+                if self._journal is None:
+                    self._journal = JournalWriter(_parts(self._places[self._place]))
+                write(self._journal)
+                self._has_news = True
+                return True
+            except OSError:
+                if self._journal is not None:  # what it has is whole but for the last record
+                    self._journal.close()
+                    self._own.add(self._journal.path)
+                    self._journal = None
+                self._place += 1
+                self._keeps_at_once = self._place < len(self._places)
+        return False
 
     def _merge(self, place: Path) -> tuple[int, int]:
         """Shards and samples of the index that was written."""
         # Found before they are read: one that ends meanwhile stays for the next.
+        for left in place.parent.glob(f".{place.name}.*"):  # by one that was killed as it wrote
+            if left.suffix != ".lock":
+                left.unlink(missing_ok=True)
         journals = [path for other in self._places for path in journals_in(_parts(other))]
         finished = [path for path in journals if path in self._own or is_finished(path)]
         self._read_files(print_nothing)  # others may have saved since
@@ -180,14 +201,16 @@ class FolderIndex:
             for row, name in enumerate(file.names.tolist()):
                 if name not in entries:
                     entries[name] = entry_at(file, row)
-        write_index(place, list(entries.values()))
+        if entries:
+            write_index(place, list(entries.values()))
         for journal in finished:
             with suppress(OSError):  # a place that is not writable any more
                 journal.unlink(missing_ok=True)
         for other in self._places:
             with suppress(OSError):
                 _parts(other).rmdir()  # where it is empty
-        self._files, self._scanned = [IndexFile.read(place)], {}
+        self._scanned = {}
+        self._read_files(print_nothing)
         return len(entries), sum(entry.samples for entry in entries.values())
 
     def _read_news(self) -> None:

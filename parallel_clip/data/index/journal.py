@@ -2,8 +2,9 @@
 scanned, so that a process that is killed loses no more than the shards that it had in hand.
 
 A record: its header, the shard's file name, `ShardIndex.bounds` and `ShardIndex.checksums`, each
-uint32. Only the last one can be incomplete. A journal belongs to the process that writes it, which
-holds a lock on it; others read it, and remove it once it is in an index and its process has ended.
+uint32. One of no samples notes a shard that cannot be used. Only the last one can be incomplete. A
+journal belongs to the process that writes it, which holds a lock on it; others read it, and remove
+it once it is in an index and its process has ended.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class JournalWriter:
         while record:  # less at a time where a disk is nearly full
             record = record[self._stream.write(record) :]
 
+    def refuse(self, name: bytes) -> None:
+        """Note a shard that was looked at and cannot be used."""
+        self.append(name, ShardIndex("", 0, np.zeros(1, np.uint32), np.zeros(0, np.uint32)))
+
     def close(self) -> None:
         self._stream.close()
 
@@ -62,6 +67,7 @@ class Journal(IndexTables):
     """An open journal: tables in memory, the rest on disk."""
 
     offsets: np.ndarray  # int64 [shards], of each `bounds` in the file
+    refused: frozenset[bytes]  # names of shards that cannot be used, which have no row
 
     @classmethod
     def read(cls, path: Path) -> Journal:
@@ -71,12 +77,12 @@ class Journal(IndexTables):
             size = os.fstat(stream.fileno()).st_size
             while (record := _next_record(stream, size)) is not None:
                 rows[record[0]] = record[1:]  # the last one of a name counts
-        names = sorted(rows)
+        names = sorted(name for name, (samples, *_) in rows.items() if samples)
         columns = np.array([rows[name] for name in names], np.int64).reshape(-1, 5).T
         samples, sizes, changed, checksums, offsets = columns
         return cls(
             path, np.array(names, bytes), sizes, changed, samples, checksums.astype(np.uint32),
-            offsets,
+            offsets, frozenset(rows).difference(names),
         )  # fmt: skip
 
     def _read(self, row: int, path: str) -> ShardIndex:

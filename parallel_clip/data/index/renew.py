@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from parallel_clip.data.index.beside import INDEX_NAME
 from parallel_clip.data.index.index_folder import FolderIndex
 from parallel_clip.data.index.shard_table import (
@@ -47,8 +45,8 @@ def renew_index(
     index. What has been scanned is kept at once; whatever ends this, the same call goes on.
 
     part: scan this part of the shards only, and leave what is found for `merge`, which scans
-    nothing and saves the index of all parts. out: a folder for the index, instead of that of the
-    shards.
+    only what parts have refused and saves the index of all. out: a folder for the index, instead of
+    that of the shards.
 
     Raises:
         InputError: shards that are missing, empty, cut off, or disagree with a `sizes.json`; the
@@ -64,18 +62,22 @@ def renew_index(
         table = table.without(others)
         say(f"part {part.number} of {part.parts}: {len(table):,} of {len(paths):,} shards")
     total = len(table)
-    stats = stat_files(table.paths)
-    bad = {path: f"shard {path} does not exist" for path, stat in stats.items() if stat is None}
+    bad: dict[str, str] = {}
+    stats = stat_files(table.paths, bad)
+    for path, stat in stats.items():
+        if stat is None:
+            bad.setdefault(path, f"shard {path} does not exist")
     table = table.without(bad)
     changed = _forget_changed(table, stats)
     if changed:
         say("changed since indexed: " + "; ".join(first_five(changed)))
     if merge:
-        _require_all(table, bad, total)
-    else:
-        table = scan_unindexed(table, say, workers, keep_above=0, bad=bad)
+        _require_looked_at(table, total)  # what a part refused is looked at once more
+    table = scan_unindexed(table, say, workers, keep_above=0, bad=bad)
     if part is None:
         save_index(table, say)
+    else:
+        _note_refused(table, bad)
     if bad:
         raise InputError(
             f"{len(bad):,} of {total:,} shards cannot be used; the index has the other "
@@ -115,17 +117,28 @@ def _is_newer(path: str, folder: FolderIndex) -> bool:
     return index is not None and shard is not None and shard > index
 
 
-def _require_all(table: ShardTable, bad: dict[str, str], total: int) -> None:
-    missing = int(np.sum(table.counts == UNKNOWN)) + len(bad)
+def _require_looked_at(table: ShardTable, total: int) -> None:
+    """InputError: shards that are in no part, neither indexed nor refused."""
+    missing = [
+        table.paths[row]
+        for folder, rows in table.rows_by_folder()
+        for row in rows
+        if table.counts[row] == UNKNOWN and not folder.was_refused(table.paths[row])
+    ]
     if missing:
-        first = next(
-            (p for p, n in zip(table.paths, table.counts, strict=True) if n == UNKNOWN),
-            next(iter(bad), ""),
-        )
         raise InputError(
-            f"{missing:,} of {total:,} shards are in no part yet, {first} the first of them; run "
-            "parallel-clip data index --part K/N for each K from 1 to N, then --merge"
+            f"{len(missing):,} of {total:,} shards are in no part yet, {missing[0]} the first of "
+            "them; run parallel-clip data index --part K/N for each K from 1 to N, then --merge"
         )
+
+
+def _note_refused(table: ShardTable, bad: dict[str, str]) -> None:
+    for folder, rows in table.rows_by_folder():
+        refused = [table.paths[row] for row in rows if table.paths[row] in bad]
+        folder.keep_at_once()
+        for path in refused:
+            folder.refuse(path)
+        folder.close_journal()
 
 
 def _folder_elsewhere(paths: Sequence[str], out: Path, say: Print) -> dict[str, FolderIndex]:

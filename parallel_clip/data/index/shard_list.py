@@ -4,6 +4,7 @@ a run began with and goes on over."""
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +45,15 @@ def contents_checksum(shards: Sequence[ListedShard]) -> int | None:
 
 
 def describe_differences(before: Sequence[ListedShard], now: Sequence[ListedShard]) -> str:
-    """In words, by name: which shards are gone, new, or have other samples."""
-    old, new = ({(s.source, s.name): s for s in shards} for shards in (before, now))
+    """In words, by name: which shards are gone, new, or have other samples. Several shards of a
+    source may have one name, in folders of their own."""
+    old, new = _by_name(before), _by_name(now)
     groups = {
-        "gone": [key for key in old if key not in new],
-        "new": [key for key in new if key not in old],
-        "of other samples": [key for key in old if key in new and old[key] != new[key]],
+        "gone": [key for key in old if len(old[key]) > len(new.get(key, ()))],
+        "new": [key for key in new if len(new[key]) > len(old.get(key, ()))],
+        "of other samples": [
+            key for key in old if len(old[key]) == len(new.get(key, ())) and old[key] != new[key]
+        ],
     }
     parts = [
         f"{', '.join(name for _, name in keys[:_SHOWN])}"
@@ -60,8 +64,31 @@ def describe_differences(before: Sequence[ListedShard], now: Sequence[ListedShar
     ]
     if not parts:
         moved = [new.name for old, new in zip(before, now, strict=True) if old != new]
-        parts = [f"shards stand in another order, from {moved[0]} on"]
-    return "; ".join(parts)
+        parts = [f"shards stand in another order, from {name} on" for name in moved[:1]]
+    return "; ".join(parts) or "the shards are the same"
+
+
+def shards_added(before: Sequence[ListedShard], now: Sequence[ListedShard]) -> list[int]:
+    """Which of `now`, by number, are more than there were before: of a name that has become more
+    frequent, those with samples that none of that name had."""
+    old = _by_name(before)
+    surplus = Counter((shard.source, shard.name) for shard in now)
+    surplus.subtract({key: len(shards) for key, shards in old.items()})
+    added = []
+    for number, shard in enumerate(now):
+        key = shard.source, shard.name
+        if surplus[key] > 0 and (shard.samples, shard.checksum) not in old.get(key, ()):
+            surplus[key] -= 1
+            added.append(number)
+    return added
+
+
+def _by_name(shards: Sequence[ListedShard]) -> dict[tuple[int, str], list[tuple[int, int]]]:
+    """(samples, checksum) of the shards of each source and name, sorted."""
+    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for shard in shards:
+        found.setdefault((shard.source, shard.name), []).append((shard.samples, shard.checksum))
+    return {key: sorted(of_name) for key, of_name in found.items()}
 
 
 def as_text(shards: Sequence[ListedShard]) -> str:

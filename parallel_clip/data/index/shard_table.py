@@ -101,6 +101,7 @@ def table_of(
 ) -> ShardTable:
     """`find_shards` for paths."""
     folders = {} if folders is None else folders
+    _require_distinct(paths)
     for parent in dict.fromkeys(parent_and_name(path)[0] for path in paths):
         if parent not in folders:
             folders[parent] = FolderIndex.load(parent, say)
@@ -122,8 +123,11 @@ def find_faults(table: ShardTable, *, local_only: bool = False) -> dict[str, str
         InputError: a store does not answer.
     """
     paths = [path for path in table.paths if not (local_only and is_remote(path))]
-    stats = stat_files(paths)
-    faults = {path: f"shard {path} does not exist" for path, stat in stats.items() if stat is None}
+    faults: dict[str, str] = {}
+    stats = stat_files(paths, faults)
+    for path, stat in stats.items():
+        if stat is None:
+            faults.setdefault(path, f"shard {path} does not exist")
     files = ShardFiles()
     for folder, rows in table.rows_by_folder():
         indexed = folder.look_up([table.paths[row] for row in rows])
@@ -164,7 +168,9 @@ def check_shards(table: ShardTable, *, local_only: bool = False) -> None:
 def describe_faults(faults: dict[str, str], total: int) -> str:
     """In words, with the way out. total: shards there are to be."""
     missing = [path for path, fault in faults.items() if fault.endswith("does not exist")]
-    changed = sorted(set(faults).difference(missing))
+    changed = sorted(path for path in faults if "was indexed" in faults[path])
+    told = {*missing, *changed}
+    others = [fault for path, fault in faults.items() if path not in told]
     parts = [missing_words(missing, total)] if missing else []
     if changed:
         parts += first_five([faults[path] for path in changed])
@@ -172,7 +178,7 @@ def describe_faults(faults: dict[str, str], total: int) -> str:
             "fetch what is not whole again; if the change is meant, renew the index: "
             f"parallel-clip data index {changed[0]}"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, *first_five(others)])
 
 
 def counts_from_sidecars(table: ShardTable) -> ShardTable:
@@ -264,6 +270,17 @@ def save_index(table: ShardTable, say: Print = print) -> None:
 
 def first_five(lines: list[str]) -> list[str]:
     return lines[:5] + ([f"and {len(lines) - 5:,} shards more"] if len(lines) > 5 else [])
+
+
+def _require_distinct(paths: Sequence[str]) -> None:
+    """InputError: two addresses that are one shard to an index, and may be two."""
+    known: dict[tuple[str, str], str] = {}
+    for path in paths:
+        other = known.setdefault(parent_and_name(path), path)
+        if other != path:
+            raise InputError(
+                f"{other} and {path} are one shard but for what signs them; name it once"
+            )
 
 
 def _may_be_another(

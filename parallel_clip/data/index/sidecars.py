@@ -23,8 +23,8 @@ def read_sizes(folder: str) -> dict[str, int]:
     InputError: it is damaged."""
     file = f"{folder}/{SIZES_NAME}"
     data = _read(file)
-    if data is None:
-        return {}
+    if data is None or is_remote(file) and not data.lstrip().startswith(b"{"):
+        return {}  # some servers send a page of theirs for what is not there
     try:
         return {str(name): int(count) for name, count in json.loads(data).items()}
     except (ValueError, TypeError, AttributeError) as error:

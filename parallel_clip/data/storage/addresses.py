@@ -19,8 +19,14 @@ from parallel_clip.errors import InputError
 
 _EXTRAS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
            "az": "adlfs", "abfs": "adlfs"}  # fmt: skip
-# Of the query of an address that says for how long, and by whom, a file may be read.
-_SIGNED = re.compile(r"(^|&)(X-Amz-Signature|X-Goog-Signature|Signature|sig|se)=", re.IGNORECASE)
+# What signs an address, in its query: the signature, and all that belongs to it, of S3, Google,
+# CloudFront and Azure. What else a query has names the file.
+_SIGNED = re.compile(r"(^|&)(X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
+_OF_SIGNATURE = re.compile(
+    r"((X-Amz|X-Goog)-[-\w]+|Signature|Expires|Policy|Key-Pair-Id|"
+    r"AWSAccessKeyId|GoogleAccessId|sig|se|sp|sv|sr|ss|srt|st|spr|sip|sk\w+)=.*",
+    re.IGNORECASE,
+)
 _AGAIN = (408, 409, 425, 429)  # of the answers below 500, those that pass
 _SECONDS_BETWEEN_BEATS = 5
 
@@ -38,11 +44,22 @@ class StorageSettings:
     timeout: float = 30.0
     cache: int = 32 * 10**9
 
+    def __post_init__(self) -> None:
+        """InputError: options by kind that are no mapping."""
+        for kind, options in self.options.items() if self._is_by_kind else ():
+            if not isinstance(options, Mapping):
+                raise InputError(
+                    f"data.storage_options.{kind} is {options!r}; expected a mapping of fsspec's "
+                    "options, such as {anon: true}"
+                )
+
+    @property
+    def _is_by_kind(self) -> bool:
+        return bool(self.options) and set(self.options) <= set(_EXTRAS)
+
     def of_kind(self, kind: str) -> dict[str, Any]:
         """The options for addresses of a kind such as `s3`."""
-        if self.options and set(self.options) <= set(_EXTRAS):
-            return dict(self.options.get(kind, {}))
-        return dict(self.options)
+        return dict(self.options.get(kind, {}) if self._is_by_kind else self.options)
 
 
 # Of this process and those that it forks. A command sets it once, before it reads; the alternative
@@ -74,10 +91,13 @@ def is_remote(path: str) -> bool:
 
 
 def without_signature(address: str) -> str:
-    """The address without a query that signs it: the same file tomorrow, and its name in an
+    """The address without what signs it in its query: the same file tomorrow, and its name in an
     index."""
     path, _, query = address.partition("?")
-    return path if is_remote(address) and _SIGNED.search(query) else address
+    if not is_remote(address) or not _SIGNED.search(query):
+        return address
+    kept = [part for part in query.split("&") if not _OF_SIGNATURE.fullmatch(part)]
+    return f"{path}?{'&'.join(kept)}" if kept else path
 
 
 class RemoteStat(NamedTuple):
@@ -164,14 +184,21 @@ def fetch_part(address: str, start: int, end: int) -> bytes:
     """The bytes [start, end) of a file; OSError where others come."""
     system, path = file_system(address)
     began = time.monotonic()
-    data = request(address, lambda: system.cat_file(path, start=start, end=end))
-    if len(data) != end - start:
-        raise OSError(
-            f"{address}: bytes {start:,} to {end:,} were asked for, {len(data):,} came: "
-            "it has changed, or its server does not serve parts of files"
-        )
+
+    def ask() -> bytes:
+        data = system.cat_file(path, start=start, end=end)
+        if len(data) != end - start:
+            words = f"bytes {start:,} to {end:,} were asked for, {len(data):,} came"
+            raise (_TooLongError if len(data) > end - start else OSError)(words)
+        return data
+
+    data = request(address, ask)
     _speed.note(len(data), time.monotonic() - began)
     return data
+
+
+class _TooLongError(OSError):
+    """More came than was asked for, which the server will do again."""
 
 
 def request(address: str, ask: Callable[[], Value]) -> Value:
@@ -188,9 +215,9 @@ def request(address: str, ask: Callable[[], Value]) -> Value:
         for attempt in range(1, tries + 1):
             try:
                 return ask()
-            except TypeError as error:  # of a constructor behind fsspec's, at the first request
-                raise _wrong_options(address, error) from None
             except Exception as error:  # each kind of file system has its own
+                if (wrong := _type_error_in(error)) is not None:
+                    raise _wrong_options(address, wrong) from None
                 reason = _final_error(address, error)
                 if reason is not None:
                     raise reason from error
@@ -208,6 +235,14 @@ def _wrong_options(address: str, error: TypeError) -> InputError:
     return InputError(f"data.storage_options are not those of {kind}://: {error}")
 
 
+def _type_error_in(error: BaseException | None) -> TypeError | None:
+    """Of a constructor behind fsspec's, which options reach at the first request; fsspec may have
+    made another error of it."""
+    while error is not None and not isinstance(error, TypeError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _final_error(address: str, error: Exception) -> OSError | None:
     """What to raise at once; None for what may pass."""
     # fsspec makes "not found" of whatever it meets when it looks at a file by HTTP.
@@ -223,6 +258,10 @@ def _final_error(address: str, error: Exception) -> OSError | None:
         )
     if status == 404 or isinstance(error, FileNotFoundError) and cause is None:
         return FileNotFoundError(f"{address}: there is no such file (404)")
+    if isinstance(error, _TooLongError):
+        return OSError(
+            f"{address}: {error}: it has changed, or its server does not serve parts of files"
+        )
     if status is not None and 400 <= status < 500 and status not in _AGAIN:
         return OSError(f"{address}: the server refuses ({status}): {_words(error)}")
     return None

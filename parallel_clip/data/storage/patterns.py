@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -54,10 +55,15 @@ class FileStat(NamedTuple):
     changed: int
 
 
-def stat_files(paths: Sequence[str]) -> dict[str, FileStat | None]:
+def stat_files(
+    paths: Sequence[str], refused: dict[str, str] | None = None
+) -> dict[str, FileStat | None]:
     """Look at files, of this machine and at addresses; None where there is none.
 
-    InputError: a store does not answer, or denies access.
+    refused: takes those of which a store denies access, or does not answer, with its reason; they
+    are None, too.
+
+    InputError: such a file, where there is no `refused` or there are only such files.
     """
     paths = list(dict.fromkeys(paths))
     local = [path for path in paths if not is_remote(path)]
@@ -66,7 +72,13 @@ def stat_files(paths: Sequence[str]) -> dict[str, FileStat | None]:
         answers = threads.map(lambda part: [file_stat(path) for path in part], parts)
         found = dict(zip(local, chain.from_iterable(answers), strict=True))
     if len(local) < len(paths):
-        found |= _stat_remote([path for path in paths if is_remote(path)])
+        denied: dict[str, str] = {}
+        remote = [path for path in paths if is_remote(path)]
+        found |= _stat_remote(remote, denied)
+        if denied and (refused is None or len(denied) == len(remote)):
+            raise InputError(next(iter(denied.values())))
+        if refused is not None:
+            refused |= denied
     return found
 
 
@@ -99,7 +111,7 @@ def file_stat(path: str) -> FileStat | None:
     return FileStat(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
-def _stat_remote(addresses: list[str]) -> dict[str, FileStat | None]:
+def _stat_remote(addresses: list[str], denied: dict[str, str]) -> dict[str, FileStat | None]:
     """By a list of each folder where stores give one, else one by one."""
     found: dict[str, FileStat | None] = {}
     folders: dict[str, list[str]] = {}
@@ -114,7 +126,7 @@ def _stat_remote(addresses: list[str]) -> dict[str, FileStat | None]:
         else:
             single += files
     with ThreadPoolExecutor(_THREADS) as threads:
-        found |= zip(single, threads.map(_stat_address, single), strict=True)
+        found |= zip(single, threads.map(partial(_stat_address, denied), single), strict=True)
     return found
 
 
@@ -134,13 +146,14 @@ def _stat_by_list(folder: str, addresses: Sequence[str]) -> dict[str, FileStat |
     return found
 
 
-def _stat_address(address: str) -> FileStat | None:
+def _stat_address(denied: dict[str, str], address: str) -> FileStat | None:
     try:
         return FileStat(*remote_stat(address)[:2])
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InputError(f"shard {error}") from None  # which names it
+        denied[address] = f"shard {error}"  # which names it
+        return None
 
 
 def _refuse_chains(text: str) -> None:

@@ -22,7 +22,7 @@ MAX_SAMPLE_BYTES = 128 * 2**20  # of all files of a sample together
 TAR_BLOCK = 512  # of a tar: samples begin at multiples of it
 REPEATED = 0  # in place of a checksum: an earlier sample of the shard has the same key
 
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.run_shards import find_run_shards, reopen_run_shards
+from parallel_clip.data.index.shard_list import describe_differences
 from parallel_clip.data.index.shard_table import UNKNOWN, counts_from_sidecars, find_shards
 from parallel_clip.errors import InputError
 from tests.data.shard_files import write_shards
@@ -58,6 +59,33 @@ def test_shards_that_are_missing_or_cut_are_left_out_where_that_is_asked_for(
     # Another rank leaves out the same, whatever it sees.
     other = reopen_run_shards(config_of(folder, missing="skip"), shards.left_out, check=True)
     assert other.fingerprint == shards.fingerprint
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARALLEL_CLIP_CACHE", str(tmp_path / "cache"))
+    write_shards(tmp_path / "a", [2, 3, 2])
+    write_shards(tmp_path / "b", [4, 5, 4])
+    source = {"shards": [f"{tmp_path}/{folder}/{{000000..000002}}.tar" for folder in "ab"]}
+    data = {"train": [source], "missing": "skip", "max_missing_fraction": 0.3}
+    config = config_from_dict({"train": {"steps": 1}, "data": data})
+    missing = tmp_path / "a/000001.tar"
+    missing.rename(tmp_path / "away")
+    begun = find_run_shards(config, quietly)
+    (tmp_path / "away").rename(missing)
+    resumed = find_run_shards(config, quietly, begun_with=begun.listed)
+    assert resumed.fingerprint == begun.fingerprint and resumed.left_out == [str(missing)]
+    everything = find_run_shards(config, quietly)
+    assert describe_differences(begun.listed, everything.listed) == "000001.tar is new"
+    assert describe_differences(everything.listed, begun.listed) == "000001.tar is gone"
+    assert describe_differences(begun.listed, begun.listed) == "the shards are the same"
+
+
+@pytest.mark.parametrize("fraction", [0, 1])
+def test_no_shard_at_all_is_refused(folder, fraction):
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(InputError, match="none of the 200 shards of data.train.0 can be used"):
+        find_run_shards(config_of(folder, missing="skip", max_missing_fraction=fraction), quietly)
 
 
 def test_too_many_missing_shards_are_refused(folder):

@@ -14,7 +14,7 @@ import pytest
 
 from parallel_clip.data.index.beside import INDEX_NAME
 from parallel_clip.data.index.index_file import IndexFile
-from parallel_clip.data.index.journal import Journal, journals_in
+from parallel_clip.data.index.journal import Journal, JournalWriter, journals_in
 from parallel_clip.data.index.renew import Part, renew_index
 from parallel_clip.data.index.shard_table import UNKNOWN, find_shards
 from parallel_clip.errors import InputError
@@ -121,6 +121,43 @@ def test_parts_are_scanned_on_many_machines_and_merged_on_one(folder, tmp_path):
     assert said == [f"index of 40 shards, 120 samples, written to {out / INDEX_NAME}"]
     assert os.listdir(out) == [INDEX_NAME]
     (out / INDEX_NAME).rename(folder / INDEX_NAME)
+    assert_whole(folder)
+
+
+def test_a_bad_shard_in_a_part_keeps_no_other_from_the_index(folder):
+    cut = folder / "000003.tar"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:1500])
+    (folder / "000010.tar").unlink()
+    pattern = f"{folder}/{{000000..000039}}.tar"
+    for number in (1, 2):
+        with pytest.raises(InputError, match="1 of 20 shards cannot be used"):
+            renew_index(pattern, quietly, part=Part(number, 2))
+    with pytest.raises(InputError, match="2 of 40 shards cannot be used; .* other 38") as caught:
+        renew_index(pattern, quietly, merge=True)
+    assert "000003.tar is not whole" in str(caught.value)
+    assert "000010.tar does not exist" in str(caught.value)
+    assert len(IndexFile.read(folder / INDEX_NAME)) == 38
+    # Mended, it is taken in.
+    cut.write_bytes(whole)
+    renew_index(str(folder), quietly)
+    assert len(IndexFile.read(folder / INDEX_NAME)) == 39
+
+
+def test_a_full_disk_sends_the_journal_to_the_cache_folder(folder, tmp_path, monkeypatch):
+    append = JournalWriter.append
+
+    def full(self, name, shard):
+        if self.path.parent.parent == folder and name > b"000011.tar":
+            self._stream.write(b"half a record")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, name, shard)
+
+    monkeypatch.setattr(JournalWriter, "append", full)
+    renew_index(str(folder), quietly, part=Part(1, 1))
+    assert len(Journal.read(journals_in(folder / f"{INDEX_NAME}.parts")[0])) == 12
+    assert indexed(folder) == SHARDS
+    renew_index(str(folder), quietly)
     assert_whole(folder)
 
 

@@ -15,7 +15,7 @@ from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, Stored
 from parallel_clip.data.storage.tar import decode_name, printable
 from parallel_clip.data.tools.check import decode_all_shards
 from parallel_clip.data.tools.check_report import report_tree
-from tests.data.shard_files import sample
+from tests.data.shard_files import sample, write_shard
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
@@ -92,3 +92,9 @@ def test_half_of_a_surrogate_pair_is_no_caption():
     found = StoredSample("0", {"json": json.dumps(record).encode()})
     with pytest.raises(BadSampleError, match="half of a surrogate pair"):
         CaptionRule("caption").captions_of(found)
+
+
+def test_a_line_break_in_a_name_is_a_byte_like_others(tmp_path):
+    names = ["d\nx/y", "a\nb", "c/d\n"]
+    path = write_shard(tmp_path / "a.tar", {name: sample(n) for n, name in enumerate(names)})
+    assert scan_shard(str(path)).samples == len(list(webdataset.WebDataset(str(path)))) == 3

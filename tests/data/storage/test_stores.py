@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding import workers
+from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.feeding.workers import read_ahead, report_progress
 from parallel_clip.data.index.beside import INDEX_NAME
 from parallel_clip.data.index.renew import renew_index
@@ -107,6 +109,15 @@ def test_a_worker_that_waits_for_a_store_is_not_stuck(served, storage, monkeypat
     ]
 
 
+def test_an_answer_shorter_than_asked_is_asked_for_again(served, storage, no_waits):
+    storage(StorageSettings(retries=1))
+    served.short_answers = 1
+    assert len(fetch_part(f"{served.address}/000000.tar", 0, 5000)) == 5000
+    served.short_answers = 2
+    with pytest.raises(OSError, match="bytes 0 to 5,000 were asked for, 2,500 came.*tried 2 times"):
+        fetch_part(f"{served.address}/000000.tar", 0, 5000)
+
+
 def test_retries_are_a_setting(served, storage, no_waits):
     storage(StorageSettings(retries=2))
     served.failures = 2
@@ -154,6 +165,32 @@ def test_shards_that_are_missing_or_denied_are_named_before_anything_is_read(ser
     served.status = 403
     with pytest.raises(InputError, match="^shard http.*access is denied"):
         index_shards(pattern, quietly)
+
+
+def test_shards_that_are_denied_are_left_out_where_missing_ones_are(served, tmp_path):
+    """A store without the right to list says so of what is not there."""
+    served.denied.add("/000002.tar")
+    tree = {
+        "train": {"steps": 1},
+        "data": {
+            "train": [{"shards": f"{served.address}/{{000000..000002}}.tar"}],
+            "missing": "skip",
+            "max_missing_fraction": 0.4,
+        },
+    }
+    said = []
+    shards = find_run_shards(config_from_dict(tree), said.append)
+    assert shards.order.samples_per_epoch == 7
+    assert any("000002.tar: access is denied (403)" in line for line in said)
+    tree["data"]["missing"] = "error"
+    with pytest.raises(InputError, match="000002.tar: access is denied"):
+        find_run_shards(config_from_dict(tree), quietly)
+
+
+def test_pages_in_place_of_files_beside_shards_are_none(served):
+    """A server that answers with HTML what it does not have."""
+    served.page = b"<html>Welcome</html>"
+    assert index_shards(f"{served.address}/000000.tar", quietly).counts.tolist() == [3]
 
 
 # --------------------------------------------------------------------------------- what changed
@@ -240,8 +277,24 @@ def test_a_new_signature_is_the_same_file(served, query):
 def test_another_query_names_another_file():
     for address in ("https://host/get?file=a.tar", "https://host/a.tar?version=3"):
         assert without_signature(address) == address
+    for signed, name in {
+        "https://h/get?file=a.tar&sig=aa&se=2026": "https://h/get?file=a.tar",
+        "https://h/a.tar?versionId=7&X-Amz-Date=1&X-Amz-Signature=a": "https://h/a.tar?versionId=7",
+        "https://h/a.tar?Expires=1&Signature=a~b&Key-Pair-Id=K": "https://h/a.tar",
+    }.items():
+        assert without_signature(signed) == name
     assert parent_and_name("https://h/d/get?file=x/a.tar") == ("https://h/d", "get?file=x/a.tar")
     assert parent_and_name("/data/odd?sig=1.tar") == ("/data", "odd?sig=1.tar")
+
+
+def test_shards_that_differ_only_in_their_query_are_told_apart(served):
+    """As of a server that takes the file's name there."""
+    first, second = (f"{served.address}/get?file=00000{n}.tar&sig={n}" for n in (0, 1))
+    assert read_all(index_shards([first, second], quietly)) == read_all(
+        index_shards(f"{served.address}/{{000000..000001}}.tar", quietly)
+    )
+    with pytest.raises(InputError, match="are one shard but for what signs them"):
+        index_shards([first, f"{served.address}/get?file=000000.tar&sig=other"], quietly)
 
 
 # ------------------------------------------------------------------------------------------- S3
@@ -395,6 +448,20 @@ def test_options_reach_the_store(storage, monkeypatch, options, sent):
     lower = {name.lower(): value for name, value in headers[-1].items()}
     for name, value in sent.items():
         assert lower.get(name.lower()) == value
+
+
+@pytest.mark.parametrize("value", [3, None, "anon", [1]])
+def test_options_by_kind_are_mappings(value):
+    with pytest.raises(InputError, match=r"data.storage_options.https is .*expected a mapping"):
+        StorageSettings({"https": value})
+
+
+def test_options_that_a_web_server_does_not_take_are_named(served, storage):
+    storage(StorageSettings({"foo": 1}))
+    began = time.monotonic()
+    with pytest.raises(InputError, match="data.storage_options are not those of http://.*foo"):
+        fetch_part(f"{served.address}/000000.tar", 0, 4)
+    assert time.monotonic() - began < 5
 
 
 def test_options_that_a_store_does_not_take_are_named(storage):
