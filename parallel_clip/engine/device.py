@@ -15,7 +15,10 @@ import resource
 import socket
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from parallel_clip.errors import InputError
 
 
 def has_cuda() -> bool:
@@ -23,9 +26,21 @@ def has_cuda() -> bool:
 
 
 def prepare_device(local_rank: int) -> torch.device:
-    """Make this process's device current and return it; without CUDA, put the seam in place."""
+    """Make this process's device current and return it; without CUDA, put the seam in place.
+
+    Where a process sees one GPU alone, it is that one: schedulers give each process its own.
+
+    Raises:
+        InputError: this machine has fewer GPUs than processes.
+    """
     if has_cuda():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        seen = torch.cuda.device_count()
+        if 1 < seen <= local_rank:
+            raise InputError(
+                f"process {local_rank + 1} of machine {host_name()} finds {seen} GPUs there, and "
+                f"NCCL takes one process a GPU; start at most {seen} on a machine"
+            )
+        device = torch.device("cuda", min(local_rank, seen - 1))
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products are so already
         return device
@@ -52,6 +67,28 @@ def make_deterministic() -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def claim_device(device: torch.device, store: dist.Store, rank: int) -> None:
+    """Note in the job's store that this rank has its GPU, which no other rank may have.
+
+    Raises:
+        InputError: another rank has it.
+    """
+    name = f"gpu of {host_name()} {torch.cuda.get_device_properties(device).uuid}"
+    holder = store.compare_set(name, "", str(rank)).decode()
+    if holder != str(rank):
+        raise InputError(
+            f"ranks {holder} and {rank} both have GPU {device.index} of {host_name()}, and NCCL "
+            "takes one process a GPU; start fewer on the machine, or give each its own "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def reset_peak_memory() -> None:
+    """Count `peak_memory_bytes` anew; resident memory has no such count."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes() -> int:

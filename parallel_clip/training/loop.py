@@ -188,6 +188,7 @@ class TrainingLoop:
     def _write_metrics(self, step: int, record: StepRecord, memory: int) -> None:
         means = self.timer.means(self.plan.batch.global_batch)
         self.timer = StepTimer()
+        device.reset_peak_memory()
         if self.log is not None:
             bad, of_sources = self.samples.bad_samples, self.samples.source_samples
             self.log.write_step(step, record, means, memory, bad, of_sources)
