@@ -85,6 +85,34 @@ def claim_device(device: torch.device, store: dist.Store, rank: int) -> None:
         )
 
 
+class CopyStream:
+    """Copies from page-locked memory to the device beside what runs there."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if has_cuda() else None
+
+    def begin(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The copy, not to be used before `finish`; `tensor` itself where it is there."""
+        if self._stream is None:
+            return tensor.to(device)
+        with torch.cuda.stream(self._stream):
+            return tensor.to(device, non_blocking=True)
+
+    def finish(self, copy: torch.Tensor) -> torch.Tensor:
+        """Have what runs on the device from now on wait for the copies that have begun."""
+        if self._stream is not None and copy.is_cuda:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            copy.record_stream(current)  # its memory was the other stream's
+        return copy
+
+    def copy_small(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy for which the host does not wait, from memory that is made page-locked for it."""
+        if self._stream is None:
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def reset_peak_memory() -> None:
     """Count `peak_memory_bytes` anew; resident memory has no such count."""
     if has_cuda():
