@@ -205,7 +205,7 @@ def parallel_clip_step(
         built.optimizer.set_weight(tensor, weights[parameter.name])
     step = TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)
     inputs = StepInputs([texts], lambda _: Pictures(images))
-    return lambda: step(inputs, LR).loss
+    return lambda: step(inputs, LR).record.loss
 
 
 def print_table(timings: list[Timing], results: dict[str, Any]) -> None:

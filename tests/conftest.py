@@ -1,5 +1,7 @@
 """Settings of the whole suite."""
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,11 @@ from tests.processes import Processes
 # The same examples on every run, and no verdict that hangs on the speed of the machine.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
+
+
+# On a machine with GPUs, too, everything but tests/gpu runs on the CPU.
+if not any("gpu" in argument for argument in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,10 +14,10 @@ from functools import partial
 # Where a rank is when it calls this: (module, class or None, function).
 POINTS: dict[str, tuple[str, str | None, str]] = {
     "start": ("parallel_clip.training.lease", "LeaseToken", "wait_until_seen"),
-    "data": ("parallel_clip.training.sample_log", "SampleLog", "count"),
+    "data": ("parallel_clip.training.sample_log", "SampleLog", "own_counts"),
     "forward": ("parallel_clip.pipeline.forward_backward", "TwoPassStep", "first_pass"),
     "backward": ("parallel_clip.pipeline.forward_backward", "TwoPassStep", "second_pass"),
-    "clip": ("parallel_clip.optimizer.adamw", "MegatronAdamW", "clip_gradients"),
+    "clip": ("parallel_clip.optimizer.adamw", "MegatronAdamW", "squared_gradient_norm"),
     "update": ("parallel_clip.optimizer.adamw", "MegatronAdamW", "update"),
     "save": ("parallel_clip.checkpoint.checkpointer", "Checkpointer", "save"),
     "write": ("parallel_clip.checkpoint.durable", None, "write_new"),

@@ -215,6 +215,11 @@ class Data(ConfigSection):
         description="fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the "
         "crop does not need more; pixels differ a little from OpenCLIP's",
     )
+    normalize: Literal["device", "worker"] = Field(
+        "device",
+        description="where pictures become numbers of mean 0; device: they travel as bytes, a "
+        "fourth as many; the same bits",
+    )
     missing: Literal["error", "skip"] = Field(
         "error", description="skip: train without shards that are missing, cut or not readable"
     )

@@ -21,6 +21,7 @@ _FREE = (
     "data.prefetch",
     "data.worker_patience",
     "data.cache",
+    "data.normalize",
     "data.storage_options",
     "data.retries",
     "data.timeout",

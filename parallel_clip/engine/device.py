@@ -15,7 +15,10 @@ import resource
 import socket
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from parallel_clip.errors import InputError
 
 
 def has_cuda() -> bool:
@@ -23,9 +26,21 @@ def has_cuda() -> bool:
 
 
 def prepare_device(local_rank: int) -> torch.device:
-    """Make this process's device current and return it; without CUDA, put the seam in place."""
+    """Make this process's device current and return it; without CUDA, put the seam in place.
+
+    Where a process sees one GPU alone, it is that one: schedulers give each process its own.
+
+    Raises:
+        InputError: this machine has fewer GPUs than processes.
+    """
     if has_cuda():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        seen = torch.cuda.device_count()
+        if 1 < seen <= local_rank:
+            raise InputError(
+                f"process {local_rank + 1} of machine {host_name()} finds {seen} GPUs there, and "
+                f"NCCL takes one process a GPU; start at most {seen} on a machine"
+            )
+        device = torch.device("cuda", min(local_rank, seen - 1))
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products are so already
         return device
@@ -52,6 +67,56 @@ def make_deterministic() -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def claim_device(device: torch.device, store: dist.Store, rank: int) -> None:
+    """Note in the job's store that this rank has its GPU, which no other rank may have.
+
+    Raises:
+        InputError: another rank has it.
+    """
+    name = f"gpu of {host_name()} {torch.cuda.get_device_properties(device).uuid}"
+    holder = store.compare_set(name, "", str(rank)).decode()
+    if holder != str(rank):
+        raise InputError(
+            f"ranks {holder} and {rank} both have GPU {device.index} of {host_name()}, and NCCL "
+            "takes one process a GPU; start fewer on the machine, or give each its own "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+
+
+class CopyStream:
+    """Copies from page-locked memory to the device beside what runs there."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if has_cuda() else None
+
+    def begin(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The copy, not to be used before `finish`; `tensor` itself where it is there."""
+        if self._stream is None:
+            return tensor.to(device)
+        with torch.cuda.stream(self._stream):
+            return tensor.to(device, non_blocking=True)
+
+    def finish(self, copy: torch.Tensor) -> torch.Tensor:
+        """Have what runs on the device from now on wait for the copies that have begun."""
+        if self._stream is not None and copy.is_cuda:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            copy.record_stream(current)  # its memory was the other stream's
+        return copy
+
+    def copy_small(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A copy for which the host does not wait, from memory that is made page-locked for it."""
+        if self._stream is None:
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def reset_peak_memory() -> None:
+    """Count `peak_memory_bytes` anew; resident memory has no such count."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes() -> int:

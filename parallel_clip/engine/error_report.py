@@ -14,8 +14,12 @@ from parallel_clip.errors import PeerLostError
 
 RANK_ZERO_TIMEOUT = datetime.timedelta(seconds=30)
 
-# What gloo says of a connection whose other end is gone.
-_LOST = ("closed by peer", "reset by peer", "Broken pipe")
+# What gloo and NCCL say where the other end of a connection is gone.
+_LOST = (
+    "closed by peer", "reset by peer", "Broken pipe",
+    "ncclRemoteError", "NCCL communicator was aborted", "remote process exited",
+    "Watchdog caught collective operation timeout",
+)  # fmt: skip
 
 
 def report_error_once(message: str, launch: Launch) -> None:

@@ -78,6 +78,9 @@ def join_world(launch: Launch, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT)
     """Prepare this process's device and join the process group of all ranks.
 
     timeout: of a collective, after which it fails.
+
+    Raises:
+        InputError: two processes of a machine have one GPU.
     """
     silence_dependency_warnings()
     device = device_seam.prepare_device(launch.local_rank)
@@ -90,6 +93,8 @@ def join_world(launch: Launch, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT)
         store = dist.HashStore()
     else:
         store = dist.PrefixStore("process groups", job_store(launch))
+        if device.type == "cuda":
+            device_seam.claim_device(device, job_store(launch), launch.rank)
     dist.init_process_group(
         device_seam.collective_backend(),
         store=store,

@@ -99,6 +99,7 @@ class ContrastiveLoss(nn.Module):
         self.exchange, self.tile = exchange, tile
         self._expected_place = rank, world_size
         self._groups: LossGroups | None = None
+        self._checked_shape: torch.Size | None = None
 
     def forward(
         self,
@@ -115,6 +116,9 @@ class ContrastiveLoss(nn.Module):
         logit_scale: the multiplier itself; logit_bias: added to every logit. Logits and log-sum-exp
         are fp32 whatever the features are; gradients are summed in fp32 and rounded once.
 
+        Ranks compare their shapes at the first call, and where this rank's has changed since: all
+        ranks change theirs at the same call.
+
         Raises:
             ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs or
                 another width; a group that does not hold this rank.
@@ -127,7 +131,9 @@ class ContrastiveLoss(nn.Module):
         first_call = self._groups is None
         if first_call:
             self._groups = self._find_groups()
-        _check_equal_shapes(image_features, self._groups)
+        if image_features.shape != self._checked_shape:  # on all ranks at once: the host waits
+            _check_equal_shapes(image_features, self._groups)
+            self._checked_shape = image_features.shape
         if first_call:
             _warn_if_not_normalised(image_features, text_features)
         device = image_features.device

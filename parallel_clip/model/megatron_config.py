@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer import TransformerConfig
 from torch.distributed import ProcessGroup
@@ -66,8 +67,10 @@ def schedule_config(options: ModelOptions, tensor_group: ProcessGroup) -> Transf
     )
     config.hidden_size = 1  # a message is one column of numbers, see handover.py
     config.deallocate_pipeline_outputs = True  # what has been sent is not needed for backward
+    config.batch_p2p_sync = False  # it waits for the device at every message, for torch of 2022
     if options.virtual_pipeline > 1:
-        config.batch_p2p_comm = False  # over gloo, batched messages of several chunks mix up
+        # Over gloo, batched messages of several chunks mix up.
+        config.batch_p2p_comm = dist.get_backend(tensor_group) != "gloo"
         config.virtual_pipeline_model_parallel_size = options.virtual_pipeline
         config.microbatch_group_size_per_vp_stage = options.microbatch_group
     return config

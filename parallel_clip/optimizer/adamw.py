@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -84,9 +85,11 @@ class MegatronAdamW:
             ddp.zero_grad_buffer()
         self._megatron.zero_grad()
 
-    def clip_gradients(self) -> float:
-        """Clip the gradients, and update nothing yet; returns their L2 norm over all ranks, before
-        clipping, or NaN where this rank has one that is not finite.
+    @torch.no_grad()
+    def squared_gradient_norm(self) -> tuple[Tensor, Tensor]:
+        """The square of the gradients' L2 norm over all ranks, fp32 0-dim, and whether all of this
+        rank's gradients are finite, bool 0-dim; both on the device, for which the host need not
+        wait.
 
         The norm takes each parameter from one rank alone: a copy that was spoilt, by a flipped bit
         or in a collective, would not show in it.
@@ -94,8 +97,22 @@ class MegatronAdamW:
         buffers = [buffer.grad_data for ddp in self.wrapped for buffer in ddp.buffers]
         all_finite = torch.stack([buffer.sum() for buffer in buffers]).isfinite().all()
         self._megatron.prepare_grads()
-        norm = float(self._megatron.clip_grad_norm(self._megatron.config.clip_grad))
-        return norm if all_finite.item() else float("nan")
+        # As megatron-core's `get_grad_norm_fp32`, which reads one number a tensor where neither
+        # Transformer Engine nor Apex is.
+        grads = self._megatron.get_main_grads_for_grad_norm()
+        squared = torch.zeros((), device=all_finite.device)
+        if grads:
+            squared = torch.stack(torch._foreach_norm(grads)).norm() ** 2
+        dist.all_reduce(squared, group=self._megatron.get_grad_stats_parallel_group())
+        return squared, all_finite
+
+    @torch.no_grad()
+    def clip_gradients(self, norm: float) -> None:
+        """Scale the gradients to `optimizer.clip_grad_norm`, where `norm`, theirs, is above it."""
+        coefficient = self._megatron.config.clip_grad / (norm + 1e-6)
+        if coefficient < 1:
+            grads = [p.grad for p in self._megatron.get_parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, coefficient)
 
     def update(self, lr: float) -> None:
         """Update the weights with the gradients that were clipped."""

@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup
 from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.pipeline.inputs import StepInputs
-from parallel_clip.pipeline.logit_parameters import read_logit_parameters
+from parallel_clip.pipeline.logit_parameters import shared_logit_parameters
 
 # (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -118,7 +118,7 @@ class TwoPassStep:
             return
         leaves = self._all_features().requires_grad_()
         if self.loss_pipeline_group is not None:
-            logit_scale_and_bias = read_logit_parameters([last], self.loss_pipeline_group)
+            logit_scale_and_bias = shared_logit_parameters([last], self.loss_pipeline_group)
         if not last.stage.is_last:  # the loss adds this rank's part on the last stage
             self.loss(leaves[0], leaves[1], *logit_scale_and_bias)
             return

@@ -24,18 +24,26 @@ class StepInputs:
     """The microbatches of one step.
 
     tokens: int64 [b, context] of each microbatch, on every stage.
-    fetch: puts the pictures of a microbatch on the device. It is called on the first stage alone,
+    fetch: gives the pictures of a microbatch on the device. It is called on the first stage alone,
         in the order of the schedule, which is the same on all tensor ranks: it may broadcast.
+    prepare: called with the number of the microbatch that is fetched next, before the current one
+        runs, so that its copy to the device can begin.
     """
 
-    def __init__(self, tokens: Sequence[Tensor], fetch: Callable[[int], Pictures]):
+    def __init__(
+        self,
+        tokens: Sequence[Tensor],
+        fetch: Callable[[int], Pictures],
+        prepare: Callable[[int], None] = lambda number: None,
+    ):
         self.tokens = tokens
         self._fetch = fetch
-        self._ahead: dict[int, Pictures] = {}
+        self._prepare = prepare
 
     def pictures(self, number: int, following: int | None) -> Pictures:
-        """The pictures of microbatch `number`, no longer held here. Fetches those of `following`,
-        the microbatch asked for next; None: no other in this pass."""
-        current = self._ahead.pop(number, None) or self._fetch(number)
-        self._ahead = {} if following is None else {following: self._fetch(following)}
+        """The pictures of microbatch `number`, not held here. following: the microbatch asked for
+        next; None: no other in this pass."""
+        current = self._fetch(number)
+        if following is not None:
+            self._prepare(following)
         return current

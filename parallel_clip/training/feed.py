@@ -1,8 +1,8 @@
 """From the loader to the device: one rank of each copy of the model reads, and broadcasts it.
 
 Tokens go to all ranks of all stages when a step begins, as texts are pooled where the end-of-text
-token is. Pictures go to the tensor ranks of the first stage, one microbatch ahead of the schedule,
-in each pass anew.
+token is. Pictures go to the tensor ranks of the first stage, in each pass anew: their copy to the
+device begins one microbatch ahead of the schedule, as bytes, which are normalized there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.data.feeding.loader import TrainingLoader
+from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.feeding.training_data import BadSample, Microbatch
+from parallel_clip.data.samples.transforms import Preprocess, normalize
+from parallel_clip.engine.device import CopyStream
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import BatchPlan
 from parallel_clip.model.architecture import Architecture
@@ -48,7 +50,8 @@ class StepBatch:
 class DeviceFeed:
     """Broadcasts the loader's microbatches to the ranks that share a copy of the model.
 
-    loader: given where `groups.reads_data`, None on the others; dtype: of the pictures.
+    loader: given where `groups.reads_data`, None on the others; dtype: of the pictures; preprocess:
+    by which pictures that come as uint8 are normalized here; None: they are already.
     """
 
     loader: TrainingLoader | None
@@ -57,6 +60,20 @@ class DeviceFeed:
     groups: Groups
     dtype: torch.dtype
     seed: int
+    preprocess: Preprocess | None = None
+
+    @property
+    def normalizes(self) -> bool:
+        return self.preprocess is not None
+
+    def __post_init__(self) -> None:
+        self._copies = CopyStream()
+        self._slice = RankBatchSlice(
+            self.plan.global_batch,
+            self.plan.micro_batch,
+            self.groups.data_rank,
+            self.groups.layout.data,
+        )
 
     def batches(self, first_step: int, steps: int) -> Iterator[StepBatch]:
         """The batch of each step from `first_step` (counted from 0) on."""
@@ -67,7 +84,13 @@ class DeviceFeed:
                 self._share_tokens(read[number] if read else None)
                 for number in range(self.plan.microbatches)
             ]
-            yield StepBatch(StepInputs(tokens, partial(self._share_pictures, step, read)), read)
+            ahead: dict[int, Tensor] = {}  # copies that have begun, by microbatch
+            inputs = StepInputs(
+                tokens,
+                partial(self._share_pictures, step, read, ahead),
+                partial(self._begin_copy, read, ahead),
+            )
+            yield StepBatch(inputs, read)
 
     def _share_tokens(self, microbatch: Microbatch | None) -> Tensor:
         """A microbatch's tokens, on every rank that shares the model."""
@@ -81,26 +104,39 @@ class DeviceFeed:
             tokens = self._broadcast(tokens, groups.tensor)
         return self._broadcast(tokens, groups.pipeline)
 
-    def _share_pictures(self, step: int, read: Sequence[Microbatch], number: int) -> Pictures:
-        """A microbatch's pictures, on every tensor rank of the first stage."""
-        group, device = self.groups.tensor, self.groups.device
+    def _begin_copy(
+        self, read: Sequence[Microbatch], ahead: dict[int, Tensor], number: int
+    ) -> None:
         if read:
-            images, positions = read[number].images.to(self.dtype), read[number].positions
+            ahead[number] = self._copies.begin(read[number].images, self.groups.device)
+
+    def _share_pictures(
+        self, step: int, read: Sequence[Microbatch], ahead: dict[int, Tensor], number: int
+    ) -> Pictures:
+        """A microbatch's pictures, on every tensor rank of the first stage."""
+        if number not in ahead:
+            self._begin_copy(read, ahead, number)
+        if read:
+            images = self._copies.finish(ahead.pop(number))
         else:
             pairs, size = self.plan.micro_batch, self.architecture.vision.image_size
-            images = torch.empty(pairs, 3, *size, dtype=self.dtype, device=device)
-            positions = torch.empty(pairs, dtype=torch.int64, device=device)
-        images = self._broadcast(images, group)
-        return Pictures(images, self._kept_patches(step, self._broadcast(positions, group)))
+            dtype = torch.uint8 if self.normalizes else torch.float32
+            images = torch.empty(pairs, 3, *size, dtype=dtype, device=self.groups.device)
+        images = self._broadcast(images, self.groups.tensor)
+        if self.normalizes:
+            images = normalize(images, self.preprocess)
+        return Pictures(images.to(self.dtype), self._kept_patches(step, number))
 
-    def _kept_patches(self, step: int, positions: Tensor) -> Tensor | None:
+    def _kept_patches(self, step: int, number: int) -> Tensor | None:
+        """By the positions of the microbatch, which every rank knows."""
         vision = self.architecture.vision
         if vision.patches_kept == vision.patches:
             return None
+        positions = self._slice.microbatches(step)[number]
         kept = kept_patches_of_batch(
-            self.seed, step + 1, positions.tolist(), vision.patches, vision.patches_kept
+            self.seed, step + 1, positions, vision.patches, vision.patches_kept
         )
-        return torch.from_numpy(kept).to(self.groups.device)
+        return self._copies.copy_small(torch.from_numpy(kept), self.groups.device)
 
     def _broadcast(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         """From the first rank of the group."""

@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.meta import Meta
@@ -19,6 +18,7 @@ from parallel_clip.evaluate.interrupt import EvaluationInterrupted, Interruptibl
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.bad_steps import BadStepPolicy
+from parallel_clip.training.exchange import tell_all
 from parallel_clip.training.feed import DeviceFeed, StepBatch
 from parallel_clip.training.learning_rate import learning_rate
 from parallel_clip.training.lease import LeaseToken
@@ -72,6 +72,8 @@ class TrainingLoop:
             self.policy.complaint,
             groups.world,
         )
+        # Of every rank, at the end of the last step; None: not known, as before the first one.
+        self.told_flags: np.ndarray | None = None
         self.timer = StepTimer()
         self.recent_steps = deque([0.0], maxlen=20)  # seconds
         own = sum(tensor.numel() for _, tensor in state.global_parameters())
@@ -119,17 +121,21 @@ class TrainingLoop:
     def _reason_to_stop(self, step: int) -> str | None:
         """What any rank has been asked, before `step`; the same on every rank. Also commits an
         asynchronous checkpoint that every rank has written."""
-        self.progress.mark("agreeing whether to go on", step)
-        flags = [
-            *self.requests.flags(self._needed_seconds()),
-            int(self.checkpointer.is_writing),
-        ]
-        found = torch.tensor(flags, device=self.groups.device)
-        dist.all_reduce(found, group=self.groups.world)
-        *asked, writing = found.tolist()
+        flags = self.told_flags
+        if flags is None:
+            self.progress.mark("agreeing whether to go on", step)
+            flags = tell_all(None, self._own_flags(), self.groups.device, self.groups.world)
+        self.told_flags = None
+        *asked, writing = flags.any(axis=0).tolist()
         if self.checkpointer.has_pending and not writing:
             self.checkpointer.finish()
         return next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
+
+    def _own_flags(self) -> list[int]:
+        return [
+            *self.requests.flags(self._needed_seconds()),
+            int(self.checkpointer.is_writing),
+        ]
 
     def _needed_seconds(self) -> float:
         """What one more step and a save would take, with something to spare."""
@@ -155,13 +161,18 @@ class TrainingLoop:
         began = time.perf_counter()
         batch = next(batches)
         self.timer.add_step(data_seconds=time.perf_counter() - began)
-        self.progress.mark("counting samples")
-        self.samples.count(step, batch)
+        counts = self.samples.own_counts(batch)
         settings = self.config.optimizer
         lr = learning_rate(step - 1, self.plan.steps, settings.lr, self.config.schedule)
         self.progress.mark("forward, backward and update")
-        record = self.step(batch.inputs, lr)
+        record, told = self.step(
+            batch.inputs,
+            lr,
+            lambda: [*counts, device.peak_memory_bytes(), *self._own_flags()],
+        )
         self.progress.mark("writing logs")
+        self.samples.count(step, batch, told[:, : len(counts)])
+        self.told_flags = told[:, len(counts) + 1 :]
         if record.complaint is None:
             self.updates += 1
             self.policy.count_good(record.grad_norm)
@@ -172,16 +183,15 @@ class TrainingLoop:
             self.samples.write_ledger(step, batch)
         self.recent_steps.append(time.perf_counter() - began)
         if step == 1 or step % self.config.log.every == 0 or record.complaint is not None:
-            self._write_metrics(step, record)
+            self._write_metrics(step, record, int(told[:, len(counts)].max()))
 
-    def _write_metrics(self, step: int, record: StepRecord) -> None:
-        memory = torch.tensor(device.peak_memory_bytes(), device=self.groups.device)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+    def _write_metrics(self, step: int, record: StepRecord, memory: int) -> None:
         means = self.timer.means(self.plan.batch.global_batch)
         self.timer = StepTimer()
+        device.reset_peak_memory()
         if self.log is not None:
             bad, of_sources = self.samples.bad_samples, self.samples.source_samples
-            self.log.write_step(step, record, means, int(memory), bad, of_sources)
+            self.log.write_step(step, record, means, memory, bad, of_sources)
             self._write_status("running", step)
 
     def _save_and_evaluate(self, step: int) -> bool:
@@ -193,6 +203,7 @@ class TrainingLoop:
         if (every and step % every == 0) or last:
             self.progress.mark("saving a checkpoint", step)
             self.checkpointer.save(self._meta(step), self.state, last=last)
+            self.told_flags = None  # that was before; this took a while
             self.timer.add_pause(self.checkpointer.last_pause)
         complete = not self.plan.evaluates_after(step) or self._evaluate(step)
         self.timer.leave_out(time.perf_counter() - began)
@@ -201,6 +212,7 @@ class TrainingLoop:
     def _evaluate(self, step: int) -> bool:
         """False: all ranks left the evaluation because one of them is asked to stop."""
         self.progress.mark("evaluating", step)
+        self.told_flags = None
         batches = InterruptibleBatches(
             self.groups.world,
             self.groups.device,

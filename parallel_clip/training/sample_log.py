@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from parallel_clip.data.feeding.training_data import Microbatch
 from parallel_clip.engine.collectives import gather_objects
@@ -42,17 +41,18 @@ class SampleLog:
     source_samples: list[int]
     _first_bad: dict | None = None  # since this process began
 
-    def count(self, step: int, batch: StepBatch) -> None:
-        """Count a step's samples. Called by all ranks.
+    def own_counts(self, batch: StepBatch) -> list[int]:
+        """This rank's bad samples of a step, and its samples of each source."""
+        return [len(batch.bad), *batch.of_sources(len(self.source_samples))]
+
+    def count(self, step: int, batch: StepBatch, everyones: np.ndarray) -> None:
+        """Count a step's samples. Called by all ranks; everyones: `own_counts` of each, [ranks, n].
 
         Raises:
             BadDataError: the bad ones so far are evidence that more than `max_bad_fraction` are; at
                 the end of an epoch or the run, more of those seen are.
         """
-        own = torch.tensor([len(batch.bad), *batch.of_sources(len(self.source_samples))])
-        counts = own.to(self.groups.device)
-        dist.all_reduce(counts)
-        bad_of_step, *of_sources = counts.tolist()
+        bad_of_step, *of_sources = map(int, everyones.sum(axis=0))
         self.source_samples = [
             before + new for before, new in zip(self.source_samples, of_sources, strict=True)
         ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from parallel_clip.config import Loss
-from parallel_clip.engine.collectives import broadcast_from_last_stage, gather_objects
+from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.engine.groups import Groups
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.loss.contrastive import ContrastiveLoss
@@ -19,7 +20,8 @@ from parallel_clip.model.clip import clamp_logit_scale
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.pipeline.forward_backward import forward_backward
 from parallel_clip.pipeline.inputs import StepInputs
-from parallel_clip.pipeline.logit_parameters import read_logit_parameters
+from parallel_clip.pipeline.logit_parameters import own_logit_parameters
+from parallel_clip.training.exchange import tell_all
 from parallel_clip.training.run_log import StepRecord
 
 
@@ -41,51 +43,88 @@ class TrainStep:
     complain: Callable[[float, float], str | None] = lambda loss, grad_norm: None
     world: ProcessGroup | None = None
 
-    def __call__(self, inputs: StepInputs, lr: float) -> StepRecord:
-        """Run forward, backward and the optimizer; the same record on every rank.
+    def __call__(
+        self, inputs: StepInputs, lr: float, tell: Callable[[], Sequence[float]] = tuple
+    ) -> StepResult:
+        """Run forward, backward and the optimizer; the same record on every rank. `tell` is called
+        once all of this rank's work but the update is under way.
 
         Where any rank has a complaint, no weight, moment or counter changes, and the record has it.
         """
         state, group = self.state, self.pipeline_group
         loss_group = group if self.loss_on_all_stages else None
-        logit_scale, logit_bias = read_logit_parameters(state.chunks, group)
         state.optimizer.zero_grad()
         report = forward_backward(state.wrapped, inputs, self.loss, self.stash, loss_group)
-        loss_and_bad = broadcast_from_last_stage(torch.stack(report), group)
-        loss_value, *bad = loss_and_bad.tolist()
-        found = loss_value, state.optimizer.clip_gradients()
-        complaint, (loss_value, grad_norm) = self._agree(
-            self.complain(*found), found, loss_and_bad.device
-        )
+        of_loss = torch.cat([torch.stack(report), own_logit_parameters(state.chunks)])
+        broadcast_from_last_stage(of_loss, group)
+        squared_norm, all_finite = state.optimizer.squared_gradient_norm()
+        numbers = torch.cat([of_loss, torch.stack([squared_norm, all_finite.float()])])
+        # The one time in a step that the host waits for the device: before the update, which a bad
+        # step must not do.
+        everyones = tell_all(numbers, tell(), numbers.device, self.world)
+
+        found = [_Found.of(row) for row in everyones]
+        own = found[0 if self.world is None else self.world.rank()]
+        complaint, told = self._first_complaint(found)
+        loss, grad_norm = (told or own).loss, (told or own).grad_norm
         if complaint is None:
+            state.optimizer.clip_gradients(grad_norm)
             state.optimizer.update(lr)
             clamp_logit_scale(state.chunks[-1])
-        elif not math.isfinite(loss_value):
-            where = nonfinite_ranks(*bad, self.world)
-            complaint = f"{complaint} (logit_scale {logit_scale:.4g}); {where}"
-        return StepRecord(loss_value, grad_norm, lr, logit_scale, logit_bias, complaint)
+        elif not math.isfinite(loss):
+            where = nonfinite_ranks([(each.bad_images, each.bad_texts) for each in found])
+            complaint = f"{complaint} (logit_scale {own.logit_scale:.4g}); {where}"
+        has_bias = state.chunks[-1].architecture.init_logit_bias is not None
+        bias = own.logit_bias if has_bias else None
+        record = StepRecord(loss, grad_norm, lr, own.logit_scale, bias, complaint)
+        return StepResult(record, everyones[:, _NUMBERS:])
 
-    def _agree(
-        self, complaint: str | None, found: tuple[float, float], device: torch.device
-    ) -> tuple[str | None, tuple[float, float]]:
-        """The complaint of any rank, with the loss and gradient norm that it found: a flipped bit
-        may show on one alone. Without one this rank's own."""
-        if self.world is None:
-            return complaint, found
-        any_complaint = torch.tensor(float(complaint is not None), device=device)
-        dist.all_reduce(any_complaint, op=dist.ReduceOp.MAX, group=self.world)
-        if not any_complaint.item():
-            return None, found
-        return next(own for own in gather_objects((complaint, found), self.world) if own[0])
+    def _first_complaint(self, found: Sequence[_Found]) -> tuple[str | None, _Found | None]:
+        """The complaint of the first rank that has one, with what it found: a flipped bit may show
+        on one alone."""
+        asked: set[tuple[float, float]] = set()
+        for each in found:
+            if (each.loss, each.grad_norm) not in asked:  # they differ on none, nearly always
+                asked.add((each.loss, each.grad_norm))
+                complaint = self.complain(each.loss, each.grad_norm)
+                if complaint is not None:
+                    return complaint, each
+        return None, None
 
 
-def nonfinite_ranks(bad_images: float, bad_texts: float, world: ProcessGroup | None) -> str:
-    """Name the ranks of `world` whose features are not finite. Called by all of them."""
-    everyones = gather_objects((bad_images, bad_texts), world)
+class StepResult(NamedTuple):
+    """The record of a step, and what `tell` gave on each rank, fp64 [ranks, n]."""
+
+    record: StepRecord
+    told: np.ndarray
+
+
+class _Found(NamedTuple):
+    """What a rank knows at the end of backward."""
+
+    loss: float
+    bad_images: float
+    bad_texts: float
+    logit_scale: float
+    logit_bias: float
+    grad_norm: float  # NaN where a gradient of the rank is not finite
+
+    @classmethod
+    def of(cls, row: np.ndarray) -> _Found:
+        *of_loss, squared_norm, all_finite = row[:_NUMBERS].tolist()
+        return cls(*of_loss, squared_norm**0.5 if all_finite else float("nan"))
+
+
+_NUMBERS = len(_Found._fields) + 1
+
+
+def nonfinite_ranks(bad_features: Sequence[tuple[float, float]]) -> str:
+    """Name the ranks whose features are not finite. bad_features: of each, how many picture and
+    text features are not."""
     sides = [
         f"{side} features of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         for number, side in enumerate(("image", "text"))
-        if (ranks := [rank for rank, bad in enumerate(everyones) if bad[number]])
+        if (ranks := [rank for rank, bad in enumerate(bad_features) if bad[number]])
     ]
     if not sides:
         return "all features are finite: the multiplier, the bias or the loss itself is not"

@@ -146,6 +146,7 @@ def _prepare(
         groups,
         DTYPES[config.precision],
         config.seed,
+        plan.preprocess if config.data.normalize == "device" else None,
     )
     loop = TrainingLoop(plan, groups, state, checkpointer, held_out, requests, progress, token)
     return loop, feed

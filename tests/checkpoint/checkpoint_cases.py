@@ -113,7 +113,7 @@ def _train(groups: Groups, task: Task, built: TrainState, steps: int) -> list[di
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
     step = TrainStep(built, ClipLoss(group=groups.data), 0, groups.pipeline)
-    return [asdict(step(batch, LR)) for _ in range(steps)]
+    return [asdict(step(batch, LR).record) for _ in range(steps)]
 
 
 def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> None:

@@ -28,7 +28,7 @@ def train(
     train_step = TrainStep(built, loss, 0, groups.pipeline)
     records, gradients = [], {}
     for step in range(STEPS):
-        record = train_step(batch, LR)
+        record = train_step(batch, LR).record
         records.append((record.loss, record.grad_norm))
         if step == 0:
             gradients = {p.name: t.main_grad.clone() for p, t in built.global_parameters()}

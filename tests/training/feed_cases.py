@@ -76,9 +76,9 @@ def feed_a_step(
     most_held = 0
     share = feed._share_pictures
 
-    def watched(step: int, read: list[Microbatch], number: int):
+    def watched(step: int, read: list[Microbatch], ahead: dict, number: int):
         nonlocal most_held
-        pictures = share(step, read, number)
+        pictures = share(step, read, ahead, number)
         fetched.append(number)
         held.add(pictures.images)
         most_held = max(most_held, len(held))

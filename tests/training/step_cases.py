@@ -39,7 +39,7 @@ def train(
     batch = own_microbatches(groups, task.images, task.tokens, microbatches)
     stash = choose_stash(config.parallel, microbatches)
     step = TrainStep(built, loss, stash, groups.pipeline)
-    records = [asdict(step(batch, lr)) for _ in range(steps)]
+    records = [asdict(step(batch, lr).record) for _ in range(steps)]
     assert all(record.pop("complaint") is None for record in records)
     return records, {p.name: tensor.detach() for p, tensor in built.global_parameters()}
 
@@ -76,6 +76,6 @@ def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
     before = [p.detach().clone() for _, p in built.global_parameters()]
     complain, loss = BadStepPolicy(BadSteps()).complaint, ClipLoss(group=groups.data)
     step = TrainStep(built, loss, 1, groups.pipeline, complain=complain, world=groups.world)
-    complaint = step(batch, lr=1e-3).complaint
+    complaint = step(batch, lr=1e-3).record.complaint
     after = [p for _, p in built.global_parameters()]
     return complaint or "no complaint", all(map(torch.equal, before, after))

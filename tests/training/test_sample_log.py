@@ -12,6 +12,7 @@ from parallel_clip.data.feeding.training_data import BadSample, Microbatch, Stor
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import BadDataError
 from parallel_clip.layout import Layout
+from parallel_clip.training.exchange import tell_all
 from parallel_clip.training.feed import StepBatch
 from parallel_clip.training.sample_log import SampleLog
 
@@ -30,7 +31,8 @@ def two_steps(groups: Groups, run_dir: Path, limit: float) -> tuple[int, list[in
         read = [Microbatch(torch.empty(0), torch.empty(0), positions, addresses, bad)]
         batch = StepBatch(None, read)
         try:
-            log.count(step, batch)
+            own = tell_all(None, log.own_counts(batch), groups.device, groups.world)
+            log.count(step, batch, own)
         except BadDataError as caught:
             error = str(caught)
         log.write_ledger(step, batch)

@@ -88,11 +88,12 @@ def build_training_data(
     """The training pairs of a run."""
     settings = config.data
     augment = settings.augment == "train"
+    here = settings.normalize == "worker"
     if augment:
-        transform = training_transform(preprocess, settings.augment_options)
+        transform = training_transform(preprocess, settings.augment_options, normalized=here)
         shrink, resized = training_shrink(preprocess, settings.augment_options), None
     else:
-        transform = evaluation_transform(preprocess)
+        transform = evaluation_transform(preprocess, normalized=here)
         shrink, resized = evaluation_shrink(preprocess), evaluation_resized(preprocess)
     if settings.decode == "exact":
         shrink = None

@@ -33,7 +33,7 @@ class Microbatch:
     """b pairs on the CPU. `addresses` has the sample that was read at each position: its own, or
     the substitute where `bad` lists its own."""
 
-    images: Tensor  # fp32 [b, 3, H, W]
+    images: Tensor  # [b, 3, H, W], as the transform gives them: fp32, or uint8 to be normalized
     tokens: Tensor  # int64 [b, L]
     positions: Tensor  # int64 [b]
     addresses: list[StoredAddress]

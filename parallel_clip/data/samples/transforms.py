@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -94,8 +94,9 @@ class Preprocess:
         }
 
 
-def evaluation_transform(preprocess: Preprocess) -> Transform:
-    """Resize and crop to the middle, the same for every call."""
+def evaluation_transform(preprocess: Preprocess, *, normalized: bool = True) -> Transform:
+    """Resize and crop to the middle, the same for every call. To fp32 [3, H, W]; with `normalized`
+    off, to the uint8 that `normalize` takes."""
     bilinear = preprocess.interpolation == "bilinear"
     interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
     size = list(preprocess.image_size)
@@ -112,11 +113,14 @@ def evaluation_transform(preprocess: Preprocess) -> Transform:
     else:
         # OpenCLIP resizes to a size that is not square with bicubic, whatever is asked.
         steps = [partial(_resize_to_fit, size, min, InterpolationMode.BICUBIC), T.CenterCrop(size)]
-    return T.Compose([*steps, *_to_tensor(preprocess)])
+    return T.Compose([*steps, *_to_tensor(preprocess, normalized)])
 
 
-def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Transform:
-    """A random crop, resized, with colour jitter and grey pictures where `options` ask for them.
+def training_transform(
+    preprocess: Preprocess, options: Mapping[str, Any], *, normalized: bool = True
+) -> Transform:
+    """A random crop, resized, with colour jitter and grey pictures where `options` ask for them;
+    `normalized` as in `evaluation_transform`.
 
     `options` are those of OpenCLIP's aug_cfg that it has without timm: scale, ratio, color_jitter
     (brightness, contrast, saturation, hue) with color_jitter_prob, gray_scale_prob. Its training
@@ -137,7 +141,19 @@ def training_transform(preprocess: Preprocess, options: Mapping[str, Any]) -> Tr
     if "gray_scale_prob" in options:
         grey = T.Grayscale(num_output_channels=3)
         steps.append(partial(_sometimes, options["gray_scale_prob"], grey))
-    return T.Compose([*steps, *_to_tensor(preprocess)])
+    return T.Compose([*steps, *_to_tensor(preprocess, normalized)])
+
+
+def normalize(pictures: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 [b, 3, H, W] to fp32, on their device: the bits that the transforms give."""
+    mean, std = (_three(numbers, pictures.device) for numbers in (preprocess.mean, preprocess.std))
+    return pictures.float().div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _three(numbers: tuple[float, float, float], device: torch.device) -> Tensor:
+    """fp32 [3, 1, 1], made once: a copy to the device would wait for it."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def check_augment_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,7 +271,9 @@ def _to_rgb(picture: Image) -> Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _to_tensor(preprocess: Preprocess) -> list[Callable]:
+def _to_tensor(preprocess: Preprocess, normalized: bool) -> list[Callable]:
+    if not normalized:
+        return [_to_rgb, T.PILToTensor()]
     # In place: a tensor that was just made has no other reader.
     return [_to_rgb, T.ToTensor(), T.Normalize(preprocess.mean, preprocess.std, inplace=True)]
 

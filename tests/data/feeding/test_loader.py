@@ -31,7 +31,13 @@ def source(shards, weight=1.0, samples=None):
 
 
 def open_data(*sources, seed=0, batch=24, augment="train", decode="exact", **options):
-    data = Data(train=list(sources), augment=augment, augment_options=options, decode=decode)
+    data = Data(
+        train=list(sources),
+        augment=augment,
+        augment_options=options,
+        decode=decode,
+        normalize="worker",
+    )
     config = Config(data=data, seed=seed, batch=Batch(**{"global": batch}))
     shards = find_run_shards(config, print_nothing)
     return build_training_data(config, shards, PREPROCESS, TOKENIZER)

@@ -15,10 +15,10 @@ from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.feeding.open import build_training_data, check_samples
 from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
-from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.data.samples.transforms import Preprocess, normalize
 from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.errors import InputError
-from tests.data.shard_files import picture, write_shard
+from tests.data.shard_files import picture, write_shard, write_shards
 
 TOKENIZER = ClipTokenizer(12)
 
@@ -171,3 +171,37 @@ def test_the_first_samples_are_checked_by_the_same_rules(tmp_path):
         check_samples(*run_shards(tmp_path))
     with pytest.raises(InputError, match="no .json"):
         check_samples(*run_shards(tmp_path, caption_key={"a": 1, "b": 2}))
+
+
+@pytest.mark.parametrize("augment", ["train", "none"])
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess((16, 16)),
+        Preprocess((12, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.3, 0.07), resize_mode="squash"),
+        Preprocess((16, 16), resize_mode="longest"),
+    ],
+    ids=str,
+)
+def test_pictures_that_travel_as_bytes_have_the_same_bits(tmp_path, augment, preprocess):
+    """Also with jitter of colours and grey ones, and of other modes than RGB."""
+    write_shards(tmp_path / "data", [12])
+    grey = {"jpg": picture_of_mode("L"), "txt": b"grey"}
+    transparent = {"png": picture_of_mode("RGBA"), "txt": b"transparent"}
+    write_shard(tmp_path / "data" / "000009.tar", {"g": grey, "t": transparent})
+    options = {"color_jitter": [0.4, 0.4, 0.4, 0.1], "color_jitter_prob": 0.8}
+    options |= {"gray_scale_prob": 0.3}
+    images = {}
+    for where in ("worker", "device"):
+        settings = {"augment": augment, "augment_options": options, "normalize": where}
+        run = run_shards(tmp_path / "data", **settings)
+        images[where] = build_training_data(*run, preprocess, TOKENIZER)[range(28)].images
+    assert images["device"].dtype == torch.uint8 and images["worker"].dtype == torch.float32
+    assert torch.equal(normalize(images["device"], preprocess), images["worker"])
+
+
+def picture_of_mode(mode: str) -> bytes:
+    buffer = io.BytesIO()
+    kind = "JPEG" if mode == "L" else "PNG"
+    Image.open(io.BytesIO(picture(7))).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
