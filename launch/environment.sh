@@ -36,7 +36,7 @@ _missing_modules() {
     for extra in "$@"; do
         case "$extra" in
             test) modules+=" pytest pytest_timeout hypothesis open_clip transformers ruff aiohttp matplotlib"
-                  modules+=" s3fs moto flask pyarrow" ;;
+                  modules+=" s3fs moto.server pyarrow" ;;
             remote) modules+=" fsspec aiohttp" ;;
             s3) modules+=" fsspec aiohttp s3fs" ;;
             demo) modules+=" open_clip matplotlib" ;;

@@ -110,7 +110,8 @@ class CopyStream:
         """A copy for which the host does not wait, from memory that is made page-locked for it."""
         if self._stream is None:
             return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
+        pinned = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        return pinned.to(device, non_blocking=True)
 
 
 def reset_peak_memory() -> None:

@@ -27,7 +27,7 @@ def tell_all(
         parts.insert(0, on_device.double())
     own = torch.cat(parts)
     if world is None:
-        return own[None].cpu().numpy()
+        return np.array([own.tolist()])
     everyones = own.new_empty(world.size() * len(own))
     dist.all_gather_into_tensor(everyones, own, group=world)
-    return everyones.view(world.size(), -1).cpu().numpy()
+    return np.array(everyones.view(world.size(), -1).tolist())

@@ -16,6 +16,7 @@ from tests.small_models import small_model
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.long  # a minute; its parts are tested above
 def test_the_quick_run_prints_tables():
     command = [sys.executable, BENCHMARKS / "memory_scaling.py", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

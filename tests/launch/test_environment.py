@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MODULES = {  # of packages whose module has another name
+MODULES = {
+    "moto[server]": "moto.server",  # of packages whose module has another name
     "megatron-core": "megatron.core",
     "pyyaml": "yaml",
     "pillow": "PIL",

@@ -45,6 +45,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
+def hear_ctrl_c() -> None:
+    """Also where the tests run in the background of a shell, which has its processes ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def quietly(line: str) -> None:
     pass
 
@@ -52,7 +57,12 @@ def quietly(line: str) -> None:
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "-c", SLOW, "data", "index", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
 
 

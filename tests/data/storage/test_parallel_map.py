@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -34,7 +35,13 @@ def checking(tmp_path):
     write_shards(tmp_path, [2] * 5)
     command = [sys.executable, "-c", SLOW, "data", "check", str(tmp_path), "--workers", "2"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell has what runs in its background ignore Ctrl-C, the tests perhaps, too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(2):
         assert process.stderr.readline() == "decoding\n"

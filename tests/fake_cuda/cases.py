@@ -1,0 +1,65 @@
+"""The steps that are counted: every kind of layout, and a small model. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rank of a layout. settings: of the config, beside the layout's; vision: of the model;
+    fed: the inputs come from a loader by DeviceFeed, and are on the device already otherwise."""
+
+    world: int = 1
+    rank: int = 0
+    settings: Settings = field(default_factory=dict)
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence: bool = False
+    vision: Settings = field(default_factory=dict)
+    microbatches: int = 2
+    fed: bool = False
+
+
+def bf16(**sections: Any) -> Settings:
+    return {"precision": "bf16", **sections}
+
+
+STASH = {"schedule": "stash"}
+
+CASES: dict[str, Case] = {
+    "fp32": Case(settings={"precision": "fp32"}),
+    "bf16": Case(settings=bf16()),
+    "recompute-selective": Case(settings=bf16(recompute="selective")),
+    "recompute-full": Case(settings=bf16(recompute="full")),
+    "stash": Case(settings=bf16(parallel=STASH)),
+    "sigmoid": Case(settings=bf16(loss={"kind": "sigmoid"})),
+    "patch-dropout": Case(settings=bf16(), vision={"patch_dropout": 0.4}),
+    "data": Case(2, 1, bf16()),
+    "data-whole-optimizer": Case(2, 1, bf16(parallel={"distributed_optimizer": False})),
+    "data-sigmoid-ring": Case(2, 1, bf16(loss={"kind": "sigmoid", "exchange": "ring"})),
+    "data-infonce-streamed": Case(2, 1, bf16(loss={"exchange": "ring"})),
+    "tensor": Case(2, 1, bf16(), tensor=2),
+    "tensor-sequence": Case(2, 1, bf16(), tensor=2, sequence=True),
+    "tensor-sequence-full": Case(2, 1, bf16(recompute="full"), tensor=2, sequence=True),
+    "pipeline-first": Case(2, 0, bf16(), pipeline=2),
+    "pipeline-last": Case(2, 1, bf16(), pipeline=2),
+    "pipeline-last-two-pass": Case(2, 1, bf16(), pipeline=2, microbatches=4),
+    "virtual-last": Case(2, 1, bf16(), pipeline=2, virtual=2),
+    "loss-on-all-first": Case(2, 0, bf16(loss={"stages": "all"}), pipeline=2),
+    "loss-on-all-last": Case(2, 1, bf16(loss={"stages": "all"}), pipeline=2),
+    "all-first": Case(8, 0, bf16(), tensor=2, pipeline=2, sequence=True),
+    "all-last": Case(8, 7, bf16(), tensor=2, pipeline=2, sequence=True),
+    "fed-fp32": Case(settings={"precision": "fp32"}, fed=True),
+    "fed-bf16": Case(settings=bf16(), fed=True),
+    "fed-patch-dropout": Case(settings=bf16(), vision={"patch_dropout": 0.4}, fed=True),
+    "fed-tensor-pipeline-reader": Case(4, 0, bf16(), tensor=2, pipeline=2, fed=True),
+    "fed-tensor-pipeline-other": Case(4, 3, bf16(), tensor=2, pipeline=2, fed=True),
+}
+
+# Of these the kernels of one layer and microbatch are counted: none has a pipeline.
+LAYER_CASES = ["fp32", "bf16", "recompute-full", "data", "tensor-sequence"]

@@ -1,0 +1,93 @@
+"""What a training step does on a GPU beside its arithmetic, counted without one.
+
+Stubs of CUDA (build.py) let torch believe in an H100, and the real step runs on fake tensors
+(steps.py); a mix of devices raises there by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_cuda import build
+from tests.fake_cuda.cases import CASES, LAYER_CASES
+from tests.fake_cuda.expected import FEED, KERNELS, STEP, Counted
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = (
+    2  # that share the cases: importing torch and megatron-core takes one longer than a case
+)
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What steps.py prints of each case."""
+    reason = build.why_not()
+    if reason is not None:
+        if os.environ.get("PARALLEL_CLIP_REQUIRE_FAKE_CUDA"):
+            pytest.fail(f"PARALLEL_CLIP_REQUIRE_FAKE_CUDA is set, and the fake device {reason}")
+        pytest.skip(f"the fake device {reason}")
+    folder = tmp_path_factory.mktemp("stubs")
+    build.build(folder)
+    names = list(CASES)
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        shares = [names[first::PROCESSES] for first in range(PROCESSES)]
+        printed = pool.map(lambda share: _run_steps(folder, share), shares)
+        return {answer["case"]: answer for answers in printed for answer in answers}
+
+
+def _run_steps(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.fake_cuda.steps", *names]
+    surroundings = build.environment(folder) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_watch_sees_what_it_is_to_count(found):
+    assert found["probes"]["unexpected"] == []
+
+
+@pytest.mark.parametrize("part", ["step", "feed"])
+@pytest.mark.parametrize("case", CASES)
+def test_reads_copies_and_waits(found, case, part):
+    counted = found[case][part]
+    counts = Counted(*(sum(counted[what].values()) for what in Counted._fields))
+    expected = STEP if part == "step" else FEED.get(case, Counted())
+    assert counts == expected, "\n".join(_listed(counted))
+
+
+def _listed(counted: dict[str, dict[str, int]]) -> Iterator[str]:
+    for what in Counted._fields:
+        yield f"{what}:"
+        yield from (f"  {count} x {caller}" for caller, count in sorted(counted[what].items()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_collectives_are_of_contiguous_tensors_on_the_device(found, case):
+    for part in ("step", "feed"):
+        assert not found[case][part]["refused"]
+    if CASES[case].world > 1:
+        assert found[case]["step"]["collectives"]
+
+
+def test_kernels_of_a_layer(found):
+    """Of the picture tower, for one microbatch."""
+    version = ".".join(found["bf16"]["megatron"].split(".")[:2])
+    if version not in KERNELS:
+        pytest.skip(f"no numbers for megatron-core {version}")
+    parts = "forward", "backward", "optimizer"
+    counted = {
+        case: tuple(found[case]["layer"].get(part, 0) for part in parts) for case in LAYER_CASES
+    }
+    table = [f"{case:24}" + "".join(f"{n:10}" for n in counted[case]) for case in LAYER_CASES]
+    print("\n".join([" " * 24 + "".join(f"{part:>10}" for part in parts), *table]))
+    assert counted == KERNELS[version]
