@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -14,13 +15,15 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
-# On a machine with GPUs, too, everything but tests/gpu runs on the CPU.
-if not any("gpu" in argument for argument in sys.argv[1:]):
+# On a machine with GPUs, too, everything but tests/gpu runs on the CPU. The word by itself: a file
+# may have it in its name.
+if not any("gpu" in re.split(r"\W+", argument) for argument in sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
+    # `--rehearse` is an option of tests/gpu alone.
+    if item.get_closest_marker("gpu") and not item.config.getoption("--rehearse", default=False):
         import torch  # here, so that tests of the pure modules start at once
 
         if not torch.cuda.is_available():

@@ -147,7 +147,10 @@ def training_transform(
 def normalize(pictures: Tensor, preprocess: Preprocess) -> Tensor:
     """uint8 [b, 3, H, W] to fp32, on their device: the bits that the transforms give."""
     mean, std = (_three(numbers, pictures.device) for numbers in (preprocess.mean, preprocess.std))
-    return pictures.float().div_(255).sub_(mean).div_(std)
+    # By a tensor: on CUDA division by a number is a product with its reciprocal, which rounds
+    # otherwise.
+    most = _three((255.0, 255.0, 255.0), pictures.device)
+    return pictures.float().div_(most).sub_(mean).div_(std)
 
 
 @cache
