@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 
 import torch
+from torch import Tensor
 
 from parallel_clip.data.feeding.training_data import Microbatch, TrainingData
 from parallel_clip.data.feeding.workers import read_ahead
@@ -62,9 +63,9 @@ class TrainingLoader:
             for positions in self.step_slice.microbatches(step)
             for piece in _pieces(positions)
         )
-        pieces = read_ahead(
-            self.data, ranges, self.workers, self.prefetch, self.pin_memory, self.patience
-        )
+        # Pieces that are joined are copied into page-locked memory by that, once.
+        pin = self.pin_memory and self.step_slice.micro_batch <= MAX_PIECE
+        pieces = read_ahead(self.data, ranges, self.workers, self.prefetch, pin, self.patience)
         for step in steps:
             yield [
                 _join([next(pieces) for _ in _pieces(positions)], self.pin_memory)
@@ -79,11 +80,15 @@ def _pieces(positions: range) -> list[range]:
 def _join(pieces: list[Microbatch], pin: bool) -> Microbatch:
     if len(pieces) == 1:
         return pieces[0]
-    joined = Microbatch(
-        torch.cat([piece.images for piece in pieces]),
-        torch.cat([piece.tokens for piece in pieces]),
-        torch.cat([piece.positions for piece in pieces]),
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        size = sum(map(len, parts)), *parts[0].shape[1:]
+        return torch.cat(parts, out=torch.empty(size, dtype=parts[0].dtype, pin_memory=pin))
+
+    return Microbatch(
+        joined([piece.images for piece in pieces]),
+        joined([piece.tokens for piece in pieces]),
+        joined([piece.positions for piece in pieces]),
         [address for piece in pieces for address in piece.addresses],
         [bad for piece in pieces for bad in piece.bad],
     )
-    return joined.pin_memory() if pin else joined
