@@ -99,7 +99,10 @@ class MegatronAdamW:
         self._megatron.prepare_grads()
         # As megatron-core's `get_grad_norm_fp32`, which reads one number a tensor where neither
         # Transformer Engine nor Apex is.
-        grads = self._megatron.get_main_grads_for_grad_norm()
+        if hasattr(self._megatron, "get_main_grads_for_grad_norm"):  # megatron-core 0.16
+            grads = self._megatron.get_main_grads_for_grad_norm()
+        else:
+            grads = self._megatron.get_grads_for_grad_norm()
         squared = torch.zeros((), device=all_finite.device)
         if grads:
             squared = torch.stack(torch._foreach_norm(grads)).norm() ** 2
