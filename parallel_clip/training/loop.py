@@ -122,7 +122,8 @@ class TrainingLoop:
         """What any rank has been asked, before `step`; the same on every rank. Also commits an
         asynchronous checkpoint that every rank has written."""
         flags = self.told_flags
-        if flags is None:
+        # While a checkpoint is written beside training, ranks ask anew, to commit it the sooner.
+        if flags is None or self.checkpointer.has_pending:
             self.progress.mark("agreeing whether to go on", step)
             flags = tell_all(None, self._own_flags(), self.groups.device, self.groups.world)
         self.told_flags = None
