@@ -32,6 +32,7 @@ def memory_scaling(monkeypatch):
     return pytest.importorskip("memory_scaling")
 
 
+@pytest.mark.long
 def test_memory_of_the_bars_model_shrinks_with_the_tensor_size(memory_scaling):
     architecture = load_architecture(memory_scaling.BAR_MODEL)
 

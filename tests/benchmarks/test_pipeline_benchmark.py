@@ -30,6 +30,7 @@ def measured(pipeline):
     return [(case, step) for case, (step,) in zip(cases, measure(cases, 1), strict=True)]
 
 
+@pytest.mark.long  # its parts are tested above and below
 def test_the_quick_run_prints_tables():
     command = [sys.executable, BENCHMARKS / "pipeline.py", "--quick", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -81,7 +81,11 @@ def test_cut_at_every_block(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("flip", [0x01, 0x20, 0xFF], ids=hex)
+@pytest.mark.parametrize(
+    "flip",
+    [pytest.param(0x01, marks=pytest.mark.long), 0x20, pytest.param(0xFF, marks=pytest.mark.long)],
+    ids=hex,
+)
 def test_every_byte_of_every_header_flipped(tmp_path, format, flip):
     path, whole, index, source = shard(tmp_path, format)
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
