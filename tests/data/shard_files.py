@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from parallel_clip.data.index.shard_table import ShardTable, find_checked_shards, save_index
+from parallel_clip.data.storage.shards import ShardFiles, ShardIndex, StoredSample
 
 Files = Mapping[str, bytes]
 
@@ -52,3 +53,9 @@ def index_shards(patterns: str | Sequence[str], say=lambda line: None) -> ShardT
     table = find_checked_shards(patterns, say)
     save_index(table, say)
     return table
+
+
+def read_all(shards: Sequence[ShardIndex], files: ShardFiles | None = None) -> list[StoredSample]:
+    """All samples of shards, in their order."""
+    files = files or ShardFiles()
+    return [files.read(shard, index) for shard in shards for index in range(shard.samples)]

@@ -27,8 +27,8 @@ from parallel_clip.data.index.shard_list import (
 )
 from parallel_clip.data.index.shard_table import (
     ShardTable,
+    check_and_scan,
     check_shards,
-    counts_from_sidecars,
     find_checked_shards,
     find_faults,
     first_five,
@@ -153,9 +153,7 @@ def find_run_shards(
                 known = [shard for shard in begun_with if shard.source == number]
             table = _without_missing(table, number, settings, left_out, known, say, keep_above)
         else:
-            check_shards(table)  # before a scan that may take hours
-            table = counts_from_sidecars(table) if counts_suffice else table
-            table = scan_unindexed(table, say, keep_above=keep_above)
+            table = check_and_scan(table, say, counts_suffice=counts_suffice, keep_above=keep_above)
         train.append(table)
     find = partial(
         find_checked_shards,

@@ -187,10 +187,10 @@ class FolderIndex:
 
     def _merge(self, place: Path) -> tuple[int, int]:
         """Shards and samples of the index that was written."""
-        # Found before they are read: one that ends meanwhile stays for the next.
         for left in place.parent.glob(f".{place.name}.*"):  # by one that was killed as it wrote
             if left.suffix != ".lock":
                 left.unlink(missing_ok=True)
+        # Found before they are read: one that ends meanwhile stays for the next.
         journals = [path for other in self._places for path in journals_in(_parts(other))]
         finished = [path for path in journals if path in self._own or is_finished(path)]
         self._read_files(print_nothing)  # others may have saved since

@@ -257,6 +257,13 @@ def find_checked_shards(
     keep_above: as in `scan_unindexed`.
     """
     table = find_shards(patterns, say, folders)
+    return check_and_scan(table, say, counts_suffice=counts_suffice, keep_above=keep_above)
+
+
+def check_and_scan(
+    table: ShardTable, say: Print, *, counts_suffice: bool = False, keep_above: int | None = None
+) -> ShardTable:
+    """`find_checked_shards` for a table."""
     check_shards(table)  # before a scan that may take hours
     table = counts_from_sidecars(table) if counts_suffice else table
     return scan_unindexed(table, say, keep_above=keep_above)

@@ -22,6 +22,7 @@ from parallel_clip.data.index.renew import renew_index
 from parallel_clip.data.index.shard_list import ListedShard, describe_differences
 from parallel_clip.data.storage import addresses, pages
 from parallel_clip.data.storage.addresses import StorageSettings, configure_storage
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.data.storage.shards import BadSampleError, ShardFiles
 from parallel_clip.errors import InputError
 from tests.data.http_server import serve
@@ -43,10 +44,6 @@ class Begun(NamedTuple):
     fingerprint: dict
     listed: list[ListedShard]
     seen: list[int]
-
-
-def quietly(line: str) -> None:
-    pass
 
 
 class World:
@@ -111,12 +108,12 @@ class World:
 
     def index(self) -> None:
         with suppress(InputError):  # the others are indexed
-            renew_index(self._paths(self.shared), quietly)
+            renew_index(self._paths(self.shared), print_nothing)
 
     def index_elsewhere(self) -> None:
         if self.copy.exists():
             with suppress(InputError):
-                renew_index(self._paths(self.copy), quietly)
+                renew_index(self._paths(self.copy), print_nothing)
 
     def copy_again(self) -> None:
         if self.copy.exists():
@@ -150,8 +147,8 @@ class World:
     def open(self) -> RunShards:
         """What rank 0 sees, once the first rank of the other machine sees the same."""
         try:
-            shards = find_run_shards(self._config(self.shared), quietly)
-            shards.save_index(quietly)
+            shards = find_run_shards(self._config(self.shared), print_nothing)
+            shards.save_index(print_nothing)
             if self.copy.exists():
                 other = reopen_run_shards(self._config(self.copy), check=True)
                 if other.fingerprint != shards.fingerprint:

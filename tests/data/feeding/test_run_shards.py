@@ -8,6 +8,7 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.run_shards import find_run_shards, reopen_run_shards
 from parallel_clip.data.index.shard_list import describe_differences
 from parallel_clip.data.index.shard_table import UNKNOWN, counts_from_sidecars, find_shards
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.errors import InputError
 from tests.data.shard_files import write_shards
 
@@ -18,10 +19,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PARALLEL_CLIP_CACHE", str(tmp_path / "cache"))
     write_shards(tmp_path / "data", [1 + number % 2 for number in range(200)])
     return tmp_path / "data"
-
-
-def quietly(line: str) -> None:
-    pass
 
 
 def config_of(folder, **data):
@@ -43,14 +40,14 @@ def test_shards_that_are_missing_or_cut_are_left_out_where_that_is_asked_for(
     folder, indexed, spoil
 ):
     if indexed:
-        find_run_shards(config_of(folder), quietly).save_index(quietly)
+        find_run_shards(config_of(folder), print_nothing).save_index(print_nothing)
     for number in (3, 150):
         spoil(folder / f"{number:06d}.tar")
     with pytest.raises(InputError, match="000003.tar"):
-        find_run_shards(config_of(folder), quietly)
+        find_run_shards(config_of(folder), print_nothing)
     said = []
     shards = find_run_shards(config_of(folder, missing="skip"), said.append)
-    shards.save_index(quietly)
+    shards.save_index(print_nothing)
     assert [path[-10:] for path in shards.left_out] == ["000003.tar", "000150.tar"]
     assert len(names(shards)) == 198 and not {"000003.tar", "000150.tar"} & set(names(shards))
     assert shards.order.samples_per_epoch == 300 - 2 - 1
@@ -70,11 +67,11 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path, monkeypatch)
     config = config_from_dict({"train": {"steps": 1}, "data": data})
     missing = tmp_path / "a/000001.tar"
     missing.rename(tmp_path / "away")
-    begun = find_run_shards(config, quietly)
+    begun = find_run_shards(config, print_nothing)
     (tmp_path / "away").rename(missing)
-    resumed = find_run_shards(config, quietly, begun_with=begun.listed)
+    resumed = find_run_shards(config, print_nothing, begun_with=begun.listed)
     assert resumed.fingerprint == begun.fingerprint and resumed.left_out == [str(missing)]
-    everything = find_run_shards(config, quietly)
+    everything = find_run_shards(config, print_nothing)
     assert describe_differences(begun.listed, everything.listed) == "000001.tar is new"
     assert describe_differences(everything.listed, begun.listed) == "000001.tar is gone"
     assert describe_differences(begun.listed, begun.listed) == "the shards are the same"
@@ -85,30 +82,32 @@ def test_no_shard_at_all_is_refused(folder, fraction):
     for path in folder.glob("*.tar"):
         path.unlink()
     with pytest.raises(InputError, match="none of the 200 shards of data.train.0 can be used"):
-        find_run_shards(config_of(folder, missing="skip", max_missing_fraction=fraction), quietly)
+        find_run_shards(
+            config_of(folder, missing="skip", max_missing_fraction=fraction), print_nothing
+        )
 
 
 def test_too_many_missing_shards_are_refused(folder):
     for number in range(3):
         (folder / f"{number:06d}.tar").unlink()
     with pytest.raises(InputError) as caught:
-        find_run_shards(config_of(folder, missing="skip"), quietly)
+        find_run_shards(config_of(folder, missing="skip"), print_nothing)
     assert "3 of 200 shards" in str(caught.value) and "1.50%" in str(caught.value)
     assert "data.max_missing_fraction is 1.00%" in str(caught.value)
     config = config_of(folder, missing="skip", max_missing_fraction=0.015)
-    assert len(names(find_run_shards(config, quietly))) == 197
+    assert len(names(find_run_shards(config, print_nothing))) == 197
 
 
 def test_a_shard_that_was_left_out_stays_out_when_the_run_goes_on(folder):
     (folder / "000007.tar").rename(folder / "away")
     config = config_of(folder, missing="skip")
-    begun = find_run_shards(config, quietly)
+    begun = find_run_shards(config, print_nothing)
     (folder / "away").rename(folder / "000007.tar")
     said = []
     resumed = find_run_shards(config, said.append, begun_with=begun.listed)
     assert resumed.fingerprint == begun.fingerprint and resumed.left_out == begun.left_out
     assert any("000007.tar was left out when the run began" in line for line in said)
-    assert find_run_shards(config, quietly).fingerprint != begun.fingerprint
+    assert find_run_shards(config, print_nothing).fingerprint != begun.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_a_shard_that_was_left_out_stays_out_when_the_run_goes_on(folder):
     ],
 )
 def test_shards_are_excluded_by_name_or_path(folder, exclude, gone):
-    shards = find_run_shards(config_of(folder, exclude=exclude), quietly)
+    shards = find_run_shards(config_of(folder, exclude=exclude), print_nothing)
     assert names(shards) == [f"{n:06d}.tar" for n in range(200) if n not in gone]
     other = reopen_run_shards(config_of(folder, exclude=exclude), check=True)
     assert other.fingerprint == shards.fingerprint
@@ -133,7 +132,7 @@ def test_shards_are_excluded_by_name_or_path(folder, exclude, gone):
 )
 def test_an_exclusion_of_all_or_of_nothing_is_refused(folder, exclude, words):
     with pytest.raises(InputError, match=words):
-        find_run_shards(config_of(folder, exclude=exclude), quietly)
+        find_run_shards(config_of(folder, exclude=exclude), print_nothing)
 
 
 def test_counts_beside_shards_suffice_for_a_dry_run(folder):
@@ -161,12 +160,12 @@ def test_damaged_statistics_are_no_count(folder):
     (folder / "000001_stats.json").write_text('{"count": 3}')
     (folder / "000002_stats.json").write_text("not json")
     (folder / "000003.parquet").write_bytes(b"PAR1")
-    table = counts_from_sidecars(find_shards(f"{folder}/{{000001..000003}}.tar", quietly))
+    table = counts_from_sidecars(find_shards(f"{folder}/{{000001..000003}}.tar", print_nothing))
     assert table.counts.tolist() == [UNKNOWN] * 3
 
 
 def test_the_bytes_of_a_sample_are_a_mean_over_an_epoch(folder):
-    shards = find_run_shards(config_of(folder), quietly)
+    shards = find_run_shards(config_of(folder), print_nothing)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     assert shards.sample_bytes == pytest.approx(size / 300)
     assert not shards.is_fetched

@@ -17,6 +17,7 @@ from parallel_clip.data.index.index_file import IndexFile
 from parallel_clip.data.index.journal import Journal, JournalWriter, journals_in
 from parallel_clip.data.index.renew import Part, renew_index
 from parallel_clip.data.index.shard_table import UNKNOWN, find_shards
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.errors import InputError
 from tests.data.shard_files import sample, write_shard, write_shards
 
@@ -50,10 +51,6 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def quietly(line: str) -> None:
-    pass
-
-
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "-c", SLOW, "data", "index", *map(str, arguments)]
     return subprocess.Popen(
@@ -67,7 +64,7 @@ def start(*arguments) -> subprocess.Popen:
 
 
 def indexed(folder: Path) -> int:
-    return int(np.sum(find_shards(str(folder), quietly).counts != UNKNOWN))
+    return int(np.sum(find_shards(str(folder), print_nothing).counts != UNKNOWN))
 
 
 def assert_whole(folder: Path) -> None:
@@ -102,7 +99,7 @@ def test_an_indexer_that_is_stopped_loses_only_the_shards_in_hand(folder, how):
 
 
 def test_the_end_of_a_journal_may_be_missing(folder):
-    renew_index(str(folder), quietly, part=Part(1, 1))
+    renew_index(str(folder), print_nothing, part=Part(1, 1))
     (journal,) = journals_in(folder / f"{INDEX_NAME}.parts")
     whole = journal.read_bytes()
     first = len(Journal.read(journal))
@@ -114,18 +111,18 @@ def test_the_end_of_a_journal_may_be_missing(folder):
         for row, name in enumerate(found.names.tolist()):  # what there is, is right
             assert found.shard(row, name.decode()).samples == found.samples[row]
     journal.write_bytes(whole[:-1])
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     assert_whole(folder)
 
 
 def test_parts_are_scanned_on_many_machines_and_merged_on_one(folder, tmp_path):
     out = tmp_path / "shared"
     for number in (1, 3):
-        table = renew_index(str(folder), quietly, part=Part(number, 3), out=out)
+        table = renew_index(str(folder), print_nothing, part=Part(number, 3), out=out)
         assert len(table) in (13, 14)
     with pytest.raises(InputError, match=r"13 of 40 shards are in no part yet, .*000001\.tar"):
-        renew_index(str(folder), quietly, merge=True, out=out)
-    renew_index(str(folder), quietly, part=Part(2, 3), out=out)
+        renew_index(str(folder), print_nothing, merge=True, out=out)
+    renew_index(str(folder), print_nothing, part=Part(2, 3), out=out)
     said = []
     renew_index(str(folder), said.append, merge=True, out=out)
     assert said == [f"index of 40 shards, 120 samples, written to {out / INDEX_NAME}"]
@@ -142,15 +139,15 @@ def test_a_bad_shard_in_a_part_keeps_no_other_from_the_index(folder):
     pattern = f"{folder}/{{000000..000039}}.tar"
     for number in (1, 2):
         with pytest.raises(InputError, match="1 of 20 shards cannot be used"):
-            renew_index(pattern, quietly, part=Part(number, 2))
+            renew_index(pattern, print_nothing, part=Part(number, 2))
     with pytest.raises(InputError, match="2 of 40 shards cannot be used; .* other 38") as caught:
-        renew_index(pattern, quietly, merge=True)
+        renew_index(pattern, print_nothing, merge=True)
     assert "000003.tar is not whole" in str(caught.value)
     assert "000010.tar does not exist" in str(caught.value)
     assert len(IndexFile.read(folder / INDEX_NAME)) == 38
     # Mended, it is taken in.
     cut.write_bytes(whole)
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     assert len(IndexFile.read(folder / INDEX_NAME)) == 39
 
 
@@ -164,10 +161,10 @@ def test_a_full_disk_sends_the_journal_to_the_cache_folder(folder, tmp_path, mon
         append(self, name, shard)
 
     monkeypatch.setattr(JournalWriter, "append", full)
-    renew_index(str(folder), quietly, part=Part(1, 1))
+    renew_index(str(folder), print_nothing, part=Part(1, 1))
     assert len(Journal.read(journals_in(folder / f"{INDEX_NAME}.parts")[0])) == 12
     assert indexed(folder) == SHARDS
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     assert_whole(folder)
 
 
@@ -206,7 +203,7 @@ def test_a_journal_that_is_still_written_is_read_and_left(folder):
     scanned = 0
     while scanned < 5:
         scanned += "scanned" in process.stdout.readline()
-    renew_index(f"{folder}/{{000030..000039}}.tar", quietly)
+    renew_index(f"{folder}/{{000030..000039}}.tar", print_nothing)
     assert len(journals_in(folder / f"{INDEX_NAME}.parts")) == 1
     process.communicate(timeout=60)
     assert process.returncode == 0
@@ -219,12 +216,14 @@ def test_without_locks_only_old_journals_are_taken_for_finished(folder, monkeypa
 
     monkeypatch.setattr(fcntl, "flock", flock)
     pattern = f"{folder}/{{000000..000019}}.tar"
-    renew_index(pattern, quietly, part=Part(1, 1))
+    renew_index(pattern, print_nothing, part=Part(1, 1))
     (journal,) = journals_in(folder / f"{INDEX_NAME}.parts")
-    renew_index(str(folder), quietly)  # its own journal goes, the other one may still be written
+    renew_index(
+        str(folder), print_nothing
+    )  # its own journal goes, the other one may still be written
     assert journals_in(folder / f"{INDEX_NAME}.parts") == [journal]
     os.utime(journal, (1e9, 1e9))
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     assert_whole(folder)
 
 
@@ -234,7 +233,7 @@ def test_bad_shards_are_listed_at_the_end_and_the_rest_is_kept(folder):
     cut.write_bytes(cut.read_bytes()[:1500])
     (folder / "000020.tar").unlink()
     with pytest.raises(InputError) as caught:
-        renew_index(f"{folder}/{{000000..000039}}.tar", quietly)
+        renew_index(f"{folder}/{{000000..000039}}.tar", print_nothing)
     message = str(caught.value)
     assert "3 of 40 shards cannot be used; the index has the other 37:" in message
     assert "000003.tar" in message and "000011.tar" in message
@@ -243,7 +242,7 @@ def test_bad_shards_are_listed_at_the_end_and_the_rest_is_kept(folder):
 
 
 def test_only_what_changed_is_scanned_again_and_said(folder):
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     write_shard(folder / "000007.tar", {f"new{n}": sample(n) for n in range(3)})
     said = []
     renew_index(str(folder), said.append)

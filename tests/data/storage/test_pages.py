@@ -9,9 +9,9 @@ import pytest
 
 from parallel_clip.data.index.renew import renew_index
 from parallel_clip.data.storage import addresses, pages
-from parallel_clip.data.storage.shards import ShardFiles
+from parallel_clip.data.storage.progress import print_nothing
 from tests.data.http_server import serve
-from tests.data.shard_files import index_shards, write_shards
+from tests.data.shard_files import index_shards, read_all, write_shards
 
 pytest.importorskip("aiohttp")
 
@@ -24,15 +24,6 @@ def served(tmp_path, monkeypatch):
     write_shards(tmp_path / "shards", [20])
     with serve(tmp_path / "shards") as server:
         yield server
-
-
-def quietly(line: str) -> None:
-    pass
-
-
-def read_all(shards) -> list:
-    files = ShardFiles()
-    return [files.read(shard, i) for shard in shards for i in range(shard.samples)]
 
 
 def cut(file: Path) -> None:
@@ -71,7 +62,7 @@ def a_folder(file: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, empty, grown, flipped, zeroed, exchanged, a_folder])
 def test_damaged_pages_are_fetched_again_and_no_shard_is_blamed(served, tmp_path, damage):
     random.seed(3)
-    shards = index_shards(f"{served.address}/000000.tar", quietly)
+    shards = index_shards(f"{served.address}/000000.tar", print_nothing)
     shutil.rmtree(tmp_path / "cache" / "pages")  # of scanning, which read the end mark, too
     expected = read_all(shards)
     kept = sorted((tmp_path / "cache" / "pages").rglob("*.4096"))
@@ -90,13 +81,13 @@ def test_damaged_pages_are_fetched_again_and_no_shard_is_blamed(served, tmp_path
 def test_an_exchanged_shard_of_as_many_bytes_is_not_read_from_old_pages(served, tmp_path):
     """The pages are those of another version of the file, told by ETag or time."""
     address = f"{served.address}/000000.tar"
-    before = read_all(index_shards(address, quietly))
+    before = read_all(index_shards(address, print_nothing))
     file = tmp_path / "shards" / "000000.tar"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes().replace(b"picture number", b"another number"))
     os.utime(file, (1e9, 1e9))
     assert file.stat().st_size == size
-    shards = renew_index(address, quietly)
+    shards = renew_index(address, print_nothing)
     after = read_all(shards)
     assert [s.files["txt"].replace(b"another", b"picture") for s in after] == [
         s.files["txt"] for s in before

@@ -26,10 +26,10 @@ from parallel_clip.data.storage.addresses import (
 )
 from parallel_clip.data.storage.disks import network_kind, pages_folder
 from parallel_clip.data.storage.files import parent_and_name
-from parallel_clip.data.storage.shards import ShardFiles
+from parallel_clip.data.storage.progress import print_nothing
 from parallel_clip.errors import InputError
 from tests.data.http_server import serve
-from tests.data.shard_files import index_shards, sample, write_shard, write_shards
+from tests.data.shard_files import index_shards, read_all, sample, write_shard, write_shards
 
 pytest.importorskip("aiohttp")
 
@@ -51,15 +51,6 @@ def served(tmp_path):
     write_shards(tmp_path / "shards", [3, 4])
     with serve(tmp_path / "shards") as server:
         yield server
-
-
-def quietly(line: str) -> None:
-    pass
-
-
-def read_all(shards) -> list:
-    files = ShardFiles()
-    return [files.read(shard, i) for shard in shards for i in range(shard.samples)]
 
 
 # ------------------------------------------------------------------------------ slow and silent
@@ -160,11 +151,11 @@ def test_what_passes_is_tried_again(served, storage, no_waits, status):
 def test_shards_that_are_missing_or_denied_are_named_before_anything_is_read(served, tmp_path):
     pattern = f"{served.address}/{{000000..000002}}.tar"
     with pytest.raises(InputError, match="1 of 3 shards do not exist: .*000002.tar"):
-        index_shards(pattern, quietly)
+        index_shards(pattern, print_nothing)
     assert served.requests == []
     served.status = 403
     with pytest.raises(InputError, match="^shard http.*access is denied"):
-        index_shards(pattern, quietly)
+        index_shards(pattern, print_nothing)
 
 
 def test_shards_that_are_denied_are_left_out_where_missing_ones_are(served, tmp_path):
@@ -184,13 +175,13 @@ def test_shards_that_are_denied_are_left_out_where_missing_ones_are(served, tmp_
     assert any("000002.tar: access is denied (403)" in line for line in said)
     tree["data"]["missing"] = "error"
     with pytest.raises(InputError, match="000002.tar: access is denied"):
-        find_run_shards(config_from_dict(tree), quietly)
+        find_run_shards(config_from_dict(tree), print_nothing)
 
 
 def test_pages_in_place_of_files_beside_shards_are_none(served):
     """A server that answers with HTML what it does not have."""
     served.page = b"<html>Welcome</html>"
-    assert index_shards(f"{served.address}/000000.tar", quietly).counts.tolist() == [3]
+    assert index_shards(f"{served.address}/000000.tar", print_nothing).counts.tolist() == [3]
 
 
 # --------------------------------------------------------------------------------- what changed
@@ -199,7 +190,7 @@ def test_pages_in_place_of_files_beside_shards_are_none(served):
 def test_an_index_beside_the_shards_is_fetched_again_where_it_changed(served, tmp_path):
     folder = tmp_path / "shards"
     pattern = f"{served.address}/{{000000..000001}}.tar"
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     said = []
     assert index_shards(pattern, said.append).counts.tolist() == [3, 4]
     assert any(f"index of 2 shards fetched from {served.address}" in line for line in said)
@@ -208,7 +199,7 @@ def test_an_index_beside_the_shards_is_fetched_again_where_it_changed(served, tm
     assert not any("fetched" in line for line in said)
 
     write_shard(folder / "000001.tar", {f"new{n}": sample(n) for n in range(6)})
-    renew_index(str(folder), quietly)
+    renew_index(str(folder), print_nothing)
     said = []
     assert index_shards(pattern, said.append).counts.tolist() == [3, 6]
     assert any("has changed and was fetched again: 0 shards are new" in line for line in said)
@@ -219,21 +210,21 @@ def test_shards_that_only_this_machine_indexed_stay_when_the_index_is_fetched_ag
     served, tmp_path
 ):
     folder = tmp_path / "shards"
-    renew_index(str(folder / "000000.tar"), quietly)
+    renew_index(str(folder / "000000.tar"), print_nothing)
     pattern = f"{served.address}/{{000000..000001}}.tar"
-    assert index_shards(pattern, quietly).counts.tolist() == [3, 4]
+    assert index_shards(pattern, print_nothing).counts.tolist() == [3, 4]
     (folder / INDEX_NAME).unlink()
     write_shard(folder / "000000.tar", {f"new{n}": sample(n) for n in range(5)})
-    renew_index(str(folder / "000000.tar"), quietly)
+    renew_index(str(folder / "000000.tar"), print_nothing)
     served.requests.clear()
-    assert index_shards(pattern, quietly).counts.tolist() == [5, 4]
+    assert index_shards(pattern, print_nothing).counts.tolist() == [5, 4]
     assert {path for path, _ in served.requests} == {f"/{INDEX_NAME}"}
 
 
 @pytest.mark.parametrize("same_size", [False, True])
 def test_a_shard_that_changed_at_its_address_is_named_and_renewed(served, tmp_path, same_size):
     pattern = f"{served.address}/{{000000..000001}}.tar"
-    index_shards(pattern, quietly)
+    index_shards(pattern, print_nothing)
     shard = tmp_path / "shards" / "000001.tar"
     if same_size:
         size = shard.stat().st_size
@@ -244,11 +235,11 @@ def test_a_shard_that_changed_at_its_address_is_named_and_renewed(served, tmp_pa
     os.utime(shard, (1.7e9, 1.7e9))
     words = "is another one of as many bytes" if same_size else "bytes, but had"
     with pytest.raises(InputError, match=f"000001.tar .*{words}"):
-        index_shards(pattern, quietly)
+        index_shards(pattern, print_nothing)
     said = []
     renewed = renew_index(pattern, said.append)
     assert said[0] == f"changed since indexed: {served.address}/000001.tar"
-    assert read_all(renewed) == read_all(index_shards(str(tmp_path / "shards"), quietly))
+    assert read_all(renewed) == read_all(index_shards(str(tmp_path / "shards"), print_nothing))
 
 
 # ------------------------------------------------------------------------------ signed addresses
@@ -267,7 +258,7 @@ def test_a_new_signature_is_the_same_file(served, query):
     first, second = (f"{served.address}/000000.tar?{query.format(key)}" for key in ("a/b", "c"))
     assert without_signature(first) == without_signature(second) == f"{served.address}/000000.tar"
     assert parent_and_name(first) == (served.address, "000000.tar")
-    expected = read_all(index_shards(first, quietly))
+    expected = read_all(index_shards(first, print_nothing))
     served.requests.clear()
     said = []
     assert read_all(index_shards(second, said.append)) == expected
@@ -290,11 +281,11 @@ def test_another_query_names_another_file():
 def test_shards_that_differ_only_in_their_query_are_told_apart(served):
     """As of a server that takes the file's name there."""
     first, second = (f"{served.address}/get?file=00000{n}.tar&sig={n}" for n in (0, 1))
-    assert read_all(index_shards([first, second], quietly)) == read_all(
-        index_shards(f"{served.address}/{{000000..000001}}.tar", quietly)
+    assert read_all(index_shards([first, second], print_nothing)) == read_all(
+        index_shards(f"{served.address}/{{000000..000001}}.tar", print_nothing)
     )
     with pytest.raises(InputError, match="are one shard but for what signs them"):
-        index_shards([first, f"{served.address}/get?file=000000.tar&sig=other"], quietly)
+        index_shards([first, f"{served.address}/get?file=000000.tar&sig=other"], print_nothing)
 
 
 # ------------------------------------------------------------------------------------------- S3
@@ -336,9 +327,9 @@ def bucket(s3, tmp_path, storage, monkeypatch):
 
 def test_shards_on_s3_from_bucket_to_samples(bucket, s3, tmp_path):
     pattern = f"s3://{bucket}/laion/{{000000..000009}}.tar"
-    local = index_shards(str(tmp_path / "local"), quietly)
+    local = index_shards(str(tmp_path / "local"), print_nothing)
     expected = read_all(local)
-    made = renew_index(pattern, quietly, out=tmp_path / "out")
+    made = renew_index(pattern, print_nothing, out=tmp_path / "out")
     assert read_all(made) == expected
     s3[1].upload_file(str(tmp_path / "out" / INDEX_NAME), bucket, f"laion/{INDEX_NAME}")
     said = []
@@ -347,17 +338,17 @@ def test_shards_on_s3_from_bucket_to_samples(bucket, s3, tmp_path):
     check_shards(found)
     assert read_all(found) == expected
     assert np.array_equal(found.table_checksums(), local.table_checksums())
-    listed = find_shards(f"s3://{bucket}/laion/", quietly)
+    listed = find_shards(f"s3://{bucket}/laion/", print_nothing)
     assert [parent_and_name(path)[1] for path in listed.paths] == [
         f"{n:06d}.tar" for n in range(10)
     ]
 
 
 def test_an_index_made_before_the_upload_serves_on_s3(bucket, s3, tmp_path):
-    index_shards(str(tmp_path / "local"), quietly)
+    index_shards(str(tmp_path / "local"), print_nothing)
     s3[1].upload_file(str(tmp_path / "local" / INDEX_NAME), bucket, f"laion/{INDEX_NAME}")
     pattern = f"s3://{bucket}/laion/{{000000..000009}}.tar"
-    found = find_shards(pattern, quietly)
+    found = find_shards(pattern, print_nothing)
     check_shards(found)
     said = []
     renew_index(pattern, said.append)
@@ -371,20 +362,20 @@ def test_an_index_made_before_the_upload_serves_on_s3(bucket, s3, tmp_path):
 
 def test_a_shard_exchanged_on_s3_is_told_by_its_etag(bucket, s3, tmp_path):
     pattern = f"s3://{bucket}/laion/{{000000..000009}}.tar"
-    index_shards(pattern, quietly)
+    index_shards(pattern, print_nothing)
     data = (tmp_path / "local" / "000007.tar").read_bytes().replace(b"00014.", b"90014.")
     s3[1].put_object(Bucket=bucket, Key="laion/000007.tar", Body=data)
     with pytest.raises(InputError, match="000007.tar is another one of as many bytes"):
-        index_shards(pattern, quietly)
+        index_shards(pattern, print_nothing)
     s3[1].delete_object(Bucket=bucket, Key="laion/000003.tar")
     with pytest.raises(InputError, match="1 of 10 shards do not exist: .*000003.tar"):
-        index_shards(pattern, quietly)
+        index_shards(pattern, print_nothing)
 
 
 def test_a_bucket_that_is_not_there_is_said_at_once(bucket):
     began = time.monotonic()
     with pytest.raises(InputError, match="2 of 2 shards do not exist: s3://no-such-bucket/0.tar"):
-        index_shards("s3://no-such-bucket/{0..1}.tar", quietly)
+        index_shards("s3://no-such-bucket/{0..1}.tar", print_nothing)
     assert time.monotonic() - began < 15  # tries again would take half a minute
 
 
@@ -401,8 +392,8 @@ def test_signed_addresses_of_s3_are_read(bucket, s3, tmp_path):
 
     first, second = signed(600), signed(900)
     assert first != second
-    expected = read_all(index_shards(str(tmp_path / "local"), quietly))[:4]
-    assert read_all(index_shards(first, quietly)) == expected
+    expected = read_all(index_shards(str(tmp_path / "local"), print_nothing))[:4]
+    assert read_all(index_shards(first, print_nothing)) == expected
     said = []
     assert read_all(index_shards(second, said.append)) == expected
     assert not any("making the index" in line for line in said)
