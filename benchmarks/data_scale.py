@@ -28,7 +28,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,6 +37,7 @@ import numpy as np
 import psutil
 from common import describe, environment, write_results
 from matplotlib.figure import Figure
+from page_simulation import SAMPLE_BYTES, fetched_of_read
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +54,7 @@ SAMPLES = 10_000  # of a shard
 SHARD_BYTES = 512 * 30 * SAMPLES
 RANKS, GLOBAL_BATCH = 1024, 32_768
 
-SAMPLE_BYTES, CACHE = 50_000, 32 * 10**9
+CACHE = 32 * 10**9
 BATCHES = (4096, 32_768, 36_864, 65_536, 79_104, 159_744, 163_840, 10_000, 50_000, 100_001)
 MACHINES = (8, 16, 24, 128)
 MOST = 1.25
@@ -104,7 +104,10 @@ def measure_reading(samples: int, batch: int, machines: int) -> dict[str, Any]:
     """Bytes fetched beside bytes read, a mean of four machines and their greatest."""
     order = Order([OrderSource([SAMPLES] * (samples // SAMPLES))], 1, batch)
     some = sorted({0, machines // 3, machines // 2, machines - 1})
-    found = [fetched_of_read(order, machines, machine) for machine in some]
+    found = [
+        fetched_of_read(order, machines, machine, shard=SAMPLES, page=PAGE, cache=CACHE)
+        for machine in some
+    ]
     told = machine_reading(samples, order.streams, SAMPLE_BYTES, machines, PAGE)
     return {
         "machines": machines,
@@ -115,33 +118,6 @@ def measure_reading(samples: int, batch: int, machines: int) -> dict[str, Any]:
         "told": told.fetched / told.own,
         "in_use_bytes": told.in_use,
     }
-
-
-def fetched_of_read(order: Order, machines: int, machine: int) -> float:
-    """Over an epoch that begins in the middle of one, when the cache has filled."""
-    samples, batch = order.samples_per_epoch, order.batch
-    pages_of_shard = -(-SAMPLES * SAMPLE_BYTES // PAGE)
-    held: OrderedDict[int, None] = OrderedDict()
-    fetched = read = 0
-    for step in range(3 * samples // (2 * batch)):
-        if step == samples // (2 * batch):
-            fetched = read = 0
-        first, stop = (step * batch + part * batch // machines for part in (machine, machine + 1))
-        found = order.of_positions(np.arange(first, stop))
-        begins = found.index * SAMPLE_BYTES
-        shard = found.shard * pages_of_shard
-        ends = shard + (begins + SAMPLE_BYTES - 1) // PAGE
-        read += stop - first
-        for page, last in zip((shard + begins // PAGE).tolist(), ends.tolist(), strict=True):
-            for wanted in (page,) if page == last else (page, last):
-                if wanted in held:
-                    held.move_to_end(wanted)
-                    continue
-                fetched += 1
-                held[wanted] = None
-                if len(held) > CACHE // PAGE:
-                    held.popitem(last=False)
-    return fetched * PAGE / (read * SAMPLE_BYTES)
 
 
 # ---------------------------------------------------------------------------------------- killed

@@ -1,8 +1,9 @@
 """What a machine is said to read, against a cache of pages that is filled in the order itself."""
 
-from collections import OrderedDict
+import importlib
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 from parallel_clip.data.order.reading import machine_reading
@@ -11,37 +12,19 @@ from parallel_clip.data.order.sample_order import Order, OrderSource
 SAMPLE, PAGE, SHARD = 50_000, 2**20, 1000
 
 
-def fetched_of_own(order: Order, machines: int, machine: int, cache: int) -> float:
-    """Bytes of pages fetched, beside bytes of the samples read, over an epoch from the middle of
-    one to that of the next; what is in the cache then was counted, what it held before was not."""
-    n, batch = order.samples_per_epoch, order.batch
-    held: OrderedDict[int, None] = OrderedDict()
-    fetched = read = 0
-    for step in range(3 * n // (2 * batch)):
-        if step == n // (2 * batch):
-            fetched = read = 0
-        first, stop = (step * batch + part * batch // machines for part in (machine, machine + 1))
-        found = order.of_positions(np.arange(first, stop))
-        read += stop - first
-        begins = found.index * SAMPLE
-        shard = found.shard * (SHARD * SAMPLE // PAGE + 1)
-        ends = shard + (begins + SAMPLE - 1) // PAGE
-        for page, last in zip((shard + begins // PAGE).tolist(), ends.tolist(), strict=True):
-            for wanted in {page, last}:
-                if wanted in held:
-                    held.move_to_end(wanted)
-                    continue
-                fetched += 1
-                held[wanted] = None
-                if len(held) > cache // PAGE:
-                    held.popitem(last=False)
-    return fetched * PAGE / (read * SAMPLE)
+@pytest.fixture
+def fetched_of_own(monkeypatch):
+    """Bytes fetched beside bytes read, of the benchmark's simulation."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    simulation = importlib.import_module("page_simulation")
+    assert simulation.SAMPLE_BYTES == SAMPLE
+    return partial(simulation.fetched_of_read, shard=SHARD, page=PAGE)
 
 
 @pytest.mark.parametrize(
     "batch, machines", [(32_768, 128), (79_104, 24), (50_000, 100), (100_001, 96)]
 )
-def test_a_machine_reads_little_more_than_its_part(batch, machines):
+def test_a_machine_reads_little_more_than_its_part(fetched_of_own, batch, machines):
     order = Order([OrderSource([SHARD] * 2000)], 1, batch)
     told = machine_reading(order.samples_per_epoch, order.streams, SAMPLE, machines, PAGE)
     ratio = fetched_of_own(order, machines, 2, cache=int(2 * told.in_use))
@@ -50,7 +33,7 @@ def test_a_machine_reads_little_more_than_its_part(batch, machines):
     assert told.own == pytest.approx(2_000_000 * SAMPLE / machines)
 
 
-def test_a_cache_below_what_is_in_use_fetches_again_and_again():
+def test_a_cache_below_what_is_in_use_fetches_again_and_again(fetched_of_own):
     order = Order([OrderSource([SHARD] * 2000)], 1, 32_768)
     told = machine_reading(order.samples_per_epoch, order.streams, SAMPLE, 64, PAGE)
     assert fetched_of_own(order, 64, 2, cache=int(0.3 * told.in_use)) > 4
