@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -175,7 +176,7 @@ def _add_evaluate(parent) -> None:
         kind.add_argument("--tokenizer", metavar="T", help="as data.tokenizer of a config")
         _add_samples(kind)
         kind.add_argument("--batch", type=_positive, default=64, help="encoded at once (64)")
-        kind.add_argument("--workers", type=_positive, default=0, help="processes that decode (0)")
+        kind.add_argument("--workers", type=_count, default=4, help="processes that decode (4)")
         kind.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
         kind.add_argument(
             "--tensor", type=_positive, default=1, metavar="T", help="ranks that share the model"
@@ -325,10 +326,13 @@ def _mapping(text: str) -> dict:
     raise argparse.ArgumentTypeError(f"{text!r} is no mapping such as {{anon: true}}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+_positive = partial(_count, least=1)
 
 
 if __name__ == "__main__":

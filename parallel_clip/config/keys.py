@@ -94,12 +94,13 @@ class Parallel(ConfigSection):
     stash: Count | Literal["auto"] = Field(
         "auto",
         description="microbatches of a step whose activations are kept from the first pass, so "
-        "that they run forward once; auto: as many as `parallel.memory` allows",
+        "that they run forward once; auto: as many as `parallel.memory` has room for",
     )
     memory: str | Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="memory that a rank may fill, such as 70GB, for parallel.stash auto; null: not "
-        "known, so no more activations are kept than the first stage of 1F1B holds",
+        description="memory that a rank may fill, such as 70GB, for parallel.stash auto; null: on "
+        "a GPU four fifths of what is free at the start; on a CPU not known, so no more "
+        "activations are kept than the first stage of 1F1B holds",
     )
     distributed_optimizer: bool = Field(
         True, description="split optimizer state between the data-parallel ranks (ZeRO-1)"
@@ -308,8 +309,11 @@ class Evaluate(ConfigSection):
     retrieval: Shards | None = Field(None, description="held-out shards for recall")
     zero_shot: ZeroShot | None = Field(None, description="held-out shards for classification")
     batch: int = Field(64, ge=1, description="pictures or texts that one rank encodes at once")
-    workers: int = Field(
-        0, ge=0, description="processes that read and decode, a rank; 0: the rank's own"
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that read and decode, a rank; null: as many as data.workers; 0: the "
+        "rank's own",
     )
 
 

@@ -127,6 +127,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_memory_bytes() -> int | None:
+    """Memory that this process can still fill on its GPU; None without one."""
+    return torch.cuda.mem_get_info()[0] if has_cuda() else None
+
+
 def synchronize() -> None:
     if has_cuda():
         torch.cuda.synchronize()

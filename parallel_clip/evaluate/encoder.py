@@ -16,7 +16,7 @@ from parallel_clip.convert.choose_model import ModelChoice, choose_model, resolv
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.open import open_source
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
-from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.data.samples.transforms import Preprocess, normalize
 from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.engine.device import keep_random_state
 from parallel_clip.engine.groups import Groups, whole_model_groups
@@ -50,6 +50,13 @@ class Encoder(Protocol):
 
     def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
         """The last stage's `values` on every rank of the model; of one shape on all stages."""
+
+
+def encode_pictures(encoder: Encoder, pictures: Tensor) -> Tensor:
+    """uint8 [n, 3, H, W] on the CPU to normalised features fp32 [n, D] on the encoder's device.
+
+    They travel as bytes, a fourth of what they are once normalized."""
+    return encoder.encode_image(normalize(pictures.to(encoder.device), encoder.preprocess))
 
 
 @dataclass(frozen=True)

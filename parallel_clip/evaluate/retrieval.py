@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from parallel_clip.data.feeding.evaluation_data import EvaluationBatch
 from parallel_clip.engine.collectives import gather_rows
 from parallel_clip.evaluate.bad_samples import BadSamples
-from parallel_clip.evaluate.encoder import Encoder
+from parallel_clip.evaluate.encoder import Encoder, encode_pictures
 from parallel_clip.evaluate.interrupt import Iterate
 from parallel_clip.evaluate.ranking import image_to_text_ranks, recall, text_to_image_ranks
 
@@ -61,7 +61,7 @@ def encode_pairs(
     for batch in iterate(batches):
         bad.add(batch)
         if len(batch.images):
-            images.append(encoder.encode_image(batch.images.to(device)))
+            images.append(encode_pictures(encoder, batch.images))
             texts += [encoder.encode_text(t.to(device)) for t in batch.tokens.split(text_batch)]
         owners.append(batch.owner + pictures)
         pictures += len(batch.images)

@@ -29,7 +29,7 @@ def open_evaluation(
     *,
     need: Need,
     batch: int = 64,
-    workers: int = 0,
+    workers: int = 4,
     caption_key: str | None = None,
     max_pixels: int = MAX_PIXELS,
     model_name: str | None = None,

@@ -13,7 +13,7 @@ from parallel_clip.data.feeding.evaluation_data import EvaluationBatch
 from parallel_clip.engine.collectives import gather_rows, raise_on_all_ranks
 from parallel_clip.errors import InputError
 from parallel_clip.evaluate.bad_samples import BadSamples
-from parallel_clip.evaluate.encoder import Encoder
+from parallel_clip.evaluate.encoder import Encoder, encode_pictures
 from parallel_clip.evaluate.interrupt import Iterate
 from parallel_clip.evaluate.prompts import fill
 from parallel_clip.evaluate.ranking import class_ranks, recall
@@ -69,7 +69,7 @@ def zero_shot(
         for batch in iterate(_with_known_labels(batches, len(classes))):
             bad.add(batch)
             if len(batch.images):
-                images = encoder.encode_image(batch.images.to(encoder.device))
+                images = encode_pictures(encoder, batch.images)
                 ranks.append(class_ranks(images, classes, batch.labels.to(encoder.device)))
     bad.check_limit(
         group, "zero-shot classification needs a picture and the number of its class, .cls"

@@ -111,8 +111,8 @@ def choose_stash(parallel: Parallel, microbatches: int) -> int:
     """The number of microbatches that keep their graphs, from 0 (two-pass) to all (stash).
 
     `auto` keeps all graphs if a step has no more microbatches than the pipeline has stages, as the
-    first stage of 1F1B holds that many anyway, and otherwise none. Where `parallel.memory` is
-    given, `fit_stash_to_memory` of plan/memory.py replaces the choice by what there is room for.
+    first stage of 1F1B holds that many anyway, and otherwise none. Where the memory of a rank is
+    known, plan/memory.py replaces the choice by what there is room for.
 
     Raises:
         InputError: `parallel.stash` is more than there are microbatches, or contradicts
@@ -136,3 +136,9 @@ def choose_stash(parallel: Parallel, microbatches: int) -> int:
             f"it to {microbatches} or fewer, or to auto"
         )
     return asked
+
+
+def stash_depends_on_memory(parallel: Parallel, plan: LayoutPlan) -> bool:
+    """Whether more microbatches would keep their graphs if it were known that there is room."""
+    left_open = (parallel.schedule, parallel.stash, parallel.memory) == ("auto", "auto", None)
+    return left_open and plan.stash < plan.batch.microbatches

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from parallel_clip.config import Config, parse_bytes
+from parallel_clip.engine.device import has_cuda
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.engine.groups import Groups
+from parallel_clip.engine.without_gpus import call_without_gpus
 from parallel_clip.errors import InputError
 from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
 from parallel_clip.model.architecture import Architecture
@@ -64,10 +66,12 @@ class RankMemory:
 def count_stages(
     config: Config, architecture: Architecture, plan: LayoutPlan
 ) -> tuple[RankMemory, ...]:
-    """What the first rank of each pipeline stage holds. Takes seconds a stage.
+    """What the first rank of each pipeline stage holds. Takes seconds a stage, and touches no GPU.
 
     Raises RuntimeError in a process that has joined a process group.
     """
+    if has_cuda():
+        return call_without_gpus(count_stages, config, architecture, plan)
     ranks_in_stage = plan.layout.data * plan.layout.tensor
     return tuple(
         dry_run(config, architecture, plan, pipeline_rank * ranks_in_stage)
@@ -179,23 +183,33 @@ def fit_stash_to_memory(
     Raises:
         InputError: not even two-pass fits.
     """
+    stash = largest_stash(plan, memory, parse_bytes(limit))
+    if stash is None:
+        filled = filled_bytes(plan, memory, stash=0)
+        stage = next(s for s, size in enumerate(filled) if size > parse_bytes(limit))
+        raise InputError(
+            f"parallel.memory {limit} is too little for stage {stage}, "
+            f"which fills {filled[stage] / 1e9:.2f} GB with nothing stashed; lower batch.micro "
+            f"{plan.batch.micro_batch}, set recompute to selective or full, or use more "
+            "parallel.tensor or parallel.pipeline ranks"
+        )
+    return replace(plan, stash=stash)
+
+
+def largest_stash(plan: LayoutPlan, memory: Sequence[RankMemory], limit: int) -> int | None:
+    """The most microbatches that can keep their graphs where a rank may fill `limit` bytes; None
+    where not even two-pass fits."""
     # With virtual stages those that run again are whole groups: a group in part would stall the
     # others (see timeline.py).
     group = plan.microbatch_group or 1
     candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)}, reverse=True)
-    for stash in candidates:
-        for stage, held in enumerate(memory):
-            filled = _peak_bytes(plan, stage, stash, held)
-            if filled > parse_bytes(limit):
-                break
-        else:
-            return replace(plan, stash=stash)
-    raise InputError(
-        f"parallel.memory {limit} is too little for stage {stage}, "
-        f"which fills {filled / 1e9:.2f} GB with nothing stashed; lower batch.micro "
-        f"{plan.batch.micro_batch}, set recompute to selective or full, or use more "
-        "parallel.tensor or parallel.pipeline ranks"
-    )
+    fitting = (k for k in candidates if max(filled_bytes(plan, memory, k)) <= limit)
+    return next(fitting, None)
+
+
+def filled_bytes(plan: LayoutPlan, memory: Sequence[RankMemory], stash: int) -> list[int]:
+    """All that is counted of each stage at its fullest, where `stash` microbatches keep graphs."""
+    return [_peak_bytes(plan, stage, stash, held) for stage, held in enumerate(memory)]
 
 
 def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from parallel_clip.config import Config
 from parallel_clip.plan.describe import describe_reading, describe_run
-from parallel_clip.plan.run_plan import RunPlan, make_run_plan
+from parallel_clip.plan.layout_plan import stash_depends_on_memory
+from parallel_clip.plan.run_plan import PART_OF_FREE_MEMORY, RunPlan, make_run_plan
 from parallel_clip.plan.stage_estimate import StageEstimate, estimate_step
 from parallel_clip.stages.stage import LayerRange
 
@@ -33,7 +34,13 @@ def dry_run_report(config: Config, world_size: int) -> str:
             "    beside the slowest stage; GiB: all below, at the fullest. Bubble: ranks wait",
             f"    {step.bubble:.1%} of a step, unevenness included, messages and the loss left out",
         ]
-    return "\n".join([*lines, *_memory_lines(step.stages)])
+    lines += _memory_lines(step.stages)
+    if stash_depends_on_memory(config.parallel, plan.layout_plan):
+        lines.append(
+            f"    on GPUs a run keeps as many graphs as fit into {PART_OF_FREE_MEMORY:.0%} of what "
+            "is free when it starts;\n    parallel.memory=70GB shows what that would be here"
+        )
+    return "\n".join(lines)
 
 
 def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:

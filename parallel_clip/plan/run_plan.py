@@ -5,7 +5,7 @@ The same function serves `train` and `train --dry-run`, so both find the same er
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,18 @@ from parallel_clip.data.feeding.run_shards import RunShards, find_run_shards
 from parallel_clip.data.index.shard_list import read_list
 from parallel_clip.data.samples.tokenizer import TokenizerSource
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
+from parallel_clip.engine.device import free_memory_bytes
 from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
-from parallel_clip.plan.memory import RankMemory, count_stages, fit_stash_to_memory
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan, stash_depends_on_memory
+from parallel_clip.plan.memory import (
+    RankMemory,
+    count_stages,
+    fit_stash_to_memory,
+    largest_stash,
+)
 from parallel_clip.plan.resume import (
     SHARDS_FILE,
     ResumePoint,
@@ -29,6 +35,10 @@ from parallel_clip.plan.resume import (
     require_same_data,
 )
 from parallel_clip.plan.start_model import find_start_model
+
+# What is left is for what `count_stages` does not count: what kernels work in, gradients on their
+# way, NCCL's buffers, gaps of the allocator.
+PART_OF_FREE_MEMORY = 0.8
 
 
 class Reading(NamedTuple):
@@ -102,9 +112,10 @@ def make_run_plan(
     """Resolve a config into a RunPlan for `world_size` ranks, and the shards that it trains on.
 
     Checks everything, data included; reads files, writes none, starts nothing. The index of shards
-    that had none is in the second value, still to be saved. Memory is counted where
-    `parallel.memory` limits it, and in a dry run; that takes seconds a stage, and a process that
-    has joined no process group. A dry run also takes counts from files beside shards for an index.
+    that had none is in the second value, still to be saved. Memory is counted in a dry run, where
+    `parallel.memory` limits it, and where a GPU's may let more graphs be kept; that takes seconds a
+    stage, and a process that has joined no process group. A dry run also takes counts from files
+    beside shards for an index.
 
     Raises:
         InputError: whatever is wrong, with the way out.
@@ -126,11 +137,7 @@ def make_run_plan(
     )
     tokenizer_folder = tokenizer.build(architecture.text).folder
 
-    memory, limit = None, config.parallel.memory
-    if dry_run or limit is not None:
-        memory = count_stages(config, architecture, layout_plan)
-    if limit is not None:
-        layout_plan = fit_stash_to_memory(layout_plan, memory, limit)
+    layout_plan, memory, memory_notes = _fit_to_memory(config, architecture, layout_plan, dry_run)
 
     prompts = read_class_prompts(config.evaluate.zero_shot)
     begun_with = read_list(Path(config.run_dir) / SHARDS_FILE) if resume.checkpoint else None
@@ -158,6 +165,29 @@ def make_run_plan(
         prompts,
         versions(),
         memory,
-        (*start.notes, f"preprocessing: {preprocess_words}"),
+        (*start.notes, f"preprocessing: {preprocess_words}", *memory_notes),
     )
     return plan, shards
+
+
+def _fit_to_memory(
+    config: Config, architecture: Architecture, plan: LayoutPlan, dry_run: bool
+) -> tuple[LayoutPlan, tuple[RankMemory, ...] | None, list[str]]:
+    """The plan with the microbatches that keep their graphs, what the stages hold (None: it was not
+    asked for) and what there is to say of it."""
+    limit, free = config.parallel.memory, None
+    if not dry_run and stash_depends_on_memory(config.parallel, plan):
+        free = free_memory_bytes()
+    if not dry_run and limit is None and free is None:
+        return plan, None, []
+    memory = count_stages(config, architecture, plan)
+    if limit is not None:
+        return fit_stash_to_memory(plan, memory, limit), memory, []
+    if free is None:
+        return plan, memory, []
+    to_fill = int(PART_OF_FREE_MEMORY * free)
+    note = (
+        f"parallel.memory: {to_fill / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free on the GPU "
+        "of rank 0"
+    )
+    return replace(plan, stash=largest_stash(plan, memory, to_fill) or 0), memory, [note]

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel_clip.errors import InputError
+from parallel_clip.evaluate.encoder import encode_pictures
 from parallel_clip.evaluate.zero_shot import encode_classes, zero_shot
 from tests.data.shard_files import write_shard
 from tests.evaluate.world import ArithmeticEncoder, batches_of, on_ranks, some_samples
@@ -37,7 +38,7 @@ def test_top1_and_top5_are_those_of_topk(shard):
     encoder = ArithmeticEncoder()
     classes = encode_classes(encoder, NAMES, TEMPLATES)
     batches = batches_of(shard, "labels")
-    images = torch.cat([encoder.encode_image(batch.images) for batch in batches])
+    images = torch.cat([encode_pictures(encoder, batch.images) for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     nearest = (images @ classes.T).topk(5).indices
     found = zero_shot_on(None, shard)

@@ -20,6 +20,7 @@ import pytest
 from tests.fake_cuda import build
 from tests.fake_cuda.cases import CASES, LAYER_CASES
 from tests.fake_cuda.expected import FEED, KERNELS, STEP, Counted
+from tests.plan.small_plans import small_plan
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = (
@@ -28,8 +29,8 @@ PROCESSES = (
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What steps.py prints of each case."""
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the fake device."""
     reason = build.why_not()
     if reason is not None:
         if os.environ.get("PARALLEL_CLIP_REQUIRE_FAKE_CUDA"):
@@ -37,16 +38,23 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(f"the fake device {reason}")
     folder = tmp_path_factory.mktemp("stubs")
     build.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def found(stubs: Path) -> dict[str, Any]:
+    """What steps.py prints of each case."""
     names = list(CASES)
     with ThreadPoolExecutor(PROCESSES) as pool:
         shares = [names[first::PROCESSES] for first in range(PROCESSES)]
-        printed = pool.map(lambda share: _run_steps(folder, share), shares)
+        printed = pool.map(lambda share: _run(stubs, "steps", *share), shares)
         return {answer["case"]: answer for answers in printed for answer in answers}
 
 
-def _run_steps(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.fake_cuda.steps", *names]
-    surroundings = build.environment(folder) | {"OMP_NUM_THREADS": "1"}
+def _run(stubs: Path, module: str, *arguments: object) -> list[dict[str, Any]]:
+    """What a module of this folder prints with the fake device."""
+    command = [sys.executable, "-m", f"tests.fake_cuda.{module}", *map(str, arguments)]
+    surroundings = build.environment(stubs) | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -91,3 +99,14 @@ def test_kernels_of_a_layer(found):
     table = [f"{case:24}" + "".join(f"{n:10}" for n in counted[case]) for case in LAYER_CASES]
     print("\n".join([" " * 24 + "".join(f"{part:>10}" for part in parts), *table]))
     assert counted == KERNELS[version]
+
+
+def test_a_plan_asks_the_gpu_for_its_memory_and_a_dry_run_touches_none(stubs, tmp_path):
+    (said,) = _run(stubs, "planning", tmp_path)
+    assert not said["dry_run_touched_it"]
+    assert "two-pass" in said["report"] and "on GPUs a run keeps as many graphs" in said["report"]
+    assert said["stash"] == 4, "all fit"
+    assert (
+        "parallel.memory: 67.0 GB, of 83.8 GB that are free on the GPU of rank 0" in said["notes"]
+    )
+    assert said["saved"] == small_plan(tmp_path, 4, dry_run=True).memory[0].saved

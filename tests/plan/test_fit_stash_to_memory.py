@@ -4,7 +4,14 @@ import pytest
 
 from parallel_clip.errors import InputError
 from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
-from parallel_clip.plan.memory import RankMemory, fit_stash_to_memory, peak_memory
+from parallel_clip.plan import run_plan
+from parallel_clip.plan.memory import (
+    RankMemory,
+    filled_bytes,
+    fit_stash_to_memory,
+    peak_memory,
+)
+from parallel_clip.plan.run_plan import PART_OF_FREE_MEMORY, RunPlan
 from tests.plan.small_plans import EVEN, PAIRS, small_plan
 
 MEBI = 2**20
@@ -102,3 +109,22 @@ def test_what_is_counted_is_what_the_stages_hold(tmp_path):
     plan = small_plan(tmp_path, 6, pipeline=2, memory=memory)
     assert plan.layout_plan.stash == 3
     assert plan.memory == counted.memory
+
+
+def test_on_a_gpu_as_many_are_kept_as_fit_four_fifths_of_what_is_free(tmp_path, monkeypatch):
+    counted = small_plan(tmp_path, 6, dry_run=True)
+
+    def chosen(free: int, **parallel) -> RunPlan:
+        monkeypatch.setattr(run_plan, "free_memory_bytes", lambda: free)
+        return small_plan(tmp_path, 6, **parallel)
+
+    for stash in (0, 3, 6):
+        enough = max(filled_bytes(counted.layout_plan, counted.memory, stash))
+        plan = chosen(int(enough / PART_OF_FREE_MEMORY) + 2)
+        assert plan.layout_plan.stash == stash
+        assert plan.memory == counted.memory
+        assert any("free on the GPU" in note for note in plan.notes)
+    assert chosen(1000).layout_plan.stash == 0, "it is not known better: two-pass may still fit"
+    assert chosen(10**12, memory=enough).layout_plan.stash == 6, "what is asked for is done"
+    for settings in ({"stash": 2}, {"schedule": "two-pass"}, {"schedule": "stash"}):
+        assert chosen(10**12, **settings).memory is None, "nothing to decide, so nothing counted"

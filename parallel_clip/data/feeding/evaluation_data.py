@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
 from parallel_clip.data.feeding.workers import read_ahead, report_progress
@@ -37,7 +36,7 @@ class EvaluationBatch:
     Bad samples are left out and listed in `bad`: n may be smaller than asked for, or 0.
     """
 
-    images: Tensor  # fp32 [n, 3, H, W]
+    images: Tensor  # uint8 [n, 3, H, W], which `normalize` takes
     positions: Tensor  # int64 [n]: number of the sample among all of the shards
     tokens: Tensor  # int64 [m, L]; m is 0 where labels were asked for
     owner: Tensor  # int64 [m]: the row of `images` that a caption belongs to, ascending
@@ -73,7 +72,7 @@ class EvaluationData:
         self._part = range(n * self.rank // self.ranks, n * (self.rank + 1) // self.ranks)
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shards.counts)])
         self._shard = lru_cache(1)(self.shards.__getitem__)  # samples of one follow one another
-        self._transform = evaluation_transform(self.preprocess)
+        self._transform = evaluation_transform(self.preprocess, normalized=False)
         self._pictures = PictureRule(self.max_pixels, resized=evaluation_resized(self.preprocess))
         self._files = ShardFiles()
 
@@ -84,6 +83,9 @@ class EvaluationData:
         starts = range(0, len(self._part), self.batch)
         batches = (self._part[start : start + self.batch] for start in starts)
         return read_ahead(self, batches, self.workers, prefetch=2, patience=self.patience)
+
+    def _no_images(self) -> Tensor:
+        return torch.empty(0, 3, *self.preprocess.image_size, dtype=torch.uint8)
 
     def describe_position(self, shard: int, index: int, *_: int) -> str:
         return f"sample {index} of {self.shards.paths[shard]}"
@@ -113,7 +115,7 @@ class EvaluationData:
             used.append(position)
             addresses.append(StoredAddress(0, where, sample.key))
         return EvaluationBatch(
-            default_collate(images) if images else torch.empty(0, 3, *self.preprocess.image_size),
+            torch.stack(images) if images else self._no_images(),
             torch.tensor(used, dtype=torch.int64),
             self.tokenizer(captions),
             torch.tensor(owner, dtype=torch.int64),

@@ -118,6 +118,7 @@ def build_held_out_data(
 ) -> dict[str, EvaluationData]:
     """The part of data-parallel rank `rank` of each held-out set, by its name in `shards.held_out`;
     names that have the same table share one object."""
+    workers = config.evaluate.workers
     built: dict[int, EvaluationData] = {}
     for name, table in shards.held_out.items():
         if id(table) not in built:
@@ -131,7 +132,7 @@ def build_held_out_data(
                 batch=config.evaluate.batch,
                 rank=rank,
                 ranks=ranks,
-                workers=config.evaluate.workers,
+                workers=config.data.workers if workers is None else workers,
                 patience=config.data.worker_patience,
             )
     return {name: built[id(table)] for name, table in shards.held_out.items()}

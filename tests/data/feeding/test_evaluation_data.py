@@ -6,9 +6,11 @@ from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.open import build_held_out_data, check_samples
 from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.decode import PictureRule, decode_picture
 from parallel_clip.data.samples.tokenizer import ClipTokenizer
-from parallel_clip.data.samples.transforms import Preprocess
+from parallel_clip.data.samples.transforms import Preprocess, evaluation_transform, normalize
 from parallel_clip.data.storage.progress import print_nothing
+from parallel_clip.data.storage.shards import ShardFiles
 from parallel_clip.errors import InputError
 from tests.data.shard_files import index_shards, picture, sample, write_shard
 
@@ -68,6 +70,16 @@ def test_workers_give_the_same_bits(shards, need):
         for name in ("images", "positions", "tokens", "owner", "labels"):
             assert torch.equal(getattr(one, name), getattr(other, name))
         assert (one.addresses, one.bad) == (other.addresses, other.bad)
+
+
+def test_pictures_are_bytes_that_become_those_of_the_transform(shards):
+    data = open_data(shards, need="labels", batch=2)
+    transform, files = evaluation_transform(PREPROCESS), ShardFiles()
+    first = data.shards[0]
+    expected = [transform(decode_picture(files.read(first, n), PictureRule())) for n in range(2)]
+    batch = next(iter(data))
+    assert batch.images.dtype == torch.uint8
+    assert torch.equal(normalize(batch.images, PREPROCESS), torch.stack(expected))
 
 
 def test_labels(shards):

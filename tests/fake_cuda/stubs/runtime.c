@@ -11,7 +11,11 @@ typedef int Error;
 
 /* ------------------------------------------------------------------------------- the device */
 static __thread int current = 0;
-Error cudaGetDeviceCount(int *count) { *count = 1; return 0; }
+Error cudaGetDeviceCount(int *count) {
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  *count = !visible || *visible;
+  return *count ? 0 : cudaErrorNoDevice;
+}
 Error cudaGetDevice(int *device) { *device = current; return 0; }
 Error cudaSetDevice(int device) { current = device; return 0; }
 Error cudaDriverGetVersion(int *version) { *version = 13000; return 0; }
