@@ -67,6 +67,11 @@ def read_timm_vision(section: JsonSection, embed_dim: int) -> TimmVisionConfig:
                 f"vision_cfg.width {width} is not divisible by the {pool.heads} heads of the "
                 f"attention pool; the nearest below that is {width // pool.heads * pool.heads}"
             )
+    if trunk.rotary and section.fraction("patch_dropout"):
+        raise section.error(
+            f"vision_cfg.patch_dropout {section.values['patch_dropout']} with rotary positions is "
+            "not built here; set it to 0"
+        )
     projection = _read_projection(section, trunk, pool_name)
     if projection == "none" and width != embed_dim:
         raise section.error(

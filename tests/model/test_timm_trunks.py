@@ -148,6 +148,10 @@ def test_decay_is_open_clips(kind):
         ({"timm_model_name": "vit_pe_core_base_patch16_224", "head_width": 6}, "multiple of 4"),
         ({"timm_model_name": "vit_pe_core_base_patch16_224", "width": 60}, "8 heads of the atten"),
         ({"image_size": 7}, "no whole patch"),
+        (
+            {"timm_model_name": "vit_pe_core_base_patch16_224", "patch_dropout": 0.5},
+            "patch_dropout 0.5 with rotary",
+        ),
         ({"width": 96}, "embed_dim 48 has to be vision_cfg.width 96"),
         ({"timm_drop_path": 1.5}, "timm_drop_path 1.5"),
         ({"act_kwargs": {"approximate": "no"}}, "act_kwargs.approximate"),
