@@ -19,6 +19,7 @@ from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.parameters import Parameter
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
+_PART = 1 << 20  # values that are looked at together
 
 # Parts of names that DDP, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -97,8 +98,7 @@ class ModelWeights:
                 f"{stored} in {path} is of {tensor.dtype}; weights have to be floating-point "
                 "numbers, not quantized ones"
             )
-        values = tensor.float()
-        bad = tensor.numel() - int(torch.isfinite(values).sum())
+        bad = count_not_finite(tensor)
         if bad and tensor.dtype == torch.float64 and torch.isfinite(tensor).all():
             raise InputError(
                 f"{stored} in {path} has values up to {float(tensor.abs().max()):.4g}, which are "
@@ -111,9 +111,11 @@ class ModelWeights:
             )
         return tensor.reshape(()) if name in LOGIT_PARAMETERS else tensor
 
-    def read_all(self) -> dict[str, Tensor]:
-        """Every tensor of the architecture that the source has by its global name, contiguous."""
-        return {name: self.read(name).contiguous() for name in self._stored}
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite in fp32."""
+    parts = tensor.reshape(-1).split(_PART)  # each with its copies by itself
+    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,11 @@ def convert_checkpoint(
         notes.append(
             f"tokenizer: the files of {tokenizer.name} are not beside the weights; {way_out}"
         )
-    content = opened.content if isinstance(opened, OpenClipSource) else None
     if optimizer_batch is not None:
-        file, names = metadata.path, weights.stored_names
-        optimizer = read_adamw(content, names, opened.shapes(), file)
+        names = weights.stored_names
+        optimizer = read_adamw(opened.content, names, opened.shapes(), metadata.path)
         notes.append(f"AdamW's state after step {optimizer.step:,} comes along")
-    elif (content or {}).get("optimizer"):
+    elif (opened.content or {}).get("optimizer"):
         notes.append(
             "its optimizer is left behind; --to run --with-optimizer --global-batch N takes it"
         )

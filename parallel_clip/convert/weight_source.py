@@ -36,9 +36,13 @@ class SourceMetadata:
 
 
 class WeightSource(Protocol):
-    """An opened checkpoint: tensors by the names that it has, and the metadata stored with them."""
+    """An opened checkpoint: tensors by the names that it has, and the metadata stored with them.
+
+    content: all that a file of torch.save holds, None for others.
+    """
 
     metadata: SourceMetadata
+    content: Mapping[str, Any] | None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The full shape of each tensor by its name."""
