@@ -4,6 +4,7 @@ Nothing here uses parallel_clip. The functions make a small checkpoint and a sma
 read the data set back as one batch, and train OpenCLIP's own model on it step by step.
 """
 
+import functools
 import io
 import json
 import math
@@ -11,9 +12,11 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import open_clip
+import timm
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -54,35 +57,78 @@ class Reference(NamedTuple):
 
 
 class FedPatchDropout(nn.Module):
-    """In the place of OpenCLIP's PatchDropout: keeps the patches that it is told to."""
+    """In the place of OpenCLIP's or timm's PatchDropout: keeps the patches that it is told to."""
 
     kept: Tensor  # [B, K] int64, sorted, without the class token
 
+    def __init__(self, class_tokens: int = 1):
+        super().__init__()
+        self.class_tokens = class_tokens
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, 1 + patches, D] -> [B, 1 + K, D]"""
+        """tokens [B, class tokens + patches, D] -> [B, class tokens + K, D]"""
         index = self.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-        return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, index)], dim=1)
+        first, patches = tokens[:, : self.class_tokens], tokens[:, self.class_tokens :]
+        return torch.cat([first, patches.gather(1, index)], dim=1)
+
+
+def feed_patch_dropout(model: nn.Module) -> FedPatchDropout:
+    """Put a FedPatchDropout into OpenCLIP's model."""
+    if hasattr(model.visual, "trunk"):
+        fed = FedPatchDropout(model.visual.trunk.num_prefix_tokens)
+        model.visual.trunk.patch_drop = fed
+    else:
+        fed = model.visual.patch_dropout = FedPatchDropout()
+    return fed
 
 
 def build_model(model_cfg: dict[str, Any]) -> nn.Module:
-    """OpenCLIP's model of a model config, in fp32."""
+    """OpenCLIP's model of a model config, in fp32.
+
+    Keys that change a trunk of timm, at which OpenCLIP does not look, are handed to timm.
+    """
     arguments = json.loads(json.dumps(model_cfg))
     custom_text = arguments.pop("custom_text", False)
-    return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**arguments)
+    build = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    if "timm_model_name" not in arguments["vision_cfg"]:
+        return build(**arguments)
+    changed = functools.partial(timm.create_model, **_timm_arguments(arguments["vision_cfg"]))
+    with mock.patch.object(open_clip.timm_model.timm, "create_model", changed):
+        return build(**arguments)
+
+
+def _timm_arguments(vision: dict[str, Any]) -> dict[str, Any]:
+    names = {"width": "embed_dim", "layers": "depth", "mlp_ratio": "mlp_ratio"}
+    names |= {"patch_size": "patch_size", "image_size": "img_size"}
+    given = {theirs: vision[ours] for ours, theirs in names.items() if ours in vision}
+    if "head_width" in vision:
+        given["num_heads"] = vision["width"] // vision["head_width"]
+    if "norm_kwargs" in vision:
+        given["norm_layer"] = functools.partial(timm.layers.LayerNorm, **vision["norm_kwargs"])
+    if "act_kwargs" in vision:
+        tanh = vision["act_kwargs"]["approximate"] == "tanh"
+        given["act_layer"] = "gelu_tanh" if tanh else "gelu"
+    return given
 
 
 def random_weights(model_cfg: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """A state dict of OpenCLIP's model.
 
     Biases, norms and LayerScales are moved off their initial values: a zero bias or a norm of ones
-    would hide that it landed in the wrong place.
+    would hide that it landed in the wrong place. timm's deviation of 0.02 is for widths around a
+    thousand: in a narrow trunk blocks would do next to nothing, and training, which then amplifies
+    rounding 1,500 times in 20 steps, could not be compared.
     """
     torch.manual_seed(seed)
     model = build_model(model_cfg)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            elif name.startswith("visual.trunk.") and parameter.ndim == 2:
+                parameter.mul_(4)
+            elif name == "visual.trunk.cls_token":
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -202,8 +248,7 @@ def reference_run(
     if precision == "pure_bf16":
         model.to(torch.bfloat16)
         images = images.to(torch.bfloat16)
-    if kept_patches is not None:
-        model.visual.patch_dropout = FedPatchDropout()
+    fed = feed_patch_dropout(model) if kept_patches is not None else None
     loss_function = ClipLoss() if loss == "infonce" else SigLipLoss()
 
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -217,8 +262,8 @@ def reference_run(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        if kept_patches is not None:
-            model.visual.patch_dropout.kept = kept_patches(step)
+        if fed is not None:
+            fed.kept = kept_patches(step)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp_bf16"):
             value = loss_function(*model(images, batch.texts))

@@ -62,6 +62,53 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def timm_model(trunk: str, vision: dict[str, Any], text: dict[str, Any], **model: Any):
+    """A model with an image tower of timm, cut down to 4 heads and two layers of width 48."""
+    small = {"image_size": 40, "patch_size": 8, "layers": 2, "width": 48, "head_width": 12}
+    config = small_model({}, text, custom_text=True, **model)
+    return config | {"vision_cfg": {"timm_model_name": trunk} | small | vision}
+
+
+_MAP = {"timm_pool": "map", "timm_proj": "none"}
+_SIGLIP_TEXT = {"proj_bias": True, "pool_type": "last", "no_causal_mask": True}
+_SIGLIP = {"embed_dim": 48, "init_logit_bias": -10}
+
+KINDS |= {
+    "timm-siglip": timm_model("vit_base_patch16_siglip_224", _MAP, _SIGLIP_TEXT, **_SIGLIP),
+    # int(48 * 3.76) = 180 MLP channels
+    "timm-siglip2": timm_model(
+        "vit_so400m_patch16_siglip_256",
+        _MAP | {"mlp_ratio": 3.76, "patch_dropout": 0.4},
+        _SIGLIP_TEXT | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}},
+        **_SIGLIP,
+    ),
+    "timm-siglip-i18n": timm_model(
+        "vit_so400m_patch16_siglip_256",
+        _MAP | {"act_kwargs": {"approximate": "none"}, "norm_kwargs": {"eps": 1e-5}},
+        {"width": 48, "pool_type": "last", "no_causal_mask": True, "proj_type": "none"},
+        **_SIGLIP,
+    ),
+    "timm-linear": timm_model(
+        "vit_base_patch16_siglip_224",
+        {"timm_pool": "map", "timm_proj": "linear", "timm_proj_bias": True},
+        {},
+    ),
+    "timm-pe-core": timm_model(
+        "vit_pe_core_base_patch16_224",
+        {"timm_pool": "map", "timm_proj": None, "image_size": [40, 24]},
+        {},
+    ),
+    "timm-pe-core-big": timm_model(
+        "vit_pe_core_gigantic_patch14_448", {"timm_pool": "map", "timm_proj": None}, {}
+    ),
+    "timm-mobile-clip": timm_model(
+        "vit_large_patch14_clip_224",
+        {"timm_pool": "token", "timm_proj": None, "patch_dropout": 0.4},
+        {"no_causal_mask": True},
+    ),
+}
+
+
 def image_batch(model_cfg: dict[str, Any], count: int, seed: int = 0) -> Tensor:
     size = model_cfg["vision_cfg"]["image_size"]
     height, width = size if isinstance(size, list) else (size, size)

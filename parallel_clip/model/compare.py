@@ -31,9 +31,12 @@ def differences(one: Architecture, other: Architecture) -> list[Difference]:
     ]
 
 
+DROP_PATH = "vision_cfg.timm_drop_path"
+
+
 def check_override(names: Collection[str], architecture: Architecture, option: str) -> None:
     """InputError: an override names what is no setting. option: how the user gave it."""
-    keys = architecture.settings()
+    keys = [*architecture.settings(), DROP_PATH]
     known = {*keys, *(key.rpartition(".")[2] for key in keys)}
     for name in names:
         if name not in known:

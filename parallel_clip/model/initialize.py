@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from parallel_clip.model.parameters import Normal, Parameter, Uniform
+from parallel_clip.model.parameters import Normal, Parameter, TruncatedNormal, Uniform
 
 
 def initial_value(parameter: Parameter, seed: int) -> Tensor:
@@ -21,6 +21,9 @@ def initial_value(parameter: Parameter, seed: int) -> Tensor:
     value, initial = torch.empty(parameter.shape), parameter.initial
     if isinstance(initial, Normal):
         return value.normal_(0, initial.std, generator=generator)
+    if isinstance(initial, TruncatedNormal):
+        bound = 2 * initial.std
+        return nn.init.trunc_normal_(value, 0, initial.std, -bound, bound, generator=generator)
     if isinstance(initial, Uniform):
         return value.uniform_(-initial.bound, initial.bound, generator=generator)
     return value.fill_(initial.value)

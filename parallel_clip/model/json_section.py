@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from parallel_clip.errors import InputError
 
@@ -81,6 +81,12 @@ class JsonSection:
     def optional_number(self, name: str) -> float | None:
         return None if self.values.get(name) is None else self.number(name, 0.0)
 
+    def fraction(self, name: str) -> float:
+        value = 0.0 if self.values.get(name) is None else self.number(name, 0.0)
+        if not 0 <= value < 1:
+            raise self.error(f"{self.key(name)} {value} must be at least 0 and below 1")
+        return value
+
     def flag(self, name: str) -> bool:
         value = self.values.get(name)
         if value is None:  # OpenCLIP asks only whether it is true
@@ -110,6 +116,22 @@ class JsonSection:
         if value is not None and not isinstance(value, str):
             raise self.error(f"{self.key(name)} must be a text, not {value!r}")
         return value or None
+
+    def gelu(self, name: str, default: str = "gelu") -> Literal["gelu", "gelu_tanh"]:
+        """Which GELU its options ask for."""
+        options = self.options(name, known=("approximate",))
+        approximate = options.get("approximate")
+        if approximate not in (None, "none", "tanh"):
+            raise self.error(
+                f"{self.key(name)}.approximate must be 'none' or 'tanh', not {approximate!r}"
+            )
+        return {"tanh": "gelu_tanh", "none": "gelu", None: default}[approximate]
+
+    def norm_eps(self, name: str, default: float = 1e-5) -> float:
+        eps = self.options(name, known=("eps",)).get("eps", default)
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+            raise self.error(f"{self.key(name)}.eps must be a number between 0 and 1, not {eps!r}")
+        return float(eps)
 
     def options(self, name: str, known: Collection[str] | None = None) -> dict[str, Any]:
         """A nested object of keyword arguments; {} when absent or null."""

@@ -1,8 +1,8 @@
-"""The models that are known by name: the 45 configs of OpenCLIP 3.3.0 that are a plain vision
-transformer with OpenCLIP's own text transformer.
+"""The models that are known by name: 77 configs of OpenCLIP 3.3.0.
 
-Facts only, in three steps: sizes, variants, models. `model_config` puts them together in OpenCLIP's
-JSON form, key for key what OpenCLIP has in its file of that name.
+Here are the 45 that are a plain vision transformer with OpenCLIP's own text transformer; the others
+are in known_timm_models.py. Facts only, in three steps: sizes, variants, models. `model_config`
+puts them together in OpenCLIP's JSON form, key for key what OpenCLIP has in its file of that name.
 """
 
 import json
@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.known_timm_models import TIMM_MODELS, timm_model_config
 from parallel_clip.model.openclip_json import MODEL_KEYS, architecture_from_json
 
 
 def known_names() -> list[str]:
-    """The models known by name, small to large."""
-    return list(MODELS)
+    """The models known by name, small to large within a family."""
+    return [*MODELS, *TIMM_MODELS]
 
 
 class NamedModel(NamedTuple):
-    """A model, and OpenCLIP's preprocess_cfg where the file that describes it has one."""
+    """A model, and OpenCLIP's preprocess_cfg where the file that describes it has one, or where all
+    weights that OpenCLIP has of the name have one and the same."""
 
     architecture: Architecture
     preprocess: dict[str, Any] | None
@@ -40,18 +42,12 @@ def load_model(name_or_path: str, loss: str = "infonce") -> NamedModel:
     name = name_or_path.replace("/", "-")
     path = Path(name_or_path)
     preprocess = None
-    if name in MODELS:
-        config = model_config(name)
+    if name in known_names():
+        config, preprocess = model_config(name), _preprocess_of(name)
     elif path.suffix == ".json" or path.is_file():
         name, config, preprocess = _read_file(path)
     else:
-        lower_names = {known.lower(): known for known in MODELS}
-        nearest = get_close_matches(name.lower(), lower_names, 3, cutoff=0.0)
-        raise InputError(
-            f"model.name {name_or_path!r} is neither one of the {len(MODELS)} known models "
-            f"(nearest: {', '.join(lower_names[near] for near in nearest)}) nor a JSON file in "
-            "OpenCLIP's model-config format"
-        )
+        raise _unknown(name, name_or_path)
     return NamedModel(architecture_from_json(with_logit_defaults(config, loss), name), preprocess)
 
 
@@ -63,8 +59,9 @@ def load_architecture(name_or_path: str, loss: str = "infonce") -> Architecture:
 def known_name(architecture: Architecture, loss: str = "infonce") -> str | None:
     """The name by which `load_model` knows an architecture, None where it does not: its own name
     before others of the same architecture."""
-    for name in (architecture.name, *MODELS):
-        if name in MODELS and load_architecture(name, loss) == architecture:
+    names = known_names()
+    for name in (architecture.name, *names):
+        if name in names and load_architecture(name, loss) == architecture:
             return name
     return None
 
@@ -79,6 +76,65 @@ def with_logit_defaults(config: Any, loss: str) -> Any:
     nullable = defaults.keys() | MODEL_KEYS.unsupported.keys() | MODEL_KEYS.without_effect
     given = {k: v for k, v in config.items() if v is not None or k not in nullable}
     return defaults | given
+
+
+# OpenCLIP's preprocess_cfg by what a model's name has in it; the first that fits. Each is that of
+# all weights that OpenCLIP has of these names; other names have weights of several kinds, or those
+# of OpenAI's, which are the default.
+_HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"}
+_PREPROCESS: dict[str, dict[str, Any]] = {
+    "SigLIP": _HALVES | {"interpolation": "bicubic"},
+    "PE-Core": _HALVES | {"interpolation": "bilinear"},
+    "CLIPA": {
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    },
+    "-378": {"resize_mode": "squash"},
+}
+
+# What OpenCLIP has and is not built here, by the beginning of its name, with what is near.
+_NOT_BUILT = {
+    "coca": ("a CoCa model, with a captioning decoder", "ViT-L-14"),
+    "eva": ("an EVA model", "PE-Core-L-14-336"),
+    "mobileclip": ("a model with a FastViT image tower", "MobileCLIP2-L-14"),
+    "vitamin": ("a ViTamin model", "ViT-L-14"),
+    "rn": ("a ResNet", "ViT-B-32"),
+    "convnext": ("a ConvNeXt", "ViT-B-32"),
+    "swin": ("a Swin transformer", "ViT-B-16"),
+    "htsat": ("an audio model", "ViT-B-32"),
+    "whisper": ("an audio model", "ViT-B-32"),
+    "clap": ("an audio model", "ViT-B-32"),
+    "nllb": ("a model with a text tower of Hugging Face", "ViT-B-16-SigLIP-i18n-256"),
+    "roberta": ("a model with a text tower of Hugging Face", "ViT-B-32"),
+    "xlm-roberta": ("a model with a text tower of Hugging Face", "ViT-H-14-worldwide"),
+    "mt5": ("a model with a text tower of Hugging Face", "ViT-L-14-worldwide"),
+}
+
+
+def _preprocess_of(name: str) -> dict[str, Any] | None:
+    return next((deepcopy(cfg) for part, cfg in _PREPROCESS.items() if part in name), None)
+
+
+def _unknown(name: str, given: str) -> InputError:
+    lower = name.lower()
+    if "naflex" in lower:
+        what, near = "a NaFlex model, of any picture size", "ViT-B-16-SigLIP2-256"
+    else:
+        found = (_NOT_BUILT[begin] for begin in _NOT_BUILT if lower.startswith(begin))
+        what, near = next(found, (None, None))
+    if what is not None:
+        return InputError(
+            f"model.name {given!r} is {what}, which is not built here; near is {near}"
+        )
+    lower_names = {known.lower(): known for known in known_names()}
+    nearest = get_close_matches(lower, lower_names, 3, cutoff=0.0)
+    return InputError(
+        f"model.name {given!r} is neither one of the {len(lower_names)} known models "
+        f"(nearest: {', '.join(lower_names[near] for near in nearest)}) nor a JSON file in "
+        "OpenCLIP's model-config format"
+    )
 
 
 def _read_file(path: Path) -> tuple[str, Any, dict[str, Any] | None]:
@@ -215,7 +271,9 @@ MODELS = {
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """The model called `name`, one of `MODELS`, as OpenCLIP's JSON has it; a new dict each time."""
+    """The model called `name`, a known one, as OpenCLIP's JSON has it; a new dict each time."""
+    if name not in MODELS:
+        return timm_model_config(name)
     size_name, patch_size, image_size, *variant_names = MODELS[name]
     size = SIZES[size_name]
     config: dict[str, Any] = {

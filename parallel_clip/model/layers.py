@@ -32,6 +32,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parallel_clip.model.rotary import Rotation
+
 
 @dataclass(frozen=True)
 class SequenceLength:
@@ -50,6 +52,7 @@ def transformer_block(
     causal: bool,
     layer_scale: float | None,
     tensor_group: ProcessGroup,
+    rotation: Rotation | None = None,
 ) -> TransformerBlock:
     """A stack of `config.num_layers` pre-LN layers without a final norm: [S, b, h] -> [S, b, h].
 
@@ -64,7 +67,9 @@ def transformer_block(
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(SelfAttention, params={"tokens": tokens, "causal": causal}),
+            self_attention=ModuleSpec(
+                SelfAttention, params={"tokens": tokens, "causal": causal, "rotation": rotation}
+            ),
             self_attn_bda=residual_add,
             mlp=GroupMLP,
             mlp_bda=residual_add,
@@ -150,12 +155,14 @@ class SelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection,
         tokens: SequenceLength,
         causal: bool,
+        rotation: Rotation | None = None,
         name: str | None = None,
     ):
         super().__init__(config)
         width = config.hidden_size
         self.tokens = tokens
         self.causal = causal
+        self.rotation = rotation
         self.heads = config.num_attention_heads // pg_collection.tp.size()
         self.norm = LayerNorm(config)
         self.linear_qkv = ColumnLinear(width, 3 * width, config, pg_collection.tp)
@@ -167,6 +174,8 @@ class SelfAttention(MegatronModule):
         tokens, batch = self.tokens.of(self), qkv.shape[1]
         qkv = qkv[:tokens].view(tokens, batch, 3, self.heads, -1)
         q_bnsd, k_bnsd, v_bnsd = qkv.permute(2, 1, 3, 0, 4).unbind(0)
+        if self.rotation is not None:
+            q_bnsd, k_bnsd = self.rotation(q_bnsd), self.rotation(k_bnsd)
         attended = F.scaled_dot_product_attention(q_bnsd, k_bnsd, v_bnsd, is_causal=self.causal)
         attended = attended.permute(2, 0, 1, 3).reshape(tokens, batch, -1)  # [s, b, h/t]
         return self.linear_proj(attended)

@@ -6,6 +6,7 @@ from typing import Any
 
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.json_section import JsonSection, SectionKeys
+from parallel_clip.model.timm_json import TIMM_VISION_KEYS, check_patches, read_timm_vision
 from parallel_clip.model.towers.text import TextConfig
 from parallel_clip.model.towers.transformer import Activation
 from parallel_clip.model.towers.vision import VisionConfig
@@ -43,15 +44,14 @@ VISION_KEYS = SectionKeys(
         "no_ln_pre final_ln_after_pool pool_type act_kwargs norm_kwargs"
     ),
     unsupported={
-        "timm_model_name": "an image tower of timm",
         "attentional_pool": "attentional pooling",
         "pos_embed_type": "fixed positions",
         "output_tokens": "token outputs",
         **OTHER_BLOCKS,
     },
     without_effect=_names(
-        "attn_pooler_heads attn_pooler_queries timm_drop timm_drop_path timm_model_pretrained "
-        "timm_pool timm_proj timm_proj_bias"
+        "attn_pooler_heads attn_pooler_queries timm_drop timm_drop_path timm_model_name "
+        "timm_model_pretrained timm_pool timm_proj timm_proj_bias"
     ),
     off_values={"pos_embed_type": "learnable", "block_type": "default"},
 )
@@ -59,19 +59,19 @@ VISION_KEYS = SectionKeys(
 TEXT_KEYS = SectionKeys(
     read=_names(
         "layers width mlp_ratio ls_init_value pool_type act_kwargs norm_kwargs context_length "
-        "vocab_size hf_tokenizer_name tokenizer_kwargs heads eos_id no_causal_mask proj_bias"
+        "vocab_size hf_tokenizer_name tokenizer_kwargs heads eos_id no_causal_mask proj_bias "
+        "proj_type"
     ),
     unsupported={
         "hf_model_name": "a text tower of Hugging Face",
         "embed_cls": "a class token in the text",
         "final_ln_after_pool": "the final norm after pooling",
         "output_tokens": "token outputs",
-        "proj_type": "another text projection",
         "tokenizer_mode": "another tokenizer mode",
         **OTHER_BLOCKS,
     },
     without_effect=_names("hf_model_pretrained hf_pooler_type hf_proj_type pad_id"),
-    off_values={"block_type": "default", "proj_type": "linear"},
+    off_values={"block_type": "default"},
 )
 
 
@@ -86,6 +86,9 @@ def architecture_from_json(cfg: dict[str, Any], name: str) -> Architecture:
         if key not in model.values:
             raise model.error(f"{key} is missing")
     vision = JsonSection(cfg["vision_cfg"], "vision_cfg", name, VISION_KEYS)
+    is_timm = bool(vision.values.get("timm_model_name"))
+    if is_timm:
+        vision = JsonSection(cfg["vision_cfg"], "vision_cfg", name, TIMM_VISION_KEYS)
     text = JsonSection(cfg["text_cfg"], "text_cfg", name, TEXT_KEYS)
 
     unsupported = [switch for s in (model, vision, text) for switch in s.unsupported()]
@@ -93,18 +96,19 @@ def architecture_from_json(cfg: dict[str, Any], name: str) -> Architecture:
         unsupported.append(f"vision_cfg.layers = {vision.values['layers']} (a ModifiedResNet)")
     if unsupported:
         raise model.error(
-            f"not supported: {'; '.join(unsupported)}; parallel_clip trains plain vision "
-            "transformers with OpenCLIP's own text transformer, such as ViT-B-32"
+            f"not supported: {'; '.join(unsupported)}; parallel_clip trains vision transformers "
+            "with OpenCLIP's own text transformer, such as ViT-B-32 (docs/models.md)"
         )
     for section in (model, vision, text):
         section.check_keys()
 
-    quick_gelu = model.flag("quick_gelu")
+    quick_gelu, embed_dim = model.flag("quick_gelu"), model.integer("embed_dim")
     return Architecture(
         name=name,
-        embed_dim=model.integer("embed_dim"),
-        vision=_read_vision(vision, quick_gelu),
-        text=_read_text(text, quick_gelu),
+        embed_dim=embed_dim,
+        # OpenCLIP's quick_gelu is for its own towers.
+        vision=read_timm_vision(vision, embed_dim) if is_timm else _read_vision(vision, quick_gelu),
+        text=_read_text(text, quick_gelu, embed_dim),
         init_logit_scale=model.optional_number("init_logit_scale"),
         init_logit_bias=model.optional_number("init_logit_bias"),
         # OpenCLIP goes by the presence of hf_model_name, even when it is null.
@@ -133,23 +137,15 @@ def _read_vision(section: JsonSection, quick_gelu: bool) -> VisionConfig:
         final_norm_after_pool=section.flag("final_ln_after_pool"),
         pre_norm=not section.flag("no_ln_pre"),
         layer_scale=section.optional_number("ls_init_value"),
-        patch_dropout=section.number("patch_dropout", 0.0),
+        patch_dropout=section.fraction("patch_dropout"),
         activation=_activation(section, quick_gelu),
-        norm_eps=_norm_eps(section),
+        norm_eps=section.norm_eps("norm_kwargs"),
     )
-    if not 0 <= vision.patch_dropout < 1:
-        raise section.error(
-            f"vision_cfg.patch_dropout {vision.patch_dropout} must be at least 0 and below 1"
-        )
-    if vision.patches == 0:
-        raise section.error(
-            f"vision_cfg.patch_size {vision.patch_size} is larger than vision_cfg.image_size "
-            f"{vision.image_size}: a picture has no whole patch"
-        )
+    check_patches(section, vision)
     return vision
 
 
-def _read_text(section: JsonSection, quick_gelu: bool) -> TextConfig:
+def _read_text(section: JsonSection, quick_gelu: bool, embed_dim: int) -> TextConfig:
     width = section.integer("width", 512)
     heads = section.integer("heads", 8)
     if width % heads:
@@ -157,6 +153,14 @@ def _read_text(section: JsonSection, quick_gelu: bool) -> TextConfig:
             f"text_cfg.width {width} is not divisible by text_cfg.heads {heads}; the nearest "
             f"width below that is {width // heads * heads}"
         )
+    projection = "linear" if section.flag("proj_bias") else "matrix"
+    if section.choice("proj_type", "linear", ("linear", "none")) == "none":
+        projection = "none"
+        if width != embed_dim:
+            raise section.error(
+                f"embed_dim {embed_dim} has to be text_cfg.width {width} where text_cfg.proj_type "
+                "is 'none'"
+            )
     text = TextConfig(
         width=width,
         layers=section.integer("layers", 12),
@@ -167,10 +171,10 @@ def _read_text(section: JsonSection, quick_gelu: bool) -> TextConfig:
         pool=section.choice("pool_type", "argmax", ("argmax", "last", "eos", "first")),
         causal=not section.flag("no_causal_mask"),
         eos_id=section.integer("eos_id", 2, minimum=0),
-        projection_bias=section.flag("proj_bias"),
+        projection=projection,
         layer_scale=section.optional_number("ls_init_value"),
         activation=_activation(section, quick_gelu),
-        norm_eps=_norm_eps(section),
+        norm_eps=section.norm_eps("norm_kwargs"),
         tokenizer=section.optional_text("hf_tokenizer_name"),
         tokenizer_kwargs=section.options("tokenizer_kwargs"),
     )
@@ -190,27 +194,12 @@ def _mlp_width(section: JsonSection, width: int) -> int:
 
 
 def _activation(section: JsonSection, quick_gelu: bool) -> Activation:
-    options = section.options("act_kwargs", known=("approximate",))
-    if quick_gelu:
-        if options:
-            raise section.error(
-                f"{section.key('act_kwargs')} {options} belongs to GELU and quick_gelu is on; "
-                "remove one of them"
-            )
-        return "quick_gelu"
-    approximate = options.get("approximate", "none")
-    if approximate not in ("none", "tanh"):
+    if not quick_gelu:
+        return section.gelu("act_kwargs")
+    options = section.options("act_kwargs")
+    if options:
         raise section.error(
-            f"{section.key('act_kwargs')}.approximate must be 'none' or 'tanh', not {approximate!r}"
+            f"{section.key('act_kwargs')} {options} belongs to GELU and quick_gelu is on; "
+            "remove one of them"
         )
-    return "gelu_tanh" if approximate == "tanh" else "gelu"
-
-
-def _norm_eps(section: JsonSection) -> float:
-    options = section.options("norm_kwargs", known=("eps",))
-    eps = options.get("eps", 1e-5)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise section.error(
-            f"{section.key('norm_kwargs')}.eps must be a number between 0 and 1, not {eps!r}"
-        )
-    return float(eps)
+    return "quick_gelu"

@@ -67,12 +67,20 @@ WHOLE = Placement()
 ROWS = Placement(axis=0)
 COLUMNS = Placement(axis=1)
 QUERY_KEY_VALUE = Placement(axis=0, blocks=3)
+KEY_VALUE = Placement(axis=0, blocks=2)
 VOCABULARY = Placement(axis=0, padded=True)
 
 
 @dataclass(frozen=True)
 class Normal:
     """Drawn from a normal distribution of mean 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class TruncatedNormal:
+    """Drawn from a normal distribution of mean 0, values beyond two deviations drawn again."""
 
     std: float
 
@@ -100,7 +108,7 @@ class Parameter:
     name: str
     module: str
     shape: tuple[int, ...]
-    initial: Normal | Uniform | Constant
+    initial: Normal | TruncatedNormal | Uniform | Constant
     decayed: bool
     placement: Placement = WHOLE
 

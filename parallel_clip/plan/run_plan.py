@@ -34,7 +34,7 @@ from parallel_clip.plan.resume import (
     find_resume_point,
     require_same_data,
 )
-from parallel_clip.plan.start_model import find_start_model
+from parallel_clip.plan.start_model import check_trainable, find_start_model
 
 # What is left is for what `count_stages` does not count: what kernels work in, gradients on their
 # way, NCCL's buffers, gaps of the allocator.
@@ -123,6 +123,7 @@ def make_run_plan(
     resume = find_resume_point(config)
     start = find_start_model(config, resume)
     config, architecture, stored = start.config, start.architecture, start.source
+    check_trainable(architecture, config.model.override)
     layout_plan = make_layout_plan(architecture.costs, world_size, config)
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
     options = ", ".join(f"data.{key}" for key, value in chosen.items() if value is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from parallel_clip.convert.open import open_initial_weights, open_source
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.compare import differences
+from parallel_clip.model.compare import DROP_PATH, differences
 from parallel_clip.model.known_models import known_name, load_model
 from parallel_clip.plan.resume import MODEL_FILE, ResumePoint
 
@@ -71,6 +71,20 @@ def find_start_model(config: Config, resume: ResumePoint) -> StartModel:
         name = known_name(architecture, config.loss.kind)
     name = name or str(Path(config.run_dir) / MODEL_FILE)
     return StartModel(_named(config, name), architecture, source, preprocess, notes)
+
+
+def check_trainable(architecture: Architecture, override: Sequence[str]) -> None:
+    """See that all that the model does in training alone is built here.
+
+    Raises:
+        InputError: it has stochastic depth, and `model.override` does not say to train without.
+    """
+    rate = getattr(architecture.vision, "drop_path", 0)
+    if rate and not {DROP_PATH, DROP_PATH.rpartition(".")[2]} & set(override):
+        raise InputError(
+            f"{architecture.name} is trained with {DROP_PATH} {rate:g} (stochastic depth), which "
+            "is not built here; model.override=[timm_drop_path] trains it without"
+        )
 
 
 def _of_own_run(config: Config, resume: ResumePoint) -> StartModel:

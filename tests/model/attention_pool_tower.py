@@ -23,6 +23,7 @@ from parallel_clip.model.layers import (
 )
 from parallel_clip.model.parameters import Normal, Parameter
 from parallel_clip.model.towers.transformer import (
+    OPENCLIP_NAMES,
     ZERO,
     BlockInit,
     ImageTowerConfig,
@@ -51,7 +52,9 @@ class AttentionPoolConfig(ImageTowerConfig):
         yield Parameter(name, name, shape, normal, decayed=True)
         shape, init = (width, 3, *self.patch_size), linear_init(3 * math.prod(self.patch_size))
         yield Parameter("conv1.weight", "patch_embedding.weight", shape, init, decayed=True)
-        yield from block_parameters(self, BlockInit(normal, normal, normal, normal))
+        biases = linear_init(width), linear_init(self.mlp_width)
+        init = BlockInit(normal, normal, normal, normal, *biases)
+        yield from block_parameters(self, OPENCLIP_NAMES, lambda layer: init)
         yield from norm_parameters("ln_post", "post_norm", width)
         yield Parameter("pool.probe", "pool.probe", (width,), normal, decayed=False)
         for name, length in (("pool.key_value.", 2 * width), ("pool.output.", embed_dim)):

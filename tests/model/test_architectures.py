@@ -2,20 +2,25 @@
 
 import json
 import math
+import re
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from open_clip.transform import PreprocessCfg
 
 from parallel_clip.errors import InputError
-from parallel_clip.model.known_models import known_names, load_architecture
+from parallel_clip.model.architecture import parameter_table
+from parallel_clip.model.known_models import known_names, load_architecture, load_model
 from parallel_clip.model.openclip_json import (
     MODEL_KEYS,
     TEXT_KEYS,
     VISION_KEYS,
     architecture_from_json,
 )
+from parallel_clip.model.timm_json import TIMM_VISION_KEYS
+from tests.reference import build_model
 
 KEYS = {"model": MODEL_KEYS, "vision_cfg": VISION_KEYS, "text_cfg": TEXT_KEYS}
 
@@ -38,8 +43,16 @@ def is_plain(config: dict) -> bool:
     )
 
 
+def has_timm_vit(config: dict) -> bool:
+    """SigLIP, SigLIP 2 at fixed sizes, PE-Core and MobileCLIP2-L, likewise."""
+    trunk = config["vision_cfg"].get("timm_model_name") or ""
+    of_kind = re.fullmatch(r"vit_(.*_siglip_\d+|pe_core_.*|large_patch14_clip_224)", trunk)
+    return bool(of_kind) and not config["text_cfg"].get("hf_model_name")
+
+
 PLAIN = [path for path in CONFIG_FILES if is_plain(read(path))]
-OTHERS = [path for path in CONFIG_FILES if not is_plain(read(path))]
+TIMM = [path for path in CONFIG_FILES if has_timm_vit(read(path))]
+OTHERS = [path for path in CONFIG_FILES if path not in [*PLAIN, *TIMM]]
 
 
 def small(vision: dict | None = None, text: dict | None = None, **model) -> dict:
@@ -52,17 +65,39 @@ def small(vision: dict | None = None, text: dict | None = None, **model) -> dict
     } | model
 
 
-def test_the_table_holds_every_plain_model():
-    assert len(PLAIN) == 45
-    assert sorted(known_names()) == sorted(path.stem for path in PLAIN)
+def test_the_table_holds_every_model_that_is_built():
+    assert (len(PLAIN), len(TIMM)) == (45, 32)
+    assert sorted(known_names()) == sorted(path.stem for path in [*PLAIN, *TIMM])
 
 
-@pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*PLAIN, *TIMM], ids=lambda path: path.stem)
 def test_known_model_is_openclips(path):
     known = load_architecture(path.stem)
     assert known.json == read(path)
     assert known.name == path.stem
     assert load_architecture(str(path)) == known
+
+
+@pytest.mark.parametrize("path", [*PLAIN, *TIMM], ids=lambda path: path.stem)
+def test_parameters_have_openclips_names_and_shapes(path):
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        theirs = build_model(read(path))
+    ours = {p.name: p.shape for p in parameter_table(load_architecture(path.stem))}
+    assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize("path", [*PLAIN, *TIMM], ids=lambda path: path.stem)
+def test_preprocessing_of_a_name_is_that_of_all_its_weights(path):
+    """Where OpenCLIP's weights of a name differ, or it has none, nothing is assumed."""
+    said = open_clip.pretrained._PRETRAINED.get(path.stem, {}).values()
+    keys = "mean", "std", "interpolation", "resize_mode"
+    theirs = [PreprocessCfg(**{k: cfg[k] for k in keys if cfg.get(k)}) for cfg in said]
+    ours = PreprocessCfg(**(load_model(path.stem).preprocess or {}))
+    if theirs and theirs.count(theirs[0]) == len(theirs):
+        assert [list(getattr(ours, k)) for k in keys] == [list(getattr(theirs[0], k)) for k in keys]
+    else:
+        assert load_model(path.stem).preprocess is None
 
 
 @pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.stem)
@@ -128,15 +163,18 @@ def test_defaults_are_openclips():
     )
 
 
-@pytest.mark.parametrize("kind", ["vision_cfg", "text_cfg"])
-def test_every_key_of_openclip_is_accounted_for(kind):
+@pytest.mark.parametrize(
+    ("theirs", "keys"),
+    [
+        (open_clip.CLIPVisionCfg, VISION_KEYS),
+        (open_clip.CLIPVisionCfg, TIMM_VISION_KEYS),
+        (open_clip.CLIPTextCfg, TEXT_KEYS),
+    ],
+    ids=["vision_cfg", "vision_cfg of timm", "text_cfg"],
+)
+def test_every_key_of_openclip_is_accounted_for(theirs, keys):
     """Read here, refused by name, or without effect: each key exactly once."""
-    theirs = open_clip.CLIPVisionCfg if kind == "vision_cfg" else open_clip.CLIPTextCfg
-    ours = [
-        *KEYS[kind].read,
-        *KEYS[kind].unsupported,
-        *KEYS[kind].without_effect,
-    ]
+    ours = [*keys.read, *keys.unsupported, *keys.without_effect]
     assert sorted(ours) == sorted(f.name for f in fields(theirs))
 
 
@@ -189,7 +227,7 @@ def test_switches_are_read():
     assert (ours.vision.layer_scale, ours.text.layer_scale) == (0.1, None)
     assert (ours.vision.activation, ours.text.activation) == ("gelu_tanh", "gelu")
     assert (ours.vision.norm_eps, ours.text.norm_eps) == (1e-6, 1e-5)
-    assert (ours.text.projection_bias, ours.text.pool, ours.text.causal) == (True, "first", False)
+    assert (ours.text.projection, ours.text.pool, ours.text.causal) == ("linear", "first", False)
     assert (ours.custom_text, ours.init_logit_scale, ours.init_logit_bias) == (True, 2.0, -10.0)
 
 
@@ -283,6 +321,24 @@ def test_unknown_name_names_the_nearest():
     with pytest.raises(InputError, match="ViT-B-32"):
         load_architecture("vit-b32")
     assert load_architecture("ViT-B/32").name == "ViT-B-32"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("coca_ViT-L-14", "CoCa.*ViT-L-14"),
+        ("EVA02-L-14-336", "EVA.*PE-Core-L-14-336"),
+        ("MobileCLIP2-S3", "FastViT.*MobileCLIP2-L-14"),
+        ("ViT-SO400M-16-SigLIP2-naflex", "NaFlex.*SigLIP2"),
+        ("HTSAT-tiny", "audio"),
+        ("RN50x4", "ResNet"),
+        ("nllb-clip-base-siglip", "Hugging Face.*i18n"),
+        ("convnext_base", "ConvNeXt"),
+    ],
+)
+def test_what_is_not_built_is_named_with_what_is_near(name, words):
+    with pytest.raises(InputError, match=words):
+        load_architecture(name)
 
 
 def test_the_json_is_a_copy():

@@ -71,8 +71,7 @@ def expected(kind: str):
         evaluated = torch.stack(model(given.images, given.tokens)[:2])
     model.train()
     if given.kept is not None:
-        model.visual.patch_dropout = reference.FedPatchDropout()
-        model.visual.patch_dropout.kept = given.kept
+        reference.feed_patch_dropout(model).kept = given.kept
     features = torch.stack(model(given.images, given.tokens)[:2])
     features.backward(given.feature_grad)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

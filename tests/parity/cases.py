@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from tests.parity.models import MODELS
+from tests.parity.models import MODELS, TIMM_MODELS
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `model` is a name of MODELS; "siglip" trains with the sigmoid loss."""
+    """One run. `model` is a name of MODELS; those of SigLIP train with the sigmoid loss."""
 
     model: str = "plain"
     data: int = 1
@@ -29,7 +29,7 @@ class Case:
 
     @property
     def loss(self) -> str:
-        return "sigmoid" if self.model == "siglip" else "infonce"
+        return "sigmoid" if "siglip" in self.model else "infonce"
 
     @property
     def loss_section(self) -> dict[str, Any]:
@@ -85,6 +85,9 @@ COVERING = [
     Case("siglip", data=2, pipeline=2, microbatches=4, stash=4, exchange="ring"),
     Case("uneven", pipeline=2, virtual=2, microbatches=4, stash=2),
     Case(pipeline=2, virtual=2, microbatches=2, precision="bf16"),
+    Case("timm-siglip", tensor=2, sequence=True, microbatches=2, recompute="selective"),
+    Case("timm-pe-core", tensor=2, pipeline=2, sequence=True, microbatches=2, recompute="full"),
+    Case("timm-mobile-clip", data=2, pipeline=2, microbatches=2, stash=2),
 ]
 
 #          data, tensor, sequence
@@ -110,7 +113,7 @@ def grid() -> list[Case]:
             [(1, 2, False), (1, 2, True), (2, 2, True)],
             [(1, "none"), (4, "selective"), (4, "full")],
         )
-        if model != "three-heads"
+        if model not in ("three-heads", *TIMM_MODELS)
     ]
     cases += [
         Case(model, 1, 3, sequence, microbatches, recompute)
@@ -119,6 +122,20 @@ def grid() -> list[Case]:
         )
     ]
     cases += _pipelines()
+    cases += [
+        Case(model, *layout, microbatches, pipeline=pipeline, precision=precision)
+        for model in TIMM_MODELS
+        for (*layout, pipeline), (microbatches, precision) in product(
+            [
+                (1, 1, False, 1),
+                (2, 1, False, 1),
+                (1, 2, True, 1),
+                (1, 1, False, 2),
+                (1, 4, True, 1),
+            ],
+            [(1, "fp32"), (4, "fp32"), (2, "bf16")],
+        )
+    ]
     cases += [
         replace(case, exchange=exchange)
         for case in cases

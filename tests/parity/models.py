@@ -64,3 +64,44 @@ MODELS: dict[str, dict[str, Any]] = {
         text={"pool_type": "first", "no_causal_mask": True},
     ),
 }
+
+
+def timm_cfg(trunk: str, text: dict[str, Any] | None = None, **vision: Any) -> dict[str, Any]:
+    """An image tower of timm, cut down to 16 or 17 tokens of width 64."""
+    config = model_cfg(text=text, custom_text=True)
+    small = config["vision_cfg"] | {"timm_model_name": trunk, "layers": 3}
+    return config | {"vision_cfg": small | vision}
+
+
+# The families whose image tower is timm's.
+TIMM_MODELS: dict[str, dict[str, Any]] = {
+    "timm-siglip": timm_cfg(
+        "vit_so400m_patch16_siglip_256",
+        {
+            "context_length": 64,
+            "pool_type": "last",
+            "proj_bias": True,
+            "no_causal_mask": True,
+            "norm_kwargs": {"eps": 1e-6},
+            "act_kwargs": {"approximate": "tanh"},
+        },
+        timm_pool="map",
+        timm_proj="none",
+        image_size=40,
+        mlp_ratio=3.76,  # of 64: 240
+    )
+    | {"embed_dim": 64, "init_logit_scale": 2.302585092994046, "init_logit_bias": -10},
+    "timm-pe-core": timm_cfg(
+        "vit_pe_core_base_patch16_224",
+        {"context_length": 32},
+        timm_pool="map",
+        timm_proj=None,
+    ),
+    "timm-mobile-clip": timm_cfg(
+        "vit_large_patch14_clip_224",
+        {"no_causal_mask": True},
+        timm_pool="token",
+        timm_proj=None,
+    ),
+}
+MODELS |= TIMM_MODELS

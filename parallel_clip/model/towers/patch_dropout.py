@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 
 def kept_patches(seed: int, step: int, position: int, patches: int, keep: int) -> np.ndarray:
@@ -35,3 +36,8 @@ def kept_patches_of_batch(
     """`kept_patches` of each position: int64 [len(positions), keep]."""
     rows = [kept_patches(seed, step, int(position), patches, keep) for position in positions]
     return np.stack(rows)
+
+
+def keep_tokens(x_sbh: Tensor, tokens_bk: Tensor) -> Tensor:
+    """[s, b, h] -> [k, b, h]: of each picture the tokens that are named."""
+    return x_sbh.gather(0, tokens_bk.t().unsqueeze(-1).expand(-1, -1, x_sbh.shape[-1]))

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from parallel_clip.model.layers import enter_sequence_parallel
 from parallel_clip.model.parameters import VOCABULARY, Normal, Parameter
 from parallel_clip.model.towers.transformer import (
+    OPENCLIP_NAMES,
     ZERO,
     BlockInit,
     TowerConfig,
     TransformerTower,
     block_parameters,
+    linear_init,
     linear_parameters,
     norm_parameters,
 )
@@ -30,14 +32,15 @@ from parallel_clip.stages.costs import TowerCosts
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(TowerConfig):
-    """The text tower. `eos_id` matters for pool "eos" alone; `tokenizer` is the name of a Hugging
-    Face tokenizer, or None for OpenCLIP's own."""
+    """The text tower. `eos_id` matters for pool "eos" alone; `projection`: to features, by a matrix
+    [h, D] or a linear layer with its bias, or none; `tokenizer` is the name of a Hugging Face
+    tokenizer, or None for OpenCLIP's own."""
 
     context_length: int
     vocab_size: int
     pool: Literal["argmax", "last", "eos", "first"]
     eos_id: int
-    projection_bias: bool
+    projection: Literal["matrix", "linear", "none"]
     tokenizer: str | None
     tokenizer_kwargs: dict[str, Any] = field(hash=False)
 
@@ -49,7 +52,8 @@ class TextConfig(TowerConfig):
             "pool_type": self.pool,
             "eos_id": self.eos_id if self.pool == "eos" else None,
             "no_causal_mask": not self.causal,
-            "proj_bias": self.projection_bias,
+            "proj_type": "none" if self.projection == "none" else "linear",
+            "proj_bias": self.projection == "linear",
             "hf_tokenizer_name": self.tokenizer,
             "tokenizer_kwargs": self.tokenizer_kwargs,
         }
@@ -70,19 +74,22 @@ class TextConfig(TowerConfig):
             attention_output=output,
             mlp_input=Normal((2 * width) ** -0.5),
             mlp_output=output,
+            mlp_input_bias=linear_init(width),
+            mlp_output_bias=linear_init(self.mlp_width),
         )
-        yield from block_parameters(self, init)
+        yield from block_parameters(self, OPENCLIP_NAMES, lambda layer: init)
         yield from norm_parameters("ln_final", "post_norm", width)
         name, module, normal = "text_projection", "projection", Normal(width**-0.5)
-        if self.projection_bias:
+        if self.projection == "linear":
             shape = embed_dim, width
             yield from linear_parameters(f"{name}.", f"{module}.", shape, normal, ZERO)
-        else:
+        elif self.projection == "matrix":
             yield Parameter(name, module, (width, embed_dim), normal, decayed=True)
 
     def costs(self, embed_dim: int) -> TowerCosts:
         """The embedding is a look-up and costs nothing; only the pooled token is projected."""
-        return self.tower_costs(embedding=0, head=2 * self.width * embed_dim)
+        head = 0 if self.projection == "none" else 2 * self.width * embed_dim
+        return self.tower_costs(embedding=0, head=head)
 
     @property
     def module_class(self) -> type[nn.Module]:
@@ -103,10 +110,13 @@ class TextTower(TransformerTower):
         )
         self.positional_embedding = self.empty_parameter(text.context_length, text.width)
 
-    def build_projection(self, embed_dim: int) -> nn.Parameter | nn.Module:
-        if self.tower.projection_bias:
-            return nn.Linear(self.tower.width, embed_dim, dtype=self.config.params_dtype)
-        return super().build_projection(embed_dim)
+    def build_head(self, embed_dim: int) -> None:
+        width = self.tower.width
+        self.post_norm = self.build_norm()
+        if self.tower.projection == "linear":
+            self.projection = nn.Linear(width, embed_dim, dtype=self.config.params_dtype)
+        elif self.tower.projection == "matrix":
+            self.projection = self.empty_parameter(width, embed_dim)
 
     def embed(self, x: None, tokens_bs: Tensor) -> Tensor:
         x_bsh = self.token_embedding(tokens_bs) + self.positional_embedding
@@ -117,9 +127,12 @@ class TextTower(TransformerTower):
         pairs = torch.arange(x_sbh.shape[1], device=x_sbh.device)
         # The norm is per token: only the pooled one needs it.
         pooled_bh = self.post_norm(x_sbh[self._pooled_index(tokens_bs), pairs])
-        if self.tower.projection_bias:
-            return self.projection(pooled_bh)
-        return pooled_bh @ self.projection
+        match self.tower.projection:
+            case "linear":
+                return self.projection(pooled_bh)
+            case "matrix":
+                return pooled_bh @ self.projection
+        return pooled_bh
 
     def _pooled_index(self, tokens_bs: Tensor) -> Tensor:
         """The place of the token that stands for the text: int64 [b]."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +33,7 @@ from parallel_clip.model.parameters import (
     Placement,
     Uniform,
 )
+from parallel_clip.model.rotary import Rotation
 from parallel_clip.stages.costs import TowerCosts, block_flops
 from parallel_clip.stages.stage import LayerRange
 
@@ -104,10 +105,12 @@ class TowerConfig(ABC):
         [S, b, h] that the stage before hands on. It returns hidden states, or features [b, D].
         """
 
-    def tower_costs(self, embedding: int, head: int) -> TowerCosts:
-        """Its costs, given the FLOPs of embedding and head."""
+    def tower_costs(
+        self, embedding: int, head: int, split_in_head: tuple[tuple[str, int], ...] = ()
+    ) -> TowerCosts:
+        """Its costs, given the FLOPs of embedding and head, and what is split of the head."""
         block = block_flops(self.training_tokens, self.width, self.mlp_width)
-        split = (("heads", self.heads), ("MLP channels", self.mlp_width))
+        split = (("heads", self.heads), ("MLP channels", self.mlp_width), *split_in_head)
         return TowerCosts(self.layers, embedding, block, head, split)
 
 
@@ -152,10 +155,7 @@ class ImageTowerConfig(TowerConfig):
 
 class TransformerTower(nn.Module, ABC):
     """The layers of a tower that `layer_range` says: from what the tower starts from or hidden
-    states [S, b, h], to hidden states or features [b, D], not normalised.
-
-    `projection` is a matrix [h, D] unless a tower makes something else of it.
-    """
+    states [S, b, h], to hidden states or features [b, D], not normalised."""
 
     def __init__(
         self,
@@ -172,18 +172,27 @@ class TransformerTower(nn.Module, ABC):
         if layer_range.has_embedding:
             self.build_embedding()
         self.block = transformer_block(
-            config, self.tokens, tower.causal, tower.layer_scale, tensor_group
+            config, self.tokens, tower.causal, tower.layer_scale, tensor_group, self.rotation()
         )
         if layer_range.has_head:
-            self.post_norm = nn.LayerNorm(tower.width, tower.norm_eps, dtype=config.params_dtype)
-            self.projection = self.build_projection(embed_dim)
+            self.build_head(embed_dim)
 
     @abstractmethod
     def build_embedding(self) -> None:
         """Make the modules and parameters that `embed` uses."""
 
-    def build_projection(self, embed_dim: int) -> nn.Parameter | nn.Module:
-        return self.empty_parameter(self.tower.width, embed_dim)
+    @abstractmethod
+    def build_head(self, embed_dim: int) -> None:
+        """Make the modules and parameters that `head` uses."""
+
+    def rotation(self) -> Rotation | None:
+        """By what attention turns queries and keys at each token; None: it does not."""
+        return None
+
+    def build_norm(self) -> nn.LayerNorm:
+        """A norm of tokens that every tensor rank has."""
+        tower, dtype = self.tower, self.config.params_dtype
+        return nn.LayerNorm(tower.width, tower.norm_eps, dtype=dtype)
 
     def empty_parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype))
@@ -208,13 +217,42 @@ class TransformerTower(nn.Module, ABC):
         """[s, b, h] -> [b, D]"""
 
 
+class BlockNames(NamedTuple):
+    """A block's names in a state dict: `blocks` before its number, then those of its parts. What
+    comes before "weight" and "bias" has its dot."""
+
+    blocks: str
+    norm_1: str
+    query_key_value: str
+    attention_output: str
+    norm_2: str
+    mlp_input: str
+    mlp_output: str
+    layer_scales: tuple[str, str]
+
+
+OPENCLIP_NAMES = BlockNames(
+    "transformer.resblocks",
+    norm_1="ln_1",
+    query_key_value="attn.in_proj_",
+    attention_output="attn.out_proj.",
+    norm_2="ln_2",
+    mlp_input="mlp.c_fc.",
+    mlp_output="mlp.c_proj.",
+    layer_scales=("ls_1.gamma", "ls_2.gamma"),
+)
+
+
 class BlockInit(NamedTuple):
-    """Initial values of the four weights of each block."""
+    """Initial values of the four weights of a block, and of the biases of its MLP. Those of
+    attention begin at zero."""
 
     query_key_value: Normal | Uniform
     attention_output: Normal | Uniform
     mlp_input: Normal | Uniform
     mlp_output: Normal | Uniform
+    mlp_input_bias: Uniform | Constant
+    mlp_output_bias: Uniform | Constant
 
 
 def linear_init(fan_in: int) -> Uniform:
@@ -244,25 +282,33 @@ def norm_parameters(name: str, module: str, width: int) -> Iterator[Parameter]:
     yield Parameter(f"{name}.bias", f"{module}.bias", (width,), ZERO, decayed=False)
 
 
-def block_parameters(tower: TowerConfig, init: BlockInit) -> Iterator[Parameter]:
-    """Those of all blocks, in order; biases of the MLP begin as torch's, those of attention at
-    zero."""
+def block_parameters(
+    tower: TowerConfig, names: BlockNames, init: Callable[[int], BlockInit]
+) -> Iterator[Parameter]:
+    """Those of all blocks, in order. init: of the block of a number."""
     width, mlp_width = tower.width, tower.mlp_width
-    qkv = (3 * width, width), init.query_key_value, ZERO, QUERY_KEY_VALUE
-    output = (width, width), init.attention_output, ZERO, COLUMNS
-    mlp_input = (mlp_width, width), init.mlp_input, linear_init(width), ROWS
-    mlp_output = (width, mlp_width), init.mlp_output, linear_init(mlp_width), COLUMNS
     for layer in range(tower.layers):
-        name, module = f"transformer.resblocks.{layer}", f"block.layers.{layer}"
-        attention, mlp = f"{module}.self_attention", f"{module}.mlp"
-        yield from norm_parameters(f"{name}.ln_1", f"{attention}.norm", width)
-        yield from linear_parameters(f"{name}.attn.in_proj_", f"{attention}.linear_qkv.", *qkv)
-        yield from linear_parameters(f"{name}.attn.out_proj.", f"{attention}.linear_proj.", *output)
-        yield from norm_parameters(f"{name}.ln_2", f"{mlp}.norm", width)
-        yield from linear_parameters(f"{name}.mlp.c_fc.", f"{mlp}.linear_fc1.", *mlp_input)
-        yield from linear_parameters(f"{name}.mlp.c_proj.", f"{mlp}.linear_fc2.", *mlp_output)
+        first = init(layer)
+        qkv = (3 * width, width), first.query_key_value, ZERO, QUERY_KEY_VALUE
+        output = (width, width), first.attention_output, ZERO, COLUMNS
+        mlp_input = (mlp_width, width), first.mlp_input, first.mlp_input_bias, ROWS
+        mlp_output = (width, mlp_width), first.mlp_output, first.mlp_output_bias, COLUMNS
+        name, module = f"{names.blocks}.{layer}.", f"block.layers.{layer}"
+        attention, mlp = f"{module}.self_attention.", f"{module}.mlp."
+        yield from norm_parameters(name + names.norm_1, attention + "norm", width)
+        for part, ours, of_part in (
+            (names.query_key_value, attention + "linear_qkv.", qkv),
+            (names.attention_output, attention + "linear_proj.", output),
+        ):
+            yield from linear_parameters(name + part, ours, *of_part)
+        yield from norm_parameters(name + names.norm_2, mlp + "norm", width)
+        for part, ours, of_part in (
+            (names.mlp_input, mlp + "linear_fc1.", mlp_input),
+            (names.mlp_output, mlp + "linear_fc2.", mlp_output),
+        ):
+            yield from linear_parameters(name + part, ours, *of_part)
         if tower.layer_scale is not None:
             scale = Constant(tower.layer_scale)
-            for gamma, ours in (("ls_1.gamma", "self_attn_bda"), ("ls_2.gamma", "mlp_bda")):
-                gamma, ours = f"{name}.{gamma}", f"{module}.{ours}.gamma"
-                yield Parameter(gamma, ours, (width,), scale, decayed=False)
+            places = f"{module}.self_attn_bda.gamma", f"{module}.mlp_bda.gamma"
+            for gamma, ours in zip(names.layer_scales, places, strict=True):
+                yield Parameter(name + gamma, ours, (width,), scale, decayed=False)

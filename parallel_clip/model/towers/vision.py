@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from parallel_clip.model.layers import LayerNorm, enter_sequence_parallel
 from parallel_clip.model.parameters import Normal, Parameter, Uniform
+from parallel_clip.model.towers.patch_dropout import keep_tokens
 from parallel_clip.model.towers.transformer import (
+    OPENCLIP_NAMES,
     BlockInit,
     ImageTowerConfig,
     TransformerTower,
@@ -73,8 +75,10 @@ class VisionConfig(ImageTowerConfig):
             attention_output=linear_init(width),
             mlp_input=linear_init(width),
             mlp_output=linear_init(self.mlp_width),
+            mlp_input_bias=linear_init(width),
+            mlp_output_bias=linear_init(self.mlp_width),
         )
-        yield from block_parameters(self, init)
+        yield from block_parameters(self, OPENCLIP_NAMES, lambda layer: init)
         yield from norm_parameters("ln_post", "post_norm", width)
         yield Parameter("proj", "projection", (width, embed_dim), normal, decayed=True)
 
@@ -99,15 +103,17 @@ class VisionTower(TransformerTower):
         self.positional_embedding = self.empty_parameter(vision.tokens, width)
         self.pre_norm = LayerNorm(config) if vision.pre_norm else None
 
+    def build_head(self, embed_dim: int) -> None:
+        self.post_norm = self.build_norm()
+        self.projection = self.empty_parameter(self.tower.width, embed_dim)
+
     def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
         patches = self.patch_embedding(images.to(self.config.params_dtype))
         x_pbh = patches.flatten(2).permute(2, 0, 1)
         class_token = self.class_embedding.expand(1, x_pbh.shape[1], -1)
         x_sbh = torch.cat([class_token, x_pbh]) + self.positional_embedding.unsqueeze(1)
         if kept is not None:
-            tokens_bk = F.pad(kept + 1, (1, 0))  # the class token is the first
-            index = tokens_bk.t().unsqueeze(-1).expand(-1, -1, x_sbh.shape[-1])
-            x_sbh = x_sbh.gather(0, index)  # [1 + p, b, h] -> [1 + k, b, h]
+            x_sbh = keep_tokens(x_sbh, F.pad(kept + 1, (1, 0)))  # the class token is the first
         x_Sbh = enter_sequence_parallel(x_sbh, self.config, self.group)
         return x_Sbh if self.pre_norm is None else self.pre_norm(x_Sbh)
 
