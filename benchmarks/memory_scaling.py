@@ -53,7 +53,15 @@ from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import RankMemory, dry_run, measure_rank_memory
 
-MODELS = ["ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
+MODELS = [
+    "ViT-B-16",
+    "ViT-L-14",
+    "ViT-H-14",
+    "ViT-g-14",
+    "ViT-bigG-14",
+    "ViT-SO400M-14-SigLIP-384",
+    "PE-Core-bigG-14-448",
+]
 TENSOR_SIZES = [1, 2, 4, 8]
 RECOMPUTES = ["none", "selective", "full"]
 GIB = 2**30

@@ -30,6 +30,8 @@ def bf16(**sections: Any) -> Settings:
 
 
 STASH = {"schedule": "stash"}
+SIGLIP = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": ""}
+PE_CORE = SIGLIP | {"timm_model_name": "vit_pe_core_base_patch16_224"}
 
 CASES: dict[str, Case] = {
     "fp32": Case(settings={"precision": "fp32"}),
@@ -54,6 +56,12 @@ CASES: dict[str, Case] = {
     "loss-on-all-last": Case(2, 1, bf16(loss={"stages": "all"}), pipeline=2),
     "all-first": Case(8, 0, bf16(), tensor=2, pipeline=2, sequence=True),
     "all-last": Case(8, 7, bf16(), tensor=2, pipeline=2, sequence=True),
+    "siglip-tensor-sequence": Case(
+        2, 1, bf16(loss={"kind": "sigmoid"}), tensor=2, sequence=True, vision=SIGLIP
+    ),
+    "siglip-pipeline-last": Case(2, 1, bf16(), pipeline=2, vision=SIGLIP),
+    "pe-core": Case(settings=bf16(recompute="selective"), vision=PE_CORE),
+    "pe-core-tensor-full": Case(2, 1, bf16(recompute="full"), tensor=2, vision=PE_CORE),
     "fed-fp32": Case(settings={"precision": "fp32"}, fed=True),
     "fed-bf16": Case(settings=bf16(), fed=True),
     "fed-patch-dropout": Case(settings=bf16(), vision={"patch_dropout": 0.4}, fed=True),

@@ -11,6 +11,7 @@ from parallel_clip.layout import Layout
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import dry_run, measure_rank_memory
+from tests.small_models import KINDS
 
 # Nothing divides by anything: 17 and 13 tokens, 101 words; there are 4 heads to split.
 SMALL = architecture_from_json(
@@ -34,6 +35,9 @@ SMALL = architecture_from_json(
     },
     "small",
 )
+SIGLIP, PE_CORE = (
+    architecture_from_json(KINDS[kind], kind) for kind in ("timm-siglip", "timm-pe-core")
+)
 PAIRS = 5
 
 
@@ -54,9 +58,9 @@ def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
     )
 
 
-def plan_for(config) -> LayoutPlan:
+def plan_for(config, model=SMALL) -> LayoutPlan:
     world = config.batch.global_ // PAIRS * config.parallel.tensor
-    return make_layout_plan(SMALL.costs, world, config)
+    return make_layout_plan(model.costs, world, config)
 
 
 def held(layout: Layout, rank: int = 0, **settings):
@@ -115,26 +119,38 @@ def test_a_process_that_is_a_rank_already_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("sequence", [False, True])
-def test_real_processes_hold_the_same(tmp_path, sequence, recompute):
+@pytest.mark.parametrize(
+    ("model", "sequence", "recompute"),
+    [
+        *(
+            (SMALL, sequence, recompute)
+            for sequence in (False, True)
+            for recompute in ("none", "selective", "full")
+        ),
+        (SIGLIP, True, "selective"),
+        (PE_CORE, False, "none"),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_real_processes_hold_the_same(tmp_path, model, sequence, recompute):
     layout = Layout(2, tensor=2, sequence=sequence)
     torch.multiprocessing.start_processes(
-        _count_for_real, (layout, recompute, tmp_path), nprocs=2, start_method="fork"
+        _count_for_real, (layout, model, recompute, tmp_path), nprocs=2, start_method="fork"
     )
+    config = config_for(layout, recompute=recompute)
     for rank in range(2):
         real = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        dry = held(layout, rank, recompute=recompute)
+        dry = dry_run(config, model, plan_for(config, model), rank)
         assert dataclasses.asdict(real) == dataclasses.asdict(dry)
 
 
-def _count_for_real(rank, layout, recompute, folder):
+def _count_for_real(rank, layout, model, recompute, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=layout.world
     )
     join_world(Launch(rank, rank, layout.world))
     config = config_for(layout, recompute=recompute)
-    found = measure_rank_memory(config, SMALL, plan_for(config), make_groups(layout))
+    found = measure_rank_memory(config, model, plan_for(config, model), make_groups(layout))
     torch.save(found, folder / f"{rank}.pt")
     close_groups()
