@@ -190,25 +190,24 @@ def _misfit(
     option: str,
 ) -> str:
     """What a file holds, what is missing and what is too much, and the way out."""
+    held = f" ({some_names(list(stored))})" if stored else ""
     parts = [
         f"the weights in {metadata.path} are not those of {model}",
-        f"it holds {_some(list(stored), 'tensor')}",
+        f"it holds {len(stored):,} tensor{'s' * (len(stored) != 1)}{held}",
     ]
     if fit.missing:
-        parts.append(f"missing: {_some(fit.missing)}")
+        parts.append(f"missing: {some_names(fit.missing)}")
     if fit.extra:
-        parts.append(f"not part of the model: {_some(fit.extra)}")
+        parts.append(f"not part of the model: {some_names(fit.extra)}")
     if fit.misshapen:
         shapes = [f"{p.name} is {list(s)}, not {list(p.shape)}" for p, s in fit.misshapen]
-        parts.append("of another shape: " + _some(shapes))
+        parts.append("of another shape: " + some_names(shapes))
     return "; ".join([*parts, _way_out(fit, metadata, option)])
 
 
-def _some(names: Sequence[str], noun: str | None = None) -> str:
-    shown = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
-    if noun is None:
-        return shown
-    return f"{len(names):,} {noun}{'s' * (len(names) != 1)}" + f" ({shown})" * bool(names)
+def some_names(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many there are more."""
+    return ", ".join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)
 
 
 def _way_out(fit: _Fit, metadata: SourceMetadata, option: str) -> str:

@@ -22,6 +22,7 @@ from parallel_clip.checkpoint.pieces import (
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.openclip_optimizer import AdamWState
 from parallel_clip.convert.target_folder import new_folder
+from parallel_clip.convert.training_facts import read_training_facts
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles, has_tokenizer
 from parallel_clip.model.architecture import parameter_table
@@ -51,6 +52,7 @@ class CheckpointSource:
             tokenizer=str(folder) if has_tokenizer(folder) else meta.tokenizer,
             said_by=folder / META_FILE,
             step=meta.step,
+            training=read_training_facts(folder, meta),
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from parallel_clip.convert.model_card import CARD
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.openai import openai_architecture
 from parallel_clip.convert.precision import rounded, written_dtype
@@ -76,6 +77,12 @@ class OpenClipSource:
         return self._tensors.read(name)
 
 
+def is_openclip_folder(folder: Path) -> bool:
+    """Whether a folder says that it is OpenCLIP's: other names of weights are not its alone."""
+    names = (OPENCLIP_CONFIG, *(name for name in _PREFERRED if name.startswith("open_clip")))
+    return any((folder / name).is_file() for name in names)
+
+
 def find_openclip_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The weights that open_clip's `local-dir:` takes from a folder, and what to tell of it.
 
@@ -105,11 +112,12 @@ def write_openclip(
     tokenizer: TokenizerFiles,
     precision: str = "fp32",
     also_bin: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` and its
     `get_tokenizer` load. The logit parameters stay in fp32.
 
-    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too.
+    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too; card: the model card.
 
     Raises:
         InputError: `target` is not a new or empty folder, or a weight does not fit the precision.
@@ -131,5 +139,7 @@ def write_openclip(
         if also_bin:
             # The file just written, mapped: torch.save wants all tensors at once.
             torch.save(load_file(folder / OPENCLIP_WEIGHTS[0]), folder / OPENCLIP_WEIGHTS[1])
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
