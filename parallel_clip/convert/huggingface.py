@@ -88,8 +88,8 @@ class HuggingFaceSource:
         notes = []
         if left_out:
             notes.append(
-                f"{folder / HUGGING_FACE_CONFIG} leaves out {some_names(left_out, 6)}; the defaults "
-                "of transformers are taken"
+                f"{folder / HUGGING_FACE_CONFIG} leaves out {some_names(left_out, 6)}; the "
+                "defaults of transformers are taken"
             )
         if tokenizer.note:
             notes.append(tokenizer.note)
