@@ -40,6 +40,10 @@ _SIZES = {
     ("visual.conv1.weight", 0): "vision_cfg.width",
     ("visual.conv1.weight", 2): "vision_cfg.patch_size",
     ("visual.positional_embedding", 0): "1 + the patches of vision_cfg.image_size",
+    ("visual.trunk.pos_embed", 1): "the patches of vision_cfg.image_size, and a class token,",
+    ("visual.trunk.pos_embed", 2): "vision_cfg.width",
+    ("visual.trunk.patch_embed.proj.weight", 2): "vision_cfg.patch_size",
+    ("text_projection.weight", 0): "embed_dim",
 }
 
 Shape = tuple[int, ...]

@@ -12,6 +12,8 @@ def silence_dependency_warnings() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.cuda", r"torch\.jit"):
         warnings.filterwarnings("ignore", module=module)
+    # data.workers and evaluate.workers are the user's choice.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     # That a pickled checkpoint is refused is said by us.
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
     # megatron-core's optimizers look at the gradient of a view of a parameter.

@@ -116,7 +116,7 @@ def check(case: Case, layout: Layout, ranks: list[Answer]) -> list[str]:
             allowed = max(
                 relative * exact.norm(),
                 2 * (theirs - exact).norm(),
-                1e-7 * case.scale**2 / len(features[0]),
+                torch.finfo(torch.float32).eps * case.scale**2 / len(features[0]),
             )
             error = (ours.double() - exact).norm()
             if not error <= allowed:
