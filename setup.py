@@ -45,7 +45,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "open_clip_torch",
-            "transformers",  # open_clip's tokenizers of Hugging Face
+            "transformers",  # what is converted is compared with it; open_clip takes tokenizers of it
             "ruff",
             "aiohttp",
             "s3fs",

@@ -128,7 +128,9 @@ def _parser() -> _Parser:
     return parser
 
 
-_CHECKPOINT_HELP = "a run folder, one of its checkpoints, or an OpenCLIP file or folder"
+_CHECKPOINT_HELP = (
+    "a run folder, one of its checkpoints, or a file or folder of OpenCLIP's or Hugging Face's"
+)
 
 
 def _add_train(parent) -> None:
@@ -185,14 +187,23 @@ def _add_evaluate(parent) -> None:
 
 
 def _add_convert(parent) -> None:
-    parser = parent.add_parser("convert", help="from a run to an OpenCLIP checkpoint, and back")
+    parser = parent.add_parser("convert", help="between runs, OpenCLIP and Hugging Face")
     parser.add_argument("source", metavar="SOURCE", help=_CHECKPOINT_HELP)
     parser.add_argument("target", metavar="TARGET", help="a new or empty folder")
     parser.add_argument("--to", required=True, choices=["openclip", "huggingface", "run"])
     parser.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32"
     )
-    parser.add_argument("--bin", action="store_true", help="also write open_clip_pytorch_model.bin")
+    parser.add_argument(
+        "--bin",
+        action="store_true",
+        help="with --to openclip: also write open_clip_pytorch_model.bin",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the weights for the model card, such as apache-2.0 (default: none named)",
+    )
     _add_model(parser)
     parser.add_argument(
         "--with-optimizer",

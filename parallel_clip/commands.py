@@ -93,6 +93,7 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
         options.bin,
         ModelChoice(options.model, options.override),
         options.global_batch,
+        options.license,
     )
     print("\n".join(said))
 

@@ -47,6 +47,8 @@ def world(tmp_path_factory) -> Path:
     (folder / "broken/empty.tar").write_bytes(b"")
     (folder / "broken/cut.tar").write_bytes(whole_shard[: len(whole_shard) // 2])
     write_shard(folder / "broken/pictures.tar", {"0": {"jpg": sample(0)["jpg"]}})
+    (folder / "bert").mkdir()
+    (folder / "bert/config.json").write_text('{"model_type": "bert"}')
     (folder / "garbage.bin").write_bytes(b"garbage" * 100)
     (folder / "garbage.safetensors").write_bytes(b"garbage" * 100)
     (folder / "pickled.pt").write_bytes(pickle.dumps({"logit_scale": _Trap(folder / "sprung")}))
@@ -178,7 +180,9 @@ def one_message(ranks: list[Ended]) -> str:
         (["tran", "config.yaml"], "'tran'"),
         ([], "COMMAND"),
         (["plan", "config.yaml", "--gpus", "8", "--gpu-memory", "80GB"], "not built yet"),
-        (["convert", "other", "new", "--to", "huggingface"], "not built yet"),
+        (["convert", "bert", "new", "--to", "run"], "CLIPModel and SiglipModel"),
+        (["convert", "other", "new", "--to", "huggingface", "--bin"], "--bin is for --to openclip"),
+        (["convert", "other", "new", "--to", "openclip", "--license", "My own"], "of a licence"),
         (["convert", "other", "full", "--to", "openclip"], "full is not empty"),
         (["convert", "other", "file/new", "--to", "openclip"], "file/new: "),
         (["convert", "nowhere", "new", "--to", "openclip"], "nowhere does not exist"),

@@ -26,6 +26,7 @@ from parallel_clip.errors import InputError
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+EVALUATIONS_FILE = "evaluations.jsonl"  # of a run folder, beside its checkpoints
 _STEP_FOLDER = re.compile(r"step_(\d{8,})$")
 _UNFINISHED, _REPLACED, _REMOVED = ".unfinished_", ".replaced_", ".removed_"
 

@@ -6,6 +6,7 @@ Knows nothing of models or ranks. Tensors are named `KIND:NAME`, KIND one of `KI
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,8 @@ KINDS = ("weight", *MOMENTS)
 INDEX_FILE = "index.json"
 PIECE_SUFFIX = ".safetensors"
 FILE_BYTES = 128 << 20  # a writer holds so much, and as much again that is being written
+_COPY_BYTES = 4 << 20  # that a reader copies at once
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Piece(NamedTuple):
@@ -56,8 +59,11 @@ class WrittenPieces(NamedTuple):
     files: dict[str, FileRecord]
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> WrittenPieces:
-    """Write one rank's pieces to files of bounded size. Uses no collective of its own.
+def write_pieces(
+    folder: Path, rank: int, pieces: Iterable[Piece], file_bytes: int | None = None
+) -> WrittenPieces:
+    """Write one rank's pieces to files of about `file_bytes` (None: `FILE_BYTES`). Uses no
+    collective of its own.
 
     A file is written and flushed on a thread while the pieces of the next one are collected.
     """
@@ -79,7 +85,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> WrittenPie
                 {"key": piece.key, "shape": list(piece.shape), "axis": piece.axis,
                  "start": piece.start, "stored": stored, "file": file}
             )  # fmt: skip
-            if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:
+            if sum(tensor.nbytes for tensor in pending.values()) >= (file_bytes or FILE_BYTES):
                 write_pending(file)
                 pending = {}
         if pending:
@@ -88,21 +94,28 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> WrittenPie
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write fp32 tensors, on the CPU and contiguous, as a safetensors file.
+    """Write fp32 tensors, on the CPU and contiguous, as a safetensors file. The library's own
+    writer neither flushes nor hashes."""
+    header = safetensors_header(
+        {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    )
+    contents = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values())
+    return durable.write_new(path, chain([header], contents))
 
-    The library's own writer neither flushes nor hashes; the format is a JSON header behind its
-    length, then the tensors (https://github.com/huggingface/safetensors, "Format").
-    """
+
+def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file begins with, given the dtype and shape of each tensor; behind it come
+    their bytes in this order: a JSON header behind its length (8 bytes, little-endian), see
+    https://github.com/huggingface/safetensors, "Format"."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors are aligned
-    contents = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors.values())
-    return durable.write_new(path, chain([struct.pack("<Q", len(text)), text], contents))
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_index(folder: Path, entries: Iterable[dict]) -> FileRecord:
@@ -134,6 +147,11 @@ class PieceReader:
             raise InputError(
                 f"{folder} is not a whole checkpoint: {INDEX_FILE}: {error!r}; use another one"
             ) from None
+
+    def close_files(self) -> None:
+        """Let go of the files, which `read` opens again: what was read of an open one counts as
+        this process's memory."""
+        self._open.clear()
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -236,6 +254,10 @@ def _copy_overlap(
         return 0
     window[axis] = slice(first - whole_start, last - whole_start)
     target[axis] = slice(first - start, last - start)
-    values = stored[tuple(window)]
-    result[tuple(target)] = values
-    return values.numel()
+    rows = window[0].stop - window[0].start
+    into = result[tuple(target)]
+    step = max(1, _COPY_BYTES * rows // max(1, into.nbytes))
+    for row in range(0, rows, step):  # by parts: a slice is a copy
+        part = slice(window[0].start + row, min(window[0].start + row + step, window[0].stop))
+        into[row : row + step] = stored[(part, *window[1:])]
+    return into.numel()

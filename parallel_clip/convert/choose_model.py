@@ -67,7 +67,7 @@ def choose_model(choice: ModelChoice, source: SourceMetadata) -> ChosenModel:
         architecture,
         (
             (choice.name or "", named.preprocess if named else None),
-            (str(source.said_by), source.preprocess),
+            (str(source.preprocess_from or source.said_by), source.preprocess),
         ),
     )
 

@@ -19,6 +19,7 @@ from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.parameters import Parameter
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
+_PART = 1 << 20  # values that are looked at together
 
 # Parts of names that DDP, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -101,8 +102,7 @@ class ModelWeights:
                 f"{stored} in {path} is of {tensor.dtype}; weights have to be floating-point "
                 "numbers, not quantized ones"
             )
-        values = tensor.float()
-        bad = tensor.numel() - int(torch.isfinite(values).sum())
+        bad = count_not_finite(tensor)
         if bad and tensor.dtype == torch.float64 and torch.isfinite(tensor).all():
             raise InputError(
                 f"{stored} in {path} has values up to {float(tensor.abs().max()):.4g}, which are "
@@ -115,9 +115,11 @@ class ModelWeights:
             )
         return tensor.reshape(()) if name in LOGIT_PARAMETERS else tensor
 
-    def read_all(self) -> dict[str, Tensor]:
-        """Every tensor of the architecture that the source has by its global name, contiguous."""
-        return {name: self.read(name).contiguous() for name in self._stored}
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite in fp32."""
+    parts = tensor.reshape(-1).split(_PART)  # each with its copies by itself
+    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -192,25 +194,24 @@ def _misfit(
     option: str,
 ) -> str:
     """What a file holds, what is missing and what is too much, and the way out."""
+    held = f" ({some_names(list(stored))})" if stored else ""
     parts = [
         f"the weights in {metadata.path} are not those of {model}",
-        f"it holds {_some(list(stored), 'tensor')}",
+        f"it holds {len(stored):,} tensor{'s' * (len(stored) != 1)}{held}",
     ]
     if fit.missing:
-        parts.append(f"missing: {_some(fit.missing)}")
+        parts.append(f"missing: {some_names(fit.missing)}")
     if fit.extra:
-        parts.append(f"not part of the model: {_some(fit.extra)}")
+        parts.append(f"not part of the model: {some_names(fit.extra)}")
     if fit.misshapen:
         shapes = [f"{p.name} is {list(s)}, not {list(p.shape)}" for p, s in fit.misshapen]
-        parts.append("of another shape: " + _some(shapes))
+        parts.append("of another shape: " + some_names(shapes))
     return "; ".join([*parts, _way_out(fit, metadata, option)])
 
 
-def _some(names: Sequence[str], noun: str | None = None) -> str:
-    shown = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
-    if noun is None:
-        return shown
-    return f"{len(names):,} {noun}{'s' * (len(names) != 1)}" + f" ({shown})" * bool(names)
+def some_names(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many there are more."""
+    return ", ".join(names[:most]) + f" and {len(names) - most:,} more" * (len(names) > most)
 
 
 def _way_out(fit: _Fit, metadata: SourceMetadata, option: str) -> str:

@@ -16,16 +16,19 @@ from parallel_clip.checkpoint.pieces import (
     INDEX_FILE,
     Piece,
     PieceReader,
-    host_copy,
     write_index,
     write_pieces,
 )
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.openclip_optimizer import AdamWState
 from parallel_clip.convert.target_folder import new_folder
+from parallel_clip.convert.training_facts import read_training_facts
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles, has_tokenizer
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
+
+_FILE_BYTES = 32 << 20  # of pieces: a conversion holds few tensors
 
 
 class CheckpointSource:
@@ -33,6 +36,8 @@ class CheckpointSource:
 
     verify: hash all of its files first; InputError where one is not what was written.
     """
+
+    content = None
 
     def __init__(self, folder: Path, verify: bool = True):
         if verify:
@@ -47,6 +52,7 @@ class CheckpointSource:
             tokenizer=str(folder) if has_tokenizer(folder) else meta.tokenizer,
             said_by=folder / META_FILE,
             step=meta.step,
+            training=read_training_facts(folder, meta),
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,7 +60,9 @@ class CheckpointSource:
         return {key.removeprefix("weight:"): self._reader.shape(key) for key in keys}
 
     def read(self, name: str) -> Tensor:
-        return self._reader.read(f"weight:{name}")
+        tensor = self._reader.read(f"weight:{name}")
+        self._reader.close_files()
+        return tensor
 
 
 def write_run(
@@ -70,7 +78,6 @@ def write_run(
 
     preprocess: OpenCLIP's preprocess_cfg. InputError: `target` is not a new or empty folder.
     """
-    tensors = weights.read_all()  # before anything is written: the source may be damaged
     step = optimizer.step if optimizer is not None else 0
     choice = "openclip" if tokenizer.name is None else None
     meta = Meta.of_model(weights.architecture, preprocess, choice)
@@ -83,20 +90,26 @@ def write_run(
         model=tokenizer.named_in(meta.model),
     )
 
+    shapes = {p.name: p.shape for p in parameter_table(weights.architecture)}
+
     def pieces() -> Iterator[Piece]:
-        for name, tensor in tensors.items():
-            yield Piece(f"weight:{name}", host_copy(tensor.float()), tuple(tensor.shape))
+        for name in weights.stored_names:
+            yield _piece(f"weight:{name}", weights.read(name), shapes[name])
             moments = optimizer.moments[name] if optimizer is not None else {}
             for kind, values in moments.items():
-                values = host_copy(values.float()).reshape(tensor.shape)
-                yield Piece(f"{kind}:{name}", values, tuple(tensor.shape))
+                yield _piece(f"{kind}:{name}", values, shapes[name])
 
     with new_folder(target) as run:
         folder = commit.begin(run, step)
-        entries, files = write_pieces(folder, 0, pieces())
+        entries, files = write_pieces(folder, 0, pieces(), _FILE_BYTES)
         files[META_FILE] = meta.write(folder)
         for name, content in tokenizer.files.items():
             files[name] = durable.write_new(folder / name, [content])
         files[INDEX_FILE] = write_index(folder, entries)
         Manifest(files).write(folder)
         commit.commit(folder, step)
+
+
+def _piece(key: str, values: Tensor, shape: tuple[int, ...]) -> Piece:
+    # No copy of what is fp32 already: nothing here changes a tensor that was read.
+    return Piece(key, values.float().contiguous().reshape(shape), shape)

@@ -12,21 +12,32 @@ from parallel_clip.convert.choose_model import (
     resolve_preprocess,
     tokenizer_files,
 )
+from parallel_clip.convert.huggingface import (
+    HUGGING_FACE_CONFIG,
+    HuggingFaceSource,
+    has_huggingface_names,
+    write_huggingface,
+)
+from parallel_clip.convert.model_card import check_license, model_card
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.native import CheckpointSource, write_run
-from parallel_clip.convert.openclip import OpenClipSource, find_openclip_file, write_openclip
+from parallel_clip.convert.openclip import (
+    OpenClipSource,
+    find_openclip_file,
+    is_openclip_folder,
+    write_openclip,
+)
 from parallel_clip.convert.openclip_optimizer import read_adamw
 from parallel_clip.convert.target_folder import check_target
+from parallel_clip.convert.target_notes import target_notes
 from parallel_clip.convert.weight_source import WeightSource
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 
-_HUGGING_FACE_NAMES = ("vision_model.", "text_model.")
-
 
 def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
-    """Open a run folder (its latest checkpoint), a checkpoint folder, or a file or folder of
-    OpenCLIP's, or a file of OpenAI's.
+    """Open a run folder (its latest checkpoint), a checkpoint folder, a file or folder of
+    OpenCLIP's or of Hugging Face's (CLIPModel, SiglipModel), or a file of OpenAI's.
 
     verify: hash all files of a checkpoint of ours before anything is taken from it.
 
@@ -37,26 +48,38 @@ def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
     if not path.exists():
         raise InputError(
             f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
-            "a checkpoint folder, or an OpenCLIP file or folder"
+            "a checkpoint folder, or a file or folder of OpenCLIP's or Hugging Face's"
         )
-    file, notes = path, ()
-    if path.is_dir():
-        folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
-        if folder is not None:
-            return CheckpointSource(folder, verify)
-        file, notes = find_openclip_file(path)
-    source = OpenClipSource(file, notes) if file is not None else None
-    if source is None and not (path / "config.json").is_file():
+    if not path.is_dir():
+        return _open_file(path)
+    folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
+    if folder is not None:
+        return CheckpointSource(folder, verify)
+    if (path / HUGGING_FACE_CONFIG).is_file() and not is_openclip_folder(path):
+        return HuggingFaceSource(path)
+    file, notes = find_openclip_file(path)
+    if file is None:
         raise InputError(
             f"{path} holds no checkpoint: expected a run folder (checkpoints/latest), a checkpoint "
-            f"folder ({META_FILE}), or OpenCLIP's weights (open_clip_model.safetensors)"
+            f"folder ({META_FILE}), OpenCLIP's weights (open_clip_model.safetensors), or a "
+            f"folder of Hugging Face's ({HUGGING_FACE_CONFIG})"
         )
-    if source is None or any(name.startswith(_HUGGING_FACE_NAMES) for name in source.shapes()):
+    return _open_file(file, notes)
+
+
+def _open_file(file: Path, notes: tuple[str, ...] = ()) -> WeightSource:
+    if file.name.endswith(".index.json"):
+        return HuggingFaceSource(file.parent, file)
+    source = OpenClipSource(file, notes)
+    if not has_huggingface_names(list(source.shapes())):
+        return source
+    if not (file.parent / HUGGING_FACE_CONFIG).is_file():
         raise InputError(
-            f"{path} looks like a Hugging Face checkpoint, which is not read yet; give an OpenCLIP "
-            "checkpoint (open_clip_model.safetensors) of the same model"
+            f"{file} has the names of Hugging Face's tensors, and no {HUGGING_FACE_CONFIG} is "
+            "beside it, which says what they do not: heads, activation, epsilon, the end of a "
+            "text; bring it"
         )
-    return source
+    return HuggingFaceSource(file.parent, file)
 
 
 def open_initial_weights(source: WeightSource, architecture: Architecture) -> ModelWeights:
@@ -73,22 +96,29 @@ def convert_checkpoint(
     also_bin: bool = False,
     choice: ModelChoice | None = None,
     optimizer_batch: int | None = None,
+    license_name: str | None = None,
 ) -> list[str]:
     """Write the model of `source` to the new or empty folder `target`, in another format.
 
-    to: openclip or run. precision: fp32, bf16 or fp16, and also_bin: the pickled file as well, are
-    for openclip. choice: of another model than the source's own. optimizer_batch: carry AdamW's
-    state of open_clip_train to a run, which has seen batches of so many pairs. Returns what to tell
-    the user, a line each.
+    to: openclip, huggingface or run. precision: fp32, bf16 or fp16, not for run; also_bin: the
+    pickled file as well, for openclip. choice: of another model than the source's own.
+    optimizer_batch: carry AdamW's state of open_clip_train to a run, which has seen batches of so
+    many pairs. license_name: for the model card, which names none without. Returns what to tell the
+    user, a line each.
 
     Raises:
         InputError: no checkpoint, one of another architecture or damaged, a target that holds
             something, or options that do not go together. Nothing is written then.
     """
-    if to == "huggingface":
-        raise InputError("--to huggingface is not built yet; --to openclip and --to run are")
     if to == "run" and (also_bin or precision != "fp32"):
         raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
+    if to == "huggingface" and also_bin:
+        raise InputError("--bin is for --to openclip: a Hugging Face folder has safetensors alone")
+    check_license(license_name)
+    if to == "run" and license_name is not None:
+        raise InputError(
+            "--license is for the model card, which a run folder has not; leave it out"
+        )
     if to != "run" and optimizer_batch is not None:
         raise InputError(f"--with-optimizer is for --to run, not --to {to}")
     target, choice, optimizer = Path(target), choice or ModelChoice(), None
@@ -100,26 +130,31 @@ def convert_checkpoint(
     preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
     tokenizer = tokenizer_files(metadata, architecture)
     notes = [*weights.notes, f"preprocessing: {preprocess_words}"]
+    notes += target_notes(architecture, metadata.folder, to)
     if tokenizer.files:
         notes.append(f"tokenizer: {tokenizer.name}, in {target}")
     elif tokenizer.name is not None:
-        way_out = f"put them into {target}" if to == "openclip" else "name them as data.tokenizer"
+        way_out = "name them as data.tokenizer" if to == "run" else f"put them into {target}"
         notes.append(
             f"tokenizer: the files of {tokenizer.name} are not beside the weights; {way_out}"
         )
-    content = opened.content if isinstance(opened, OpenClipSource) else None
     if optimizer_batch is not None:
-        file, names = metadata.path, weights.stored_names
-        optimizer = read_adamw(content, names, opened.shapes(), file)
+        names = weights.stored_names
+        optimizer = read_adamw(opened.content, names, opened.shapes(), metadata.path)
         notes.append(f"AdamW's state after step {optimizer.step:,} comes along")
-    elif (content or {}).get("optimizer"):
+    elif (opened.content or {}).get("optimizer"):
         notes.append(
             "its optimizer is left behind; --to run --with-optimizer --global-batch N takes it"
         )
+    settings = preprocess.to_openclip()
     if to == "run":
-        write_run(
-            target, weights, preprocess.to_openclip(), tokenizer, optimizer, optimizer_batch or 0
-        )
+        write_run(target, weights, settings, tokenizer, optimizer, optimizer_batch or 0)
     else:
-        write_openclip(target, weights, preprocess.to_openclip(), tokenizer, precision, also_bin)
+        card = model_card(
+            architecture, preprocess, tokenizer.name, precision, to, metadata.training, license_name
+        )
+        if to == "openclip":
+            write_openclip(target, weights, settings, tokenizer, precision, also_bin, card)
+        else:
+            write_huggingface(target, weights, preprocess, tokenizer, precision, card)
     return [*notes, f"{architecture.name} from {metadata.path} is now in {target}"]

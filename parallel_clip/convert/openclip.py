@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from parallel_clip.convert.model_weights import LOGIT_PARAMETERS, ModelWeights
+from parallel_clip.convert.model_card import CARD
+from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.openai import openai_architecture
+from parallel_clip.convert.precision import rounded, written_dtype
+from parallel_clip.convert.streamed_safetensors import TensorSpec, write_safetensors
 from parallel_clip.convert.target_folder import new_folder
 from parallel_clip.convert.tensor_files import open_tensor_file
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.known_models import load_model
 
 OPENCLIP_CONFIG = "open_clip_config.json"
 OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # In the order of open_clip's `local-dir:`; other files of these kinds come after, if there is one.
 _PREFERRED = (
@@ -47,7 +49,6 @@ class OpenClipSource:
 
     def __init__(self, file: Path, notes: tuple[str, ...] = ()):
         self._tensors = open_tensor_file(file)
-        self.content = self._tensors.content
         config = file.parent / OPENCLIP_CONFIG
         model, said_by = None, None
         if config.is_file():
@@ -65,11 +66,21 @@ class OpenClipSource:
             notes=notes,
         )
 
+    @property
+    def content(self) -> Mapping[str, Any] | None:
+        return self._tensors.content
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._tensors.shapes()
 
     def read(self, name: str) -> Tensor:
         return self._tensors.read(name)
+
+
+def is_openclip_folder(folder: Path) -> bool:
+    """Whether a folder says that it is OpenCLIP's: other names of weights are not its alone."""
+    names = (OPENCLIP_CONFIG, *(name for name in _PREFERRED if name.startswith("open_clip")))
+    return any((folder / name).is_file() for name in names)
 
 
 def find_openclip_file(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -101,51 +112,34 @@ def write_openclip(
     tokenizer: TokenizerFiles,
     precision: str = "fp32",
     also_bin: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write what `open_clip.create_model_and_transforms("local-dir:TARGET")` and its
     `get_tokenizer` load. The logit parameters stay in fp32.
 
-    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too.
+    preprocess: OpenCLIP's preprocess_cfg; also_bin: the pickled file, too; card: the model card.
 
     Raises:
         InputError: `target` is not a new or empty folder, or a weight does not fit the precision.
     """
-    # Read before anything is written: the source may be damaged.
-    state = _read_rounded(weights, PRECISIONS[precision])
     settings = {
         "model_cfg": tokenizer.named_in(weights.architecture.json),
         "preprocess_cfg": preprocess,
     }
     tokenizer_files = tokenizer.for_transformers()
+    shapes = {p.name: p.shape for p in parameter_table(weights.architecture)}
+    specs = {
+        name: TensorSpec(written_dtype(name, precision), shapes[name])
+        for name in weights.stored_names
+    }
     with new_folder(target) as folder:
         (folder / OPENCLIP_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        _save_safetensors(state, folder / OPENCLIP_WEIGHTS[0])
+        tensors = (rounded(weights.read(name), name, precision) for name in specs)
+        write_safetensors(folder / OPENCLIP_WEIGHTS[0], specs, tensors)
         if also_bin:
-            torch.save(state, folder / OPENCLIP_WEIGHTS[1])
+            # The file just written, mapped: torch.save wants all tensors at once.
+            torch.save(load_file(folder / OPENCLIP_WEIGHTS[0]), folder / OPENCLIP_WEIGHTS[1])
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
-
-
-def _read_rounded(weights: ModelWeights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights, each a tensor of its own: of two names for one, safetensors writes none."""
-    rounded = {}
-    for name in weights.stored_names:
-        tensor = weights.read(name)
-        # bf16 would put the multiplier off by up to 1%.
-        own = torch.float32 if name in LOGIT_PARAMETERS else dtype
-        rounded[name] = tensor.to(own, copy=True, memory_format=torch.contiguous_format)
-        if not torch.isfinite(rounded[name]).all():
-            largest = float(tensor.abs().max())
-            raise InputError(
-                f"{name} has values up to {largest:.4g}, which become infinite as {own} (the "
-                f"largest there is {torch.finfo(own).max:.4g}); choose another --precision"
-            )
-    return rounded
-
-
-def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the process's default permissions (the library's are 0600)."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

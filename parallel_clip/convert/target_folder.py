@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from parallel_clip.checkpoint import durable
@@ -28,6 +28,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_target(target)
     target = target.resolve()  # what a link to an empty folder names
     unfinished = target.with_name(f".{target.name}.unfinished")
+    new_parents = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if unfinished.exists():
@@ -45,3 +46,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from None
     finally:
         durable.remove_folder(unfinished)
+        if not target.exists():
+            with suppress(OSError):  # another process may have put something into one
+                for folder in new_parents:
+                    folder.rmdir()

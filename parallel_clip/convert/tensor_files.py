@@ -6,7 +6,8 @@ Nothing in a file is run.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from parallel_clip.errors import InputError
 
 # Under which a trainer keeps the state dict in a dict of more; open_clip_train's first.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+_MAPPED_BYTES = 64 << 20
 
 
 class TensorFile(Protocol):
@@ -37,55 +39,78 @@ def open_tensor_file(file: Path) -> TensorFile:
     Raises:
         InputError: it is none of these, is damaged, or holds no state dict.
     """
-    if file.suffix == ".safetensors":
-        return SafetensorsFile(file)
-    try:
-        scripted = is_torchscript(file)
-        content = read_torchscript(file) if scripted else _load(file)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
-    except Exception:  # of a damaged file torch and pickle raise nearly anything
-        raise InputError(
-            f"{file} is no torch file of plain tensors; a damaged one has to be fetched again, and "
-            "from one that holds more (code could be run by reading it) the state dict has to be "
-            "saved alone, as .safetensors or with torch.save"
-        ) from None
-    return LoadedTensors(_find_state_dict(content, file), None if scripted else content)
+    return SafetensorsFile(file) if file.suffix == ".safetensors" else TorchFile(file)
 
 
 class SafetensorsFile:
+    """A tensor that is read lies in the file, which is mapped as long as the tensor lives."""
+
     content = None
 
     def __init__(self, file: Path):
-        try:
-            self._tensors = safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} is not a safetensors file, or not whole: {error}") from None
+        self._file = file
+        with self._opened() as opened:
+            self._shapes = {n: tuple(opened.get_slice(n).get_shape()) for n in opened.keys()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        file = self._tensors
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        return dict(self._shapes)
 
     def read(self, name: str) -> Tensor:
-        return self._tensors.get_tensor(name)
+        # Opened each time: of one mapping all that was read would count as this process's memory.
+        with self._opened() as opened:
+            return opened.get_tensor(name)
+
+    @contextmanager
+    def _opened(self) -> Iterator[safe_open]:
+        try:
+            with safe_open(self._file, framework="pt") as opened:
+                yield opened
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self._file} is not a safetensors file, or not whole: {error}"
+            ) from None
 
 
-class LoadedTensors:
-    def __init__(self, tensors: Mapping[str, Tensor], content: Mapping[str, Any] | None):
-        self.content = content
-        self._tensors = tensors
+class TorchFile:
+    """What torch.save writes, or a TorchScript archive. Only the newer format of torch.save is
+    mapped, and mapped anew after `_MAPPED_BYTES`; others are in memory as a whole."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._open()
+
+    @property
+    def content(self) -> Mapping[str, Any] | None:
+        return self._content
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
+        if self._is_mapped and self._bytes > _MAPPED_BYTES:
+            self._open()
+        self._bytes += self._tensors[name].nbytes
         return self._tensors[name]
 
+    def _open(self) -> None:
+        self._content, self._tensors, self._bytes = None, {}, 0  # the mapping before goes first
+        try:
+            scripted = is_torchscript(self._file)
+            self._is_mapped = not scripted and zipfile.is_zipfile(self._file)
+            content = read_torchscript(self._file) if scripted else self._load()
+        except OSError as error:
+            raise InputError(f"{self._file} cannot be read: {error.strerror or error}") from None
+        except Exception:  # of a damaged file torch and pickle raise nearly anything
+            raise InputError(
+                f"{self._file} is no torch file of plain tensors; a damaged one has to be fetched "
+                "again, and from one that holds more (code could be run by reading it) the state "
+                "dict has to be saved alone, as .safetensors or with torch.save"
+            ) from None
+        self._tensors = _find_state_dict(content, self._file)
+        self._content = None if scripted else content
 
-def _load(file: Path) -> Any:
-    # Only torch's newer format, a zip, can be mapped into memory.
-    mapped = zipfile.is_zipfile(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    def _load(self) -> Any:
+        return torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._is_mapped)
 
 
 def _find_state_dict(content: Any, file: Path) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """Weights of a model in a checkpoint of any format, as tensors by name with what is stored beside.
 
-There is one file a format: native.py and openclip.py. `ModelWeights` (model_weights.py) checks that
-they are those of an architecture.
+There is one file a format: native.py, openclip.py, huggingface.py. `ModelWeights`
+(model_weights.py) checks that they are those of an architecture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from parallel_clip.convert.training_facts import TrainingFacts
 from parallel_clip.model.architecture import Architecture
 
 
@@ -22,7 +23,8 @@ class SourceMetadata:
 
     path: the file or checkpoint folder; folder: where tokenizer files may lie; architecture;
     preprocess: OpenCLIP's preprocess_cfg; tokenizer: as `data.tokenizer`; said_by: what says all
-    this, for messages; step: optimizer steps done; notes: what a user should be told.
+    this, for messages; preprocess_from: what says the preprocessing, where that is another file;
+    step: optimizer steps done; training: what is known of it; notes: what a user should be told.
     """
 
     path: Path
@@ -31,14 +33,20 @@ class SourceMetadata:
     preprocess: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     said_by: Path | None = None
+    preprocess_from: Path | None = None
     step: int | None = None
+    training: TrainingFacts | None = None
     notes: tuple[str, ...] = ()
 
 
 class WeightSource(Protocol):
-    """An opened checkpoint: tensors by the names that it has, and the metadata stored with them."""
+    """An opened checkpoint: tensors by the names that it has, and the metadata stored with them.
+
+    content: all that a file of torch.save holds, None for others.
+    """
 
     metadata: SourceMetadata
+    content: Mapping[str, Any] | None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The full shape of each tensor by its name."""

@@ -10,13 +10,15 @@ from parallel_clip.model.towers.attention_pool import AttentionPoolConfig
 from parallel_clip.model.towers.timm_vision import TimmVisionConfig
 from parallel_clip.model.towers.transformer import ImageTowerConfig
 
-# The keys of `width` and after change the trunk; OpenCLIP, which does not look at them, always
-# builds the one that is named.
+# These change the trunk; OpenCLIP, which does not look at them, always builds the one that is
+# named.
+TRUNK_KEYS = tuple("width layers head_width mlp_ratio patch_size act_kwargs norm_kwargs".split())
 TIMM_VISION_KEYS = SectionKeys(
     read=frozenset(
         "timm_model_name timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path image_size "
-        "patch_dropout width layers head_width mlp_ratio patch_size act_kwargs norm_kwargs".split()
-    ),
+        "patch_dropout".split()
+    )
+    | set(TRUNK_KEYS),
     # OpenCLIP reads them for its own tower alone.
     without_effect=frozenset(
         "timm_model_pretrained ls_init_value no_ln_pre final_ln_after_pool pool_type "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel_clip.checkpoint import commit, durable
+from parallel_clip.checkpoint.commit import EVALUATIONS_FILE
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import PIECE_SUFFIX
@@ -18,7 +19,6 @@ from parallel_clip.data.index.shard_list import ListedShard, describe_difference
 from parallel_clip.errors import InputError
 
 CONFIG_FILE = "config.yaml"
-EVALUATIONS_FILE = "evaluations.jsonl"
 SHARDS_FILE = "shards.tsv"  # the training shards that the run is over
 MODEL_FILE = "model.json"  # of a model that is not known by name
 RUN_FILES = (

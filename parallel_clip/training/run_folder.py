@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from parallel_clip.checkpoint import durable
+from parallel_clip.checkpoint.commit import EVALUATIONS_FILE
 from parallel_clip.checkpoint.manifest import utc_now
 from parallel_clip.data.index.shard_list import ListedShard, as_text
 from parallel_clip.errors import InputError
 from parallel_clip.plan.resume import (
     CONFIG_FILE,
-    EVALUATIONS_FILE,
     MODEL_FILE,
     SHARDS_FILE,
     read_step,

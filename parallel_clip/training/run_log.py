@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from parallel_clip.plan.resume import EVALUATIONS_FILE
+from parallel_clip.checkpoint.commit import EVALUATIONS_FILE
 from parallel_clip.training.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 
 

@@ -63,7 +63,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch, to):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    place = "openclip.save_file" if to == "openclip" else "native.write_index"
+    place = "openclip.write_safetensors" if to == "openclip" else "native.write_index"
     monkeypatch.setattr(f"parallel_clip.convert.{place}", full)
     (tmp_path / "target").mkdir()
     with pytest.raises(InputError, match="cannot write to .*target: No space left on device"):

@@ -97,12 +97,8 @@ class ClipTokenizer:
     def __init__(self, context_length: int, clean: str = "lower"):
         self.context_length = context_length
         self._clean = _cleaner(clean)
-        packed = resources.files("parallel_clip.data.samples") / "vocabulary/clip_merges.txt.gz"
-        lines = gzip.decompress(packed.read_bytes()).decode().splitlines()
-        merges = [tuple(line.split(" ")) for line in lines]
+        tokens, merges = clip_vocabulary()
         self._characters = _byte_characters()
-        letters = sorted(self._characters)
-        tokens = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges]
         vocabulary = {token: number for number, token in enumerate(tokens)}
         self._bpe = BPE(vocabulary, merges, end_of_word_suffix="</w>")
         self._start, self._end = len(tokens), len(tokens) + 1
@@ -126,6 +122,17 @@ class ClipTokenizer:
                 letters = "".join(self._characters[byte] for byte in word.encode())
                 tokens += [token.id for token in self._bpe.tokenize(letters)]
         return tokens
+
+
+def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """CLIP's tokens in the order of their numbers, without start and end, which come last; and the
+    pairs that its byte-pair encoding merges, the first in rank first."""
+    packed = resources.files("parallel_clip.data.samples") / "vocabulary/clip_merges.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines]
+    letters = sorted(_byte_characters())
+    ends = [letter + "</w>" for letter in letters]
+    return letters + ends + ["".join(merge) for merge in merges], merges
 
 
 class FolderTokenizer:

@@ -1,0 +1,119 @@
+"""What one of our checkpoints knows of its training, as lines that a reader understands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel_clip.checkpoint.commit import CHECKPOINTS, EVALUATIONS_FILE
+from parallel_clip.checkpoint.inspect import layout_words
+from parallel_clip.checkpoint.meta import Meta
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """rows: (what, value); figures: (what, value) of an evaluation at the checkpoint's step."""
+
+    rows: tuple[tuple[str, str], ...]
+    figures: tuple[tuple[str, float], ...] = ()
+
+
+def read_training_facts(folder: Path, meta: Meta) -> TrainingFacts | None:
+    """The facts of a checkpoint folder, and of the run folder that it lies in; None where none was
+    trained."""
+    if meta.step == 0:
+        return None
+    results = {}
+    if folder.parent.name == CHECKPOINTS:
+        results = _read_evaluation(folder.parent.parent / EVALUATIONS_FILE, meta.step)
+    return TrainingFacts(tuple(_rows(meta)), tuple(_figures(results)))
+
+
+def _rows(meta: Meta) -> Iterator[tuple[str, str]]:
+    config = meta.config or {}
+    yield "optimizer steps", f"{meta.step:,}"
+    if meta.position:
+        yield "pairs seen", f"{meta.position:,}"
+    yield from _data_rows(meta, config.get("data", {}))
+    if meta.bad_samples:
+        yield "pairs replaced, as they could not be read", f"{meta.bad_samples:,}"
+    if "loss" in config:
+        kinds = {"infonce": "InfoNCE (softmax over the batch)", "sigmoid": "sigmoid, pair by pair"}
+        yield "loss", kinds.get(config["loss"]["kind"], config["loss"]["kind"])
+    if "batch" in config:
+        yield "batch", f"{config['batch']['global']:,} pairs"
+    if "optimizer" in config:
+        yield "optimizer", _optimizer_words(config["optimizer"])
+    if "schedule" in config:
+        schedule = config["schedule"]
+        yield "learning rate", f"{schedule['kind']}, {schedule['warmup']:,} steps of warmup"
+    if "precision" in config:
+        yield "precision of training", f"{config['precision']}, with fp32 master weights"
+    if config.get("init", {}).get("from"):
+        yield "weights began from", short_path(config["init"]["from"])
+    if "seed" in config:
+        yield "seed", str(config["seed"])
+    if meta.layout:
+        words = layout_words(meta.layout)
+        yield "layout", f"{words} processes (data × tensor × pipeline)"
+    if meta.versions:
+        yield "versions", ", ".join(f"{name} {v}" for name, v in meta.versions.items() if v)
+
+
+def _data_rows(meta: Meta, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    counted = (meta.data or {}).get("sources", [])
+    for number, source in enumerate(config.get("train", [])):
+        shards = source["shards"]
+        names = ", ".join(map(short_path, [shards] if isinstance(shards, str) else shards))
+        words = [f"`{names}`"]
+        if number < len(counted):
+            counts = counted[number]
+            words.append(f"{counts['shards']:,} shards, {counts['samples']:,} pairs")
+        if number < len(meta.source_samples):
+            words.append(f"{meta.source_samples[number]:,} seen")
+        yield "training data", "; ".join(words)
+
+
+def _optimizer_words(optimizer: Mapping[str, Any]) -> str:
+    betas = ", ".join(f"{beta:g}" for beta in optimizer["betas"])
+    words = (
+        f"AdamW, learning rate {optimizer['lr']:g}, betas {betas}, eps {optimizer['eps']:g}, "
+        f"weight decay {optimizer['weight_decay']:g}"
+    )
+    clip = optimizer["clip_grad_norm"]
+    return f"{words}, gradient norm clipped to {clip:g}" if clip else words
+
+
+def short_path(path: str) -> str:
+    """The last two parts of a path or an address, without what may sign the latter: the rest says
+    where it lies, which is nobody's business once it is published."""
+    return "/".join(path.partition("?")[0].partition("#")[0].rstrip("/").split("/")[-2:])
+
+
+def _read_evaluation(file: Path, step: int) -> Mapping[str, Any]:
+    """The last evaluation of a step; empty where there is none."""
+    found: Mapping[str, Any] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut off by a crash
+            continue
+        if isinstance(values, Mapping) and values.get("step") == step:
+            found = values
+    return found
+
+
+def _figures(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in results.items():
+        words = f"{prefix}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from _figures(value, f"{words}: ")
+        elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            yield words, value
