@@ -160,7 +160,7 @@ class SelfAttention(MegatronModule):
     ):
         super().__init__(config)
         width = config.hidden_size
-        heads_width = config.num_attention_heads * config.kv_channels  # dead heads included
+        heads_width = config.num_attention_heads * config.kv_channels  # padding included
         self.tokens = tokens
         self.causal = causal
         self.rotation = rotation

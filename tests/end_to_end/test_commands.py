@@ -100,7 +100,8 @@ def test_figures_do_not_depend_on_the_layout_nor_the_kind_of_checkpoint(
 def test_the_figures_are_those_of_the_contract(trained, config, tmp_path):
     folder, target = config.parent, tmp_path / "figures.json"
     data = ["--data", folder / "held_out.tar", "--json", target]
-    shown = succeed("evaluate", "retrieval", trained, *data)
+    shown = succeed("evaluate", "retrieval", trained, *data, "--tensor", 3, processes=3)
+    assert "padding for 3 tensor ranks: vision 4 heads to 6" in shown
     assert "Retrieval" in shown and "image to text recall@10" in shown
     found = json.loads(target.read_text())
     assert found.keys() >= RETRIEVAL | {"images", "texts"}

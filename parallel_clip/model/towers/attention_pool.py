@@ -91,7 +91,7 @@ class AttentionPool(nn.Module):
         config.ffn_hidden_size = size * units_per_rank(pool.mlp_width, size)
         config.activation_func = ACTIVATIONS[pool.activation]
         self.heads = units_per_rank(pool.heads, size)
-        heads_width = size * self.heads * pool.head_width  # dead heads included
+        heads_width = size * self.heads * pool.head_width  # padding included
         self.latent = nn.Parameter(torch.empty(1, 1, width, dtype=config.params_dtype))
         self.query = ColumnLinear(width, heads_width, config, group)
         self.key_value = ColumnLinear(width, 2 * heads_width, config, group)
