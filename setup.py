@@ -45,7 +45,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "open_clip_torch",
-            "transformers",  # what is converted is compared with it; open_clip takes tokenizers of it
+            "transformers",  # open_clip's tokenizers, and what conversion is compared with
             "ruff",
             "aiohttp",
             "s3fs",
