@@ -45,7 +45,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "open_clip_torch",
-            "transformers",  # open_clip's tokenizers, and what conversion is compared with
+            "transformers",  # conversions are compared with it; open_clip takes tokenizers of it
             "ruff",
             "aiohttp",
             "s3fs",

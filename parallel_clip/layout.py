@@ -12,6 +12,7 @@ from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 from parallel_clip.errors import InputError
+from parallel_clip.stages.padding import padding_words
 
 if TYPE_CHECKING:
     from parallel_clip.config import LearningRateSchedule, Train
@@ -140,23 +141,27 @@ def check_microbatches(layout: Layout, plan: BatchPlan) -> None:
     )
 
 
-def check_model(tensor: int, costs: ModelCosts) -> None:
-    """Check that so many tensor ranks can share a model.
+def check_model(tensor: int, costs: ModelCosts, pad: bool = False) -> None:
+    """Check that so many tensor ranks can share a model. pad: `parallel.pad`, with which any number
+    can.
 
     Raises:
         InputError: the tensor size does not divide what is split of both towers; the message has
-            the sizes that do.
+            the sizes that do, and what it would cost to pad.
     """
+    if pad:
+        return
     common, refusing = 0, []
     for name, tower in (("vision", costs.vision), ("text", costs.text)):
-        common = gcd(common, *(size for _, size in tower.tensor_sizes))
-        uneven = [f"{size} {what}" for what, size in tower.tensor_sizes if size % tensor]
+        common = gcd(common, *(units.count for units in tower.split_units))
+        uneven = [f"{u.count} {u.name}" for u in tower.split_units if u.count % tensor]
         if uneven:
             refusing.append(f"the {' and '.join(uneven)} of the {name} tower")
     if refusing:
         raise InputError(
             f"parallel.tensor {tensor} does not divide {', nor '.join(refusing)} of "
-            f"{costs.name}; parallel.tensor may be {_listed(divisors(common))}"
+            f"{costs.name}; parallel.tensor may be {_listed(divisors(common))}, or any size with "
+            f"parallel.pad=true ({padding_words(costs, tensor)})"
         )
 
 

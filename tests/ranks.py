@@ -124,7 +124,8 @@ def copies(layout: Layout, answers: Sequence[Any]) -> list[list[Any]]:
 
 
 def whole_tensor(parameter: Parameter, parts: Sequence[Tensor]) -> Tensor:
-    """A full tensor from what each tensor rank holds; a replicated one must be equal on all."""
+    """A full tensor from what each tensor rank holds; a replicated one must be equal on all, and
+    padding be zero."""
     axis, size = parameter.placement.axis, len(parts)
     if axis is None:
         for part in parts[1:]:
@@ -132,8 +133,21 @@ def whole_tensor(parameter: Parameter, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     whole = parts[0].new_full(parameter.shape, torch.nan)
     for rank, part in enumerate(parts):
+        padding = part.flatten()[padding_mask(parameter, rank, size).flatten()]
+        assert not padding.any(), f"{parameter.name}: padding of rank {rank} is not zero"
         for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
             piece = part.narrow(axis, segment.local, segment.length)
             whole.narrow(axis, segment.whole, segment.length).copy_(piece)
     assert not whole.isnan().any(), f"{parameter.name} is not held in full"
     return whole
+
+
+def padding_mask(parameter: Parameter, rank: int, size: int) -> Tensor:
+    """Which entries of a tensor rank's part of a parameter are padding: bool, of its shape."""
+    mask = torch.ones(parameter.local_shape(size), dtype=torch.bool)
+    axis = parameter.placement.axis
+    if axis is None:
+        return ~mask
+    for segment in parameter.placement.segments(parameter.shape[axis], rank, size):
+        mask.narrow(axis, segment.local, segment.length).fill_(False)
+    return mask

@@ -76,6 +76,11 @@ class Stages(ConfigSection):
 
 class Parallel(ConfigSection):
     tensor: int = Field(1, ge=1, description="ranks that share every layer's heads and MLP")
+    pad: bool = Field(
+        False,
+        description="let `tensor` be any size: where it does not divide heads or MLP channels, pad "
+        "them with zeros; the run says what that wastes",
+    )
     pipeline: int = Field(1, ge=1, description="stages that the layers are dealt to")
     virtual_pipeline: int = Field(
         1, ge=1, description="chunks of layers a stage holds (interleaved pipelining)"

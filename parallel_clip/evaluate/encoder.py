@@ -20,12 +20,12 @@ from parallel_clip.data.samples.transforms import Preprocess, normalize
 from parallel_clip.engine.collectives import broadcast_from_last_stage
 from parallel_clip.engine.device import keep_random_state
 from parallel_clip.engine.groups import Groups, whole_model_groups
-from parallel_clip.layout import check_model
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel, global_parameters, normalised
 from parallel_clip.model.handover import Handover, Shape
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.parameters import load_slice
+from parallel_clip.stages.padding import padding_words
 from parallel_clip.stages.stage import whole_model
 
 
@@ -149,7 +149,8 @@ def load_encoder(
     precision: str = "fp32",
     say: Callable[[str], None] = lambda _: None,
 ) -> ModelEncoder:
-    """Load a checkpoint of any format, without pipeline stages; every tensor rank its slice.
+    """Load a checkpoint of any format, without pipeline stages; every tensor rank its slice. Where
+    the tensor size does not divide the model it is padded.
 
     checkpoint: as in `open_source`. groups: None for a whole model in this process. model_name:
     needed where the checkpoint does not say which model it is (a bare OpenCLIP state dict);
@@ -169,8 +170,10 @@ def load_encoder(
     preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
     for note in (*weights.notes, f"preprocessing: {preprocess_words}"):
         say(note)
+    padding = padding_words(architecture.costs, groups.layout.tensor)
+    if padding is not None:
+        say(f"padding for {groups.layout.tensor} tensor ranks: {padding}")
     tokenize = build_tokenizer(tokenizer or metadata.tokenizer, architecture.text, metadata.folder)
-    check_model(groups.layout.tensor, architecture.costs)
 
     with groups.device, keep_random_state():  # nothing that is drawn here stays
         options = ModelOptions(precision=precision, sequence=groups.layout.sequence)

@@ -160,13 +160,14 @@ class SelfAttention(MegatronModule):
     ):
         super().__init__(config)
         width = config.hidden_size
+        heads_width = config.num_attention_heads * config.kv_channels  # dead heads included
         self.tokens = tokens
         self.causal = causal
         self.rotation = rotation
         self.heads = config.num_attention_heads // pg_collection.tp.size()
         self.norm = LayerNorm(config)
-        self.linear_qkv = ColumnLinear(width, 3 * width, config, pg_collection.tp)
-        self.linear_proj = RowLinear(width, width, config, pg_collection.tp)
+        self.linear_qkv = ColumnLinear(width, 3 * heads_width, config, pg_collection.tp)
+        self.linear_proj = RowLinear(heads_width, width, config, pg_collection.tp)
 
     def forward(self, x_Sbh: Tensor, **_) -> tuple[Tensor, Tensor | None]:
         # [s + padding, b, 3·h/t]

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from parallel_clip.model.layers import ACTIVATIONS
 from parallel_clip.model.towers.transformer import TowerConfig
+from parallel_clip.stages.costs import units_per_rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,13 +39,16 @@ class ModelOptions:
 def tower_config(
     tower: TowerConfig, layers: int, options: ModelOptions, tensor_group: ProcessGroup
 ) -> TransformerConfig:
-    """The config of `layers` blocks of a tower."""
+    """The config of `layers` blocks of a tower; heads and MLP are padded where the tensor size does
+    not divide them (`Placement`)."""
     full = options.recompute == "full"
+    tensor = tensor_group.size()
     return TransformerConfig(
         num_layers=layers,
         hidden_size=tower.width,
-        num_attention_heads=tower.heads,
-        ffn_hidden_size=tower.mlp_width,
+        num_attention_heads=tensor * units_per_rank(tower.heads, tensor),
+        kv_channels=tower.head_width,
+        ffn_hidden_size=tensor * units_per_rank(tower.mlp_width, tensor),
         layernorm_epsilon=tower.norm_eps,
         activation_func=ACTIVATIONS[tower.activation],
         recompute_granularity=None if options.recompute == "none" else options.recompute,

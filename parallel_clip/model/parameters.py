@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parallel_clip.stages.costs import units_per_rank
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -33,27 +35,37 @@ class Placement:
     axis: the axis that is split; None where every rank holds the whole.
     blocks: the axis consists of so many equal blocks, each of which is split by itself
         (3 for OpenCLIP's [query; key; value]).
-    padded: the axis may be padded at its end to a multiple of the tensor size (the vocabulary).
+    unit: so many neighbouring entries of a block stay on one rank (the width of a head).
+
+    Where the size does not divide the units of a block, each rank's part of it is as long as
+    `units_per_rank` units, and those that are not there are padding: zeros in weights, gradients
+    and Adam's moments. They stay zero in training (docs/decisions.md).
     """
 
     axis: int | None = None
     blocks: int = 1
-    padded: bool = False
+    unit: int = 1
 
     def segments(self, length: int, rank: int, size: int) -> list[Segment]:
-        """Where the split axis, `length` long in full, lies on `rank` of `size` ranks."""
+        """Where the split axis, `length` long in full, lies on `rank` of `size` ranks: one segment
+        a block, of length 0 where the rank holds padding alone. Padding is in no segment."""
         if self.axis is None:
             raise ValueError("a replicated tensor has no split axis")
-        if self.padded:
-            share = -(-length // size)
-            start = min(rank * share, length)
-            return [Segment(start, 0, min(share, length - start))]
-        block = length // self.blocks
-        share = block // size
-        return [Segment(i * block + rank * share, i * share, share) for i in range(self.blocks)]
+        block, units = length // self.blocks, self._units(length)
+        share = units_per_rank(units, size)
+        first = min(rank * share, units)
+        held = min(share, units - first)
+        return [
+            Segment(i * block + first * self.unit, i * share * self.unit, held * self.unit)
+            for i in range(self.blocks)
+        ]
 
     def local_length(self, length: int, size: int) -> int:
-        return -(-length // size) if self.padded else length // size
+        """How long the split axis is on each rank, padding included."""
+        return self.blocks * self.unit * units_per_rank(self._units(length), size)
+
+    def _units(self, length: int) -> int:
+        return length // (self.blocks * self.unit)
 
     def local_shape(self, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
         """The shape of the part of a full tensor that each of `size` ranks holds."""
@@ -66,9 +78,6 @@ class Placement:
 WHOLE = Placement()
 ROWS = Placement(axis=0)
 COLUMNS = Placement(axis=1)
-QUERY_KEY_VALUE = Placement(axis=0, blocks=3)
-KEY_VALUE = Placement(axis=0, blocks=2)
-VOCABULARY = Placement(axis=0, padded=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from parallel_clip.config import parse_bytes
 from parallel_clip.data.order.reading import machine_reading
 from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.plan.run_plan import RunPlan
+from parallel_clip.stages.costs import units_per_rank
+from parallel_clip.stages.padding import padding_words
 
 
 def describe_run(plan: RunPlan) -> str:
@@ -24,6 +26,9 @@ def describe_run(plan: RunPlan) -> str:
         f"  {config.precision}, recompute {config.recompute}",
         f"  {config.loss.kind}: {_loss_words(plan)}",
     ]
+    padding = padding_words(plan.architecture.costs, layout.tensor)
+    if padding is not None:
+        lines.append(f"  parallel.pad: {padding}")
     if layout.data > 1:
         split = config.parallel.distributed_optimizer
         lines.append(
@@ -100,6 +105,7 @@ def _gigabytes(size: float) -> str:
 
 def _tower_line(plan: RunPlan, name: str) -> str:
     tower, tensor = getattr(plan.architecture, name), plan.layout.tensor
+    uneven = tower.heads % tensor or tower.mlp_width % tensor
     stages = plan.layout_plan.stages
     if len(stages) == 1:
         layers = f"layers 0 to {tower.layers - 1} of width {tower.width} on every rank"
@@ -107,9 +113,9 @@ def _tower_line(plan: RunPlan, name: str) -> str:
         dealt = ", ".join(str(getattr(stage, name).layers) for stage in stages)
         layers = f"{tower.layers} layers of width {tower.width} on the stages: {dealt}"
     return (
-        f"  {name}: {layers}; {tower.heads // tensor} of {tower.heads} heads and "
-        f"{tower.mlp_width // tensor} of {tower.mlp_width} MLP channels on each tensor rank; "
-        f"{tower.tokens} tokens"
+        f"  {name}: {layers}; {units_per_rank(tower.heads, tensor)} of {tower.heads} heads and "
+        f"{units_per_rank(tower.mlp_width, tensor)} of {tower.mlp_width} MLP channels on each "
+        f"tensor rank{', or fewer' if uneven else ''}; {tower.tokens} tokens"
     )
 
 

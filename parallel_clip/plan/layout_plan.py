@@ -89,10 +89,12 @@ def make_layout_plan(costs: ModelCosts, world: int, config: Config) -> LayoutPla
         InputError: the sizes do not divide; the message has the nearest that do.
     """
     parallel, batch = config.parallel, config.batch
-    check_model(parallel.tensor, costs)  # before a world is asked for that cannot help
+    # Before a world is asked for that cannot help.
+    check_model(parallel.tensor, costs, parallel.pad)
     sizes = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     layout = Layout(world, *sizes, parallel.sequence)
-    stages = partition(costs, layout.pipeline, layout.virtual_pipeline, parallel.stages)
+    padded = costs.padded(layout.tensor)
+    stages = partition(padded, layout.pipeline, layout.virtual_pipeline, parallel.stages)
     batch_plan = plan_batch(layout, batch.global_, batch.micro)
     check_microbatches(layout, batch_plan)
     stash = choose_stash(parallel, batch_plan.microbatches)

@@ -16,7 +16,8 @@ from parallel_clip.stages.stage import Stage
 @dataclass(frozen=True)
 class StageEstimate:
     """One pipeline rank: its stages, what it holds for one microbatch, and the bytes of activations
-    and pictures that it holds at its fullest in a step; `flops`: forward, for one pair."""
+    and pictures that it holds at its fullest in a step; `flops`: forward, for one pair, padding
+    included."""
 
     chunks: list[Stage]
     held: RankMemory
@@ -41,11 +42,11 @@ def estimate_step(
     plan: LayoutPlan, costs: ModelCosts, memory: Sequence[RankMemory]
 ) -> StepEstimate:
     """Estimate a step. memory: what each pipeline rank holds, from `count_stages`."""
-    found = []
+    found, padded = [], costs.padded(plan.layout.tensor)
     for rank, held in enumerate(memory):
         chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
         peaks = peak_memory(plan, rank, plan.stash, held)
-        flops = sum(stage_cost(stage, costs) for stage in chunks)
+        flops = sum(stage_cost(stage, padded) for stage in chunks)
         found.append(StageEstimate(chunks, held, *peaks, flops))
     return StepEstimate(found, step_timeline(plan, costs).bubble)
 
@@ -53,6 +54,7 @@ def estimate_step(
 def step_timeline(plan: LayoutPlan, costs: ModelCosts) -> Timeline:
     """A step in FLOPs: work of each stage, a backward twice its forward; messages and the loss
     take no time."""
-    forward = [plan.batch.micro_batch * stage_cost(stage, costs) for stage in plan.stages]
+    padded = costs.padded(plan.layout.tensor)
+    forward = [plan.batch.micro_batch * stage_cost(stage, padded) for stage in plan.stages]
     orders = plan.orders(plan.stash)
     return simulate(orders, Costs(forward, [2 * cost for cost in forward]))

@@ -9,25 +9,71 @@ Large-Scale Language Model Training on GPU Clusters", arXiv 2104.04473, appendix
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from parallel_clip.stages.stage import LayerRange, Stage
+
+
+def units_per_rank(units: int, tensor: int) -> int:
+    """How many of `units` heads, MLP channels or words each of `tensor` ranks has room for. Where
+    `tensor` does not divide them, the last ranks hold fewer or none, and padding for the rest."""
+    return -(-units // tensor)
+
+
+@dataclass(frozen=True)
+class SplitUnits:
+    """What tensor ranks split and leave whole one by one: `count` of `name` (in messages), such as
+    12 "heads", of `flops` each, forward, of one picture or one text."""
+
+    name: str
+    count: int
+    flops: int
+
+    def padded(self, tensor: int) -> SplitUnits:
+        """As many as `tensor` ranks compute, padding included."""
+        return replace(self, count=tensor * units_per_rank(self.count, tensor))
 
 
 @dataclass(frozen=True)
 class TowerCosts:
     """A tower of `layers` equal blocks. FLOPs, forward, of one picture or one text: `embedding`
-    before the first block, `block` in each block, `head` after the last one.
-
-    tensor_sizes: what tensor parallelism splits and must divide, each with its name in messages,
-    such as ("heads", 12).
-    """
+    before the first block, those of `block_units` in each block, and after the last one
+    `unsplit_head` and those of `head_units`."""
 
     layers: int
     embedding: int
-    block: int
-    head: int
-    tensor_sizes: tuple[tuple[str, int], ...]
+    block_units: tuple[SplitUnits, ...]
+    unsplit_head: int
+    head_units: tuple[SplitUnits, ...] = ()
+
+    @property
+    def block(self) -> int:
+        """FLOPs of each block."""
+        return _flops(self.block_units)
+
+    @property
+    def head(self) -> int:
+        """FLOPs after the last block."""
+        return self.unsplit_head + _flops(self.head_units)
+
+    @property
+    def total(self) -> int:
+        return self.of(LayerRange(0, self.layers, self.layers))
+
+    @property
+    def split_units(self) -> tuple[SplitUnits, ...]:
+        """All that tensor ranks split."""
+        return self.block_units + self.head_units
+
+    def padded(self, tensor: int) -> TowerCosts:
+        """With the zeros that `tensor` ranks multiply where they do not divide the tower; the same
+        costs where they do."""
+        return replace(
+            self,
+            block_units=tuple(units.padded(tensor) for units in self.block_units),
+            head_units=tuple(units.padded(tensor) for units in self.head_units),
+        )
 
     def of(self, held: LayerRange) -> int:
         """FLOPs of one stage's part of the tower."""
@@ -47,18 +93,34 @@ class ModelCosts:
     vision: TowerCosts
     text: TowerCosts
 
+    @property
+    def total(self) -> int:
+        return self.vision.total + self.text.total
 
-def block_flops(tokens: int, width: int, mlp_width: int) -> int:
-    """FLOPs, forward, of a transformer block: with s tokens, width h and MLP width m, 8sh² (query,
-    key, value and output), 4s²h (scores, and their weighted sum of values) and 4shm (MLP).
+    def padded(self, tensor: int) -> ModelCosts:
+        """As `TowerCosts.padded`, of both towers."""
+        return replace(self, vision=self.vision.padded(tensor), text=self.text.padded(tensor))
+
+
+def block_units(
+    tokens: int, width: int, heads: int, mlp_width: int
+) -> tuple[SplitUnits, SplitUnits]:
+    """Heads and MLP channels of a transformer block. With s tokens, width h and MLP width m, the
+    block costs 8sh² (query, key, value and output), 4s²h (scores, and their weighted sum of values)
+    and 4shm (MLP).
 
     Causal attention counts in full: kernels differ in how much of the masked half they skip, and
     at 77 tokens of width 512 that half is 1.2% of a block.
     """
-    projections = 8 * tokens * width**2
-    attention = 4 * tokens**2 * width
-    mlp = 4 * tokens * width * mlp_width
-    return projections + attention + mlp
+    head_width = width // heads
+    projections = 8 * tokens * width * head_width
+    attention = 4 * tokens**2 * head_width
+    of_heads = SplitUnits("heads", heads, projections + attention)
+    return of_heads, SplitUnits("MLP channels", mlp_width, 4 * tokens * width)
+
+
+def _flops(units: Iterable[SplitUnits]) -> int:
+    return sum(of_kind.count * of_kind.flops for of_kind in units)
 
 
 def stage_cost(stage: Stage, costs: ModelCosts) -> int:

@@ -33,6 +33,7 @@ LAYOUTS = {
     "tensor2-sequence": (Layout(2, tensor=2, sequence=True), "fp32", True),
     "data2-tensor2-zero": (Layout(4, tensor=2), "fp32", True),
     "tensor4-whole": (Layout(4, tensor=4, sequence=True), "fp32", False),
+    "tensor3-padded": (Layout(3, tensor=3, sequence=True), "fp32", True),  # 4 heads
     "data2-tensor2-bf16": (Layout(4, tensor=2, sequence=True), "bf16", True),
     "data2-whole-bf16": (Layout(2), "bf16", False),
     "pipeline3": (Layout(3, pipeline=3), "fp32", True),
@@ -44,7 +45,8 @@ LAYOUTS = {
 
 def task(name: str) -> Task:
     _, precision, zero = LAYOUTS[name]
-    settings = {"precision": precision, "parallel": {"distributed_optimizer": zero}}
+    parallel = {"distributed_optimizer": zero, "pad": name.endswith("padded")}
+    settings = {"precision": precision, "parallel": parallel}
     images, tokens = image_batch(MODEL, BATCH), token_batch(MODEL, BATCH)
     return Task(MODEL, reference.random_weights(MODEL, seed=3), images, tokens, settings)
 

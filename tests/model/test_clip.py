@@ -26,12 +26,31 @@ LAYOUTS = [
     Layout(3, tensor=3, sequence=True),
     Layout(4, tensor=4, sequence=True),
 ]
+# Kinds on tensor sizes that do not divide them, with `parallel.pad`; the last ranks of some have
+# padding alone: of 4 heads on 3 ranks each has room for 2.
+PADDED = {
+    2: ["three-heads", "timm-siglip-i18n"],
+    3: [
+        "quick-gelu",
+        "layer-scale",
+        "truncated-mlp",
+        "timm-siglip",
+        "timm-siglip2",
+        "timm-pe-core",
+    ],
+    4: ["three-heads", "six-heads", "truncated-mlp", "timm-siglip-i18n"],
+}
 PAIRS = 5
 
 
-def fits(kind: str, layout: Layout) -> bool:
+def runs_on(kind: str, layout: Layout) -> bool:
+    is_padded = kind in PADDED.get(layout.tensor, ())
+    return is_padded or divides(layout.tensor, kind)
+
+
+def divides(tensor: int, kind: str) -> bool:
     try:
-        check_model(layout.tensor, architecture_from_json(KINDS[kind], kind).costs)
+        check_model(tensor, architecture_from_json(KINDS[kind], kind).costs)
     except InputError:
         return False
     return True
@@ -84,7 +103,7 @@ def outcomes(processes):
 
     @functools.cache
     def on(layout: Layout):
-        examples = {kind: example(kind) for kind in KINDS if fits(kind, layout)}
+        examples = {kind: example(kind) for kind in KINDS if runs_on(kind, layout)}
         return processes.run(layout, forward_and_backward, examples=examples, recompute=RECOMPUTE)
 
     return on
@@ -92,7 +111,12 @@ def outcomes(processes):
 
 def test_every_kind_runs_on_several_layouts():
     for kind in KINDS:
-        assert sum(fits(kind, layout) for layout in LAYOUTS) >= 3
+        assert sum(runs_on(kind, layout) for layout in LAYOUTS) >= 3
+
+
+def test_what_is_padded_would_not_divide():
+    for tensor, kinds in PADDED.items():
+        assert not any(divides(tensor, kind) for kind in kinds)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +125,7 @@ def test_every_kind_runs_on_several_layouts():
         pytest.param(layout, kind, id=f"{name_of(layout)}-{kind}")
         for layout in LAYOUTS
         for kind in KINDS
-        if fits(kind, layout)
+        if runs_on(kind, layout)
     ],
 )
 def test_features_and_gradients_are_openclips(outcomes, layout, kind):

@@ -9,13 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_clip.errors import InputError
-from parallel_clip.layout import check_model
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.known_models import known_names, load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.model.parameters import Placement
+from parallel_clip.model.parameters import Normal, Parameter, Placement, local_slice
 from tests import reference
+from tests.ranks import whole_tensor
 from tests.small_models import KINDS
 
 
@@ -45,46 +44,60 @@ def test_every_switch_has_openclips_names_and_shapes(kind):
 def test_local_shapes_add_up(name):
     architecture = load_architecture(name)
     for size in (1, 2, 3, 4, 5, 8, 10, 16, 20):
-        try:
-            check_model(size, architecture.costs)
-        except InputError:
-            continue
         for parameter in parameter_table(architecture):
-            axis, local = parameter.placement.axis, parameter.local_shape(size)
+            placement, local = parameter.placement, parameter.local_shape(size)
+            axis = placement.axis
             if axis is None:
                 assert local == parameter.shape
                 continue
-            padding = -parameter.shape[axis] % size if parameter.placement.padded else 0
-            expected = list(parameter.shape)
-            expected[axis] += padding
-            assert local[axis] * size == expected[axis], parameter.name
+            units, rest = divmod(parameter.shape[axis], placement.blocks * placement.unit)
+            assert rest == 0, parameter.name
+            padding = -units % size * placement.blocks * placement.unit
+            assert local[axis] * size == parameter.shape[axis] + padding, parameter.name
             assert local[:axis] + local[axis + 1 :] == (
                 parameter.shape[:axis] + parameter.shape[axis + 1 :]
             )
 
 
-@given(share=st.integers(1, 9), blocks=st.sampled_from([1, 3]), size=st.integers(1, 8))
-def test_segments_of_equal_shares_cover_the_axis_once(share, blocks, size):
-    placement = Placement(axis=0, blocks=blocks)
-    check_cover(placement, share * blocks * size, size)
+placements = st.builds(Placement, axis=st.just(0), blocks=st.integers(1, 3), unit=st.integers(1, 5))
 
 
-@given(length=st.integers(1, 50), size=st.integers(1, 60))
-def test_segments_of_a_padded_axis_cover_it_once(length, size):
+@given(placement=placements, units=st.integers(1, 20), size=st.integers(1, 24))
+def test_segments_cover_the_axis_once_and_cut_no_unit(placement, units, size):
     """Also where the last ranks hold nothing but padding."""
-    check_cover(Placement(axis=0, padded=True), length, size)
-
-
-def check_cover(placement: Placement, length: int, size: int) -> None:
+    block = units * placement.unit
     covered = []
     for rank in range(size):
-        used = []
-        for segment in placement.segments(length, rank, size):
+        segments = placement.segments(block * placement.blocks, rank, size)
+        share = placement.local_length(block * placement.blocks, size) // placement.blocks
+        for number, segment in enumerate(segments):
+            assert segment.whole % placement.unit == segment.length % placement.unit == 0
+            assert segment.local == number * share
+            assert 0 <= segment.length <= share
+            assert number * block <= segment.whole <= (number + 1) * block - segment.length
             covered += range(segment.whole, segment.whole + segment.length)
-            used += range(segment.local, segment.local + segment.length)
-        assert sorted(used) == list(range(len(used)))
-        assert len(used) <= placement.local_length(length, size)
-    assert sorted(covered) == list(range(length))
+    assert sorted(covered) == list(range(block * placement.blocks))
+
+
+@given(placement=placements, share=st.integers(1, 4), size=st.integers(1, 8))
+def test_where_the_size_divides_the_units_nothing_is_padded(placement, share, size):
+    length = placement.blocks * placement.unit * share * size
+    assert placement.local_length(length, size) * size == length
+    for rank in range(size):
+        assert sum(s.length for s in placement.segments(length, rank, size)) * size == length
+
+
+@given(placement=placements, units=st.integers(1, 9), size=st.integers(1, 12))
+def test_slices_put_together_are_the_whole_and_the_rest_is_zero(placement, units, size):
+    length = placement.blocks * placement.unit * units
+    whole = torch.arange(1.0, 2 * length + 1).view(2, length)
+    across = Placement(axis=1, blocks=placement.blocks, unit=placement.unit)
+    found = [local_slice(whole, across, rank, size) for rank in range(size)]
+    assert {part.shape for part in found} == {across.local_shape(whole.shape, size)}
+    values = torch.cat(found, dim=1).flatten()
+    assert sorted(values[values != 0].tolist()) == whole.flatten().tolist()
+    parameter = Parameter("x", "x", tuple(whole.shape), Normal(1), True, across)
+    assert torch.equal(whole_tensor(parameter, found), whole)
 
 
 def test_a_replicated_tensor_has_no_segments():

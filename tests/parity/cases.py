@@ -25,6 +25,7 @@ class Case:
     virtual: int = 1
     stash: int | str = "auto"  # microbatches that keep their graphs
     stages: dict[str, list[int]] | None = field(default=None, hash=False)
+    pad: bool = False  # for a tensor size that does not divide the model
     exchange: str = "auto"  # "ring": texts streamed, logits in tiles that do not divide the batch
 
     @property
@@ -51,6 +52,7 @@ class Case:
         """The `parallel` section of the run's config."""
         return {
             "tensor": self.tensor,
+            "pad": self.pad,
             "sequence": self.sequence,
             "pipeline": self.pipeline,
             "virtual_pipeline": self.virtual,
@@ -60,6 +62,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = [self.model, f"data{self.data}", f"tensor{self.tensor}{'s' * self.sequence}"]
+        parts += ["padded"] if self.pad else []
         if self.pipeline > 1:
             parts += [f"pipeline{self.pipeline}x{self.virtual}", f"stash{self.stash}"]
             parts += ["byhand"] if self.stages else []
@@ -88,6 +91,8 @@ COVERING = [
     Case("timm-siglip", tensor=2, sequence=True, microbatches=2, recompute="selective"),
     Case("timm-pe-core", tensor=2, pipeline=2, sequence=True, microbatches=2, recompute="full"),
     Case("timm-mobile-clip", data=2, pipeline=2, microbatches=2, stash=2),
+    Case("three-heads", data=2, tensor=2, sequence=True, clip_grad_norm=1.0, pad=True),
+    Case("timm-siglip", tensor=3, sequence=True, microbatches=2, recompute="full", pad=True),
 ]
 
 #          data, tensor, sequence
@@ -142,6 +147,7 @@ def grid() -> list[Case]:
         for exchange in ("gather", "ring")
         if case.recompute == "none" and case.precision == "fp32"
     ]
+    cases += _padded()
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 
@@ -175,4 +181,27 @@ def _pipelines() -> list[Case]:
         cases.append(Case("uneven", microbatches=multiple, precision="bf16", **layout))
     manual_split = {"vision": [2, 3, 0], "text": [0, 1, 1]}
     cases.append(Case("uneven", pipeline=3, microbatches=3, stash=0, stages=manual_split))
+    return cases
+
+
+def _padded() -> list[Case]:
+    """Tensor sizes that divide neither heads nor, for some, the MLP."""
+    sizes = dict.fromkeys(MODELS, 3) | {"three-heads": 2, "six-heads": 4}
+    cases = [
+        Case(model, 1, tensor, sequence, microbatches, recompute, precision, pad=True)
+        for (model, tensor), (sequence, microbatches, recompute, precision) in product(
+            sizes.items(),
+            [
+                (False, 1, "none", "fp32"),
+                (True, 4, "selective", "fp32"),
+                (True, 4, "full", "fp32"),
+                (True, 4, "none", "bf16"),
+            ],
+        )
+    ]
+    cases += [
+        Case("three-heads", tensor=4, pad=True),  # more ranks than heads
+        Case("three-heads", tensor=2, pipeline=2, microbatches=4, stash=1, pad=True),
+        Case("quickgelu-layerscale", tensor=3, sequence=True, clip_grad_norm=1.0, pad=True),
+    ]
     return cases

@@ -6,6 +6,7 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.errors import InputError
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
+from parallel_clip.stages.partition import partition
 
 
 def config(**sections):
@@ -39,6 +40,7 @@ def test_virtual_stages_take_turns_in_groups():
     [
         (6, {"parallel": {"tensor": 4}}),
         (8, {"parallel": {"tensor": 3}}),
+        (8, {"parallel": {"tensor": 3, "pad": True}}),
         (8, {"batch": {"global": 1000}}),
         (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 20}}),
         (4, {"parallel": {"pipeline": 4, "virtual_pipeline": 2}, "batch": {"global": 512}}),
@@ -63,3 +65,13 @@ def test_a_search_over_layouts_keeps_what_fits():
     fitting = [plan.layout.tensor for plan in found if not isinstance(plan, DoesNotFit)]
     assert sorted(set(fitting)) == [1, 2, 4], "20 text heads"
     assert len(fitting) == 15
+
+
+def test_stages_are_balanced_by_the_work_of_a_rank_padding_included():
+    """Of ViT-B-32's image tower 12 of 16 heads are not padding, of its text tower all."""
+    costs = load_architecture("ViT-B-32").costs
+    parallel = {"tensor": 8, "pad": True, "pipeline": 3}
+    plan = make_layout_plan(costs, 24, config(parallel=parallel))
+    assert plan.stages == partition(costs.padded(8), 3) != partition(costs, 3)
+    divided = make_layout_plan(costs, 12, config(parallel=parallel | {"tensor": 4}))
+    assert divided.stages == partition(costs, 3)

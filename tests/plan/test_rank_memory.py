@@ -1,4 +1,6 @@
 import dataclasses
+from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.engine.groups import close_groups, join_world, make_groups
 from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
+from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import dry_run, measure_rank_memory
@@ -51,6 +54,7 @@ def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
             "recompute": recompute,
             "parallel": {
                 "tensor": layout.tensor,
+                "pad": layout.tensor == 3,
                 "sequence": layout.sequence,
                 "distributed_optimizer": zero,
             },
@@ -95,6 +99,19 @@ def test_what_is_not_replicated_is_split(tensor):
     assert part.state == pytest.approx(split + added_words, abs=1024), "padded buffers"
 
 
+def test_padding_is_held_as_all_else_is():
+    """Room for 2 of 4 heads, 86 of 256 and 43 of 128 MLP channels, and 34 of 101 words."""
+    whole, part = held(Layout(1)), held(Layout(3, tensor=3))
+    split = sum(prod(p.shape) for p in parameter_table(SMALL) if p.placement.axis is not None)
+    of_head, of_channel = (lambda h, d: 4 * h * d + 3 * d), (lambda h: 2 * h + 1)
+    vision = 3 * ((2 - 4 / 3) * of_head(64, 16) + (86 - 256 / 3) * of_channel(64))
+    text = 2 * ((2 - 4 / 3) * of_head(32, 8) + (43 - 128 / 3) * of_channel(32))
+    padding = vision + text + (34 - 101 / 3) * 32
+    assert part.parameters == pytest.approx(whole.parameters - split * 2 / 3 + padding)
+    assert part.weights == 2 * part.parameters + 2, "bf16, and logit_scale in fp32"
+    assert part.replicated == whole.replicated
+
+
 def test_the_distributed_optimizer_splits_its_state_over_data_ranks():
     alone, shared = held(Layout(1)), held(Layout(4), zero=True)
     assert shared.optimizer == pytest.approx(alone.optimizer / 4, rel=0.02)
@@ -120,25 +137,28 @@ def test_a_process_that_is_a_rank_already_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "sequence", "recompute"),
+    ("model", "layout", "recompute"),
     [
-        *(
-            (SMALL, sequence, recompute)
-            for sequence in (False, True)
-            for recompute in ("none", "selective", "full")
+        *product(
+            [SMALL],
+            [Layout(2, tensor=2), Layout(2, tensor=2, sequence=True)],
+            ["none", "selective", "full"],
         ),
-        (SIGLIP, True, "selective"),
-        (PE_CORE, False, "none"),
+        (SMALL, Layout(3, tensor=3, sequence=True), "selective"),
+        (SIGLIP, Layout(2, tensor=2, sequence=True), "selective"),
+        (PE_CORE, Layout(2, tensor=2), "none"),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_real_processes_hold_the_same(tmp_path, model, sequence, recompute):
-    layout = Layout(2, tensor=2, sequence=sequence)
+def test_real_processes_hold_the_same(tmp_path, model, layout, recompute):
     torch.multiprocessing.start_processes(
-        _count_for_real, (layout, model, recompute, tmp_path), nprocs=2, start_method="fork"
+        _count_for_real,
+        (layout, model, recompute, tmp_path),
+        nprocs=layout.world,
+        start_method="fork",
     )
     config = config_for(layout, recompute=recompute)
-    for rank in range(2):
+    for rank in range(layout.world):
         real = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         dry = dry_run(config, model, plan_for(config, model), rank)
         assert dataclasses.asdict(real) == dataclasses.asdict(dry)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from parallel_clip.config import load_config
+from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.report import dry_run_report
 from tests.launcher import run, succeed
 from tests.small_world import make_world
@@ -54,6 +55,23 @@ def test_virtual_stages_of_a_rank_stand_beside_one_another(config):
     assert len(first) > 5 and "," in " ".join(first)
     assert "2 layers of width 32 on the stages: 1, 1, 0, 0" in report
     assert "Bubble: ranks wait" in report
+
+
+def test_padding_is_told_where_there_is_some(config):
+    batch = ["batch.global=8", "batch.micro=4", "parallel.pad=true"]
+    report = dry_run_report(load_config(config, [*batch, "parallel.tensor=3"]), 3)
+    (line,) = [line for line in report.splitlines() if "parallel.pad" in line]
+    # s = 17 and 16 tokens; h = 32, d = 8, m = 128.
+    vision, text = (2 * (2 * (8 * s * 32 * 8 + 4 * s**2 * 8) + 4 * s * 32) for s in (17, 16))
+    total = load_architecture(str(config.parent / "model.json")).costs.total
+    wasted = (vision + text) / (total + vision + text)
+    assert line == (
+        "  parallel.pad: vision 4 heads to 6, 128 MLP channels to 129; text 4 heads to 6, "
+        f"128 MLP channels to 129: {wasted:.0%} of all FLOPs are on zeros"
+    )
+    assert "2 of 4 heads and 43 of 128 MLP channels on each tensor rank, or fewer" in report
+    divided = dry_run_report(load_config(config, [*batch, "parallel.tensor=2"]), 2)
+    assert "parallel.pad" not in divided and "or fewer" not in divided
 
 
 def test_one_stage_needs_no_table(config):

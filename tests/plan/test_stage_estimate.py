@@ -29,6 +29,16 @@ def test_the_stages_of_a_pipeline_are_the_whole_model(tmp_path):
     assert sum(stage.held.saved for stage in found) == pytest.approx(alone.held.saved, rel=0.06)
 
 
+def test_the_work_of_a_rank_counts_its_padding(tmp_path):
+    plan = small_plan(tmp_path, 4, pipeline=3, tensor=3, pad=True, dry_run=True)
+    padded = plan.architecture.costs.padded(3)
+    assert padded != plan.architecture.costs
+    flops = [stage_cost(stage, padded) for stage in plan.layout_plan.stages]
+    assert [estimate.flops for estimate in estimates(plan)] == flops
+    timeline = step_timeline(plan.layout_plan, plan.architecture.costs)
+    assert timeline.total >= 4 * 3 * PAIRS * max(flops)
+
+
 def test_pictures_are_the_first_stages_alone(tmp_path):
     first, *others = estimates(small_plan(tmp_path, 8, pipeline=3, stash=2, dry_run=True))
     assert first.held.pictures == PAIRS * 3 * 32 * 32 * 2, "bf16"

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.stages.costs import ModelCosts, block_flops, stage_cost
+from parallel_clip.stages.costs import ModelCosts, block_units, stage_cost
+from parallel_clip.stages.padding import padding_words
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import LayerRange, Stage, whole_model
 from tests import reference
@@ -75,6 +76,10 @@ def test_a_block_whose_mlp_is_four_times_as_wide_as_it_costs_24sh2_and_4s2h():
     assert block_flops(tokens=50, width=768, mlp_width=3072) == 24 * 50 * 768**2 + 4 * 50**2 * 768
 
 
+def block_flops(tokens: int, width: int, mlp_width: int, heads: int = 4) -> int:
+    return sum(units.count * units.flops for units in block_units(tokens, width, heads, mlp_width))
+
+
 @pytest.mark.parametrize(
     ("name", "picture", "text"),
     [
@@ -114,6 +119,36 @@ def test_a_stage_costs_its_layers_and_the_ends_that_it_holds():
     assert cost((0, 1), (0, 0)) == vision.embedding + vision.block
     assert cost((12, 12), (0, 12)) == 12 * text.block + text.head
     assert cost((9, 12), (11, 12)) == 3 * vision.block + vision.head + text.block + text.head
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-SO400M-14-SigLIP-384"])
+@pytest.mark.parametrize("tensor", [1, 2, 3, 8, 24])
+def test_padding_costs_what_a_model_of_so_many_heads_and_channels_would(name, tensor):
+    """Towers whose sizes were multiples from the start, of the same width."""
+    costs = load_architecture(name).costs
+    padded = costs.padded(tensor)
+    for tower, with_padding in ((costs.vision, padded.vision), (costs.text, padded.text)):
+        heads, channels = tower.block_units
+        more_heads, more_channels = (-units.count % tensor for units in tower.block_units)
+        added = more_heads * heads.flops + more_channels * channels.flops
+        assert with_padding.block == tower.block + added
+        of_pool = sum(-units.count % tensor * units.flops for units in tower.head_units)
+        assert with_padding.head == tower.head + of_pool
+        assert with_padding.embedding == tower.embedding
+        assert (with_padding == tower) == (not any(u.count % tensor for u in tower.split_units))
+
+
+def test_padding_in_words():
+    """Of the 12 blocks of ViT-B-16's image tower 4 of 16 heads are padding; s = 197, h = 768."""
+    costs = load_architecture("ViT-B-16").costs
+    added = 12 * 4 * (8 * 197 * 768 * 64 + 4 * 197**2 * 64)
+    percent = 100 * added / (whole_cost(costs) + added)
+    assert padding_words(costs, 4) is None
+    assert padding_words(costs, 8) == (
+        f"vision 12 heads to 16: {percent:.1f}% of all FLOPs are on zeros"
+    )
+    words = padding_words(load_architecture("ViT-SO400M-14-SigLIP-384").costs, 3)
+    assert "16 heads of the pool to 18, 4304 MLP channels of the pool to 4305; text 16" in words
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 24])

@@ -20,10 +20,10 @@ from torch.distributed import ProcessGroup
 from parallel_clip.model.layers import ACTIVATIONS, MLP, ColumnLinear, RowLinear
 from parallel_clip.model.parameters import (
     COLUMNS,
-    KEY_VALUE,
     ROWS,
     Normal,
     Parameter,
+    Placement,
     TruncatedNormal,
 )
 from parallel_clip.model.towers.transformer import (
@@ -32,6 +32,7 @@ from parallel_clip.model.towers.transformer import (
     linear_parameters,
     norm_parameters,
 )
+from parallel_clip.stages.costs import SplitUnits, units_per_rank
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class AttentionPoolConfig:
 
     def parameters(self, weight: Normal) -> Iterator[Parameter]:
         """weight: the initial values of all matrices."""
-        width, mlp_width = self.width, self.mlp_width
+        width, mlp_width, unit = self.width, self.mlp_width, self.head_width
         latent = TruncatedNormal(width**-0.5)
         yield Parameter("latent", "latent", (1, 1, width), latent, decayed=True)
         for name, module, shape, placement in (
-            ("q.", "query.", (width, width), ROWS),
-            ("kv.", "key_value.", (2 * width, width), KEY_VALUE),
-            ("proj.", "output.", (width, width), COLUMNS),
+            ("q.", "query.", (width, width), Placement(axis=0, unit=unit)),
+            ("kv.", "key_value.", (2 * width, width), Placement(axis=0, blocks=2, unit=unit)),
+            ("proj.", "output.", (width, width), Placement(axis=1, unit=unit)),
         ):
             yield from linear_parameters(name, module, shape, weight, ZERO, placement)
         yield from norm_parameters("norm", "mlp.norm", width)
@@ -61,16 +62,18 @@ class AttentionPoolConfig:
         ):
             yield from linear_parameters(name, module, shape, weight, ZERO, placement)
 
-    def flops(self, tokens: int) -> int:
-        """FLOPs, forward, of one picture; the query is the same for all and not counted."""
-        key_value = 4 * tokens * self.width**2
-        attention = 4 * tokens * self.width
-        return key_value + attention + 2 * self.width**2 + 4 * self.width * self.mlp_width
-
     @property
-    def split(self) -> tuple[tuple[str, int], ...]:
-        """What tensor ranks split, each with its name in messages."""
-        return ("heads of the pool", self.heads), ("MLP channels of the pool", self.mlp_width)
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    def units(self, tokens: int) -> tuple[SplitUnits, SplitUnits]:
+        """What tensor ranks split, which is all of it; the query is the same for all pictures and
+        its FLOPs are not counted."""
+        key_value = 4 * tokens * self.width * self.head_width
+        attention = 4 * tokens * self.head_width
+        output = 2 * self.head_width * self.width
+        heads = SplitUnits("heads of the pool", self.heads, key_value + attention + output)
+        return heads, SplitUnits("MLP channels of the pool", self.mlp_width, 4 * self.width)
 
 
 class AttentionPool(nn.Module):
@@ -82,17 +85,17 @@ class AttentionPool(nn.Module):
 
     def __init__(self, pool: AttentionPoolConfig, config: TransformerConfig, group: ProcessGroup):
         super().__init__()
+        size, width = group.size(), pool.width
         config = copy.copy(config)
         config.sequence_parallel = False  # all tokens are here
-        config.num_attention_heads = pool.heads
-        config.ffn_hidden_size = pool.mlp_width
+        config.ffn_hidden_size = size * units_per_rank(pool.mlp_width, size)
         config.activation_func = ACTIVATIONS[pool.activation]
-        width = pool.width
-        self.heads = pool.heads // group.size()
+        self.heads = units_per_rank(pool.heads, size)
+        heads_width = size * self.heads * pool.head_width  # dead heads included
         self.latent = nn.Parameter(torch.empty(1, 1, width, dtype=config.params_dtype))
-        self.query = ColumnLinear(width, width, config, group)
-        self.key_value = ColumnLinear(width, 2 * width, config, group)
-        self.output = RowLinear(width, width, config, group)
+        self.query = ColumnLinear(width, heads_width, config, group)
+        self.key_value = ColumnLinear(width, 2 * heads_width, config, group)
+        self.output = RowLinear(heads_width, width, config, group)
         self.mlp = MLP(config, group)
 
     def forward(self, x_sbh: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from parallel_clip.model.layers import enter_sequence_parallel
-from parallel_clip.model.parameters import VOCABULARY, Normal, Parameter
+from parallel_clip.model.parameters import ROWS, Normal, Parameter
 from parallel_clip.model.towers.transformer import (
     OPENCLIP_NAMES,
     ZERO,
@@ -65,7 +65,7 @@ class TextConfig(TowerConfig):
     def parameters(self, embed_dim: int) -> Iterator[Parameter]:
         width = self.width
         name, shape = "token_embedding.weight", (self.vocab_size, width)
-        yield Parameter(name, name, shape, Normal(0.02), decayed=True, placement=VOCABULARY)
+        yield Parameter(name, name, shape, Normal(0.02), decayed=True, placement=ROWS)
         name, shape = "positional_embedding", (self.context_length, width)
         yield Parameter(name, name, shape, Normal(0.01), decayed=True)
         output = Normal((2 * self.layers * width) ** -0.5)
@@ -102,7 +102,7 @@ class TextTower(TransformerTower):
     def build_embedding(self) -> None:
         text, size = self.tower, self.group.size()
         self.token_embedding = VocabParallelEmbedding(
-            VOCABULARY.local_length(text.vocab_size, size) * size,
+            ROWS.local_length(text.vocab_size, size) * size,
             text.width,
             init_method=None,
             config=self.config,

@@ -144,12 +144,9 @@ class TimmVisionConfig(ImageTowerConfig):
         )
 
     def costs(self, embed_dim: int) -> TowerCosts:
-        head, split = 0, ()
-        if self.projection != "none":
-            head += 2 * self.width * embed_dim
-        if self.pool is not None:
-            head, split = head + self.pool.flops(self.training_tokens), self.pool.split
-        return self.tower_costs(self.patch_flops, head, split)
+        head = 0 if self.projection == "none" else 2 * self.width * embed_dim
+        pool = () if self.pool is None else self.pool.units(self.training_tokens)
+        return self.tower_costs(self.patch_flops, head, pool)
 
     @property
     def module_class(self) -> type[nn.Module]:

@@ -24,7 +24,6 @@ from torch.distributed import ProcessGroup
 from parallel_clip.model.layers import SequenceLength, leave_sequence_parallel, transformer_block
 from parallel_clip.model.parameters import (
     COLUMNS,
-    QUERY_KEY_VALUE,
     ROWS,
     WHOLE,
     Constant,
@@ -34,7 +33,7 @@ from parallel_clip.model.parameters import (
     Uniform,
 )
 from parallel_clip.model.rotary import Rotation
-from parallel_clip.stages.costs import TowerCosts, block_flops
+from parallel_clip.stages.costs import SplitUnits, TowerCosts, block_units
 from parallel_clip.stages.stage import LayerRange
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -106,12 +105,12 @@ class TowerConfig(ABC):
         """
 
     def tower_costs(
-        self, embedding: int, head: int, split_in_head: tuple[tuple[str, int], ...] = ()
+        self, embedding: int, head: int, split_of_head: tuple[SplitUnits, ...] = ()
     ) -> TowerCosts:
-        """Its costs, given the FLOPs of embedding and head, and what is split of the head."""
-        block = block_flops(self.training_tokens, self.width, self.mlp_width)
-        split = (("heads", self.heads), ("MLP channels", self.mlp_width), *split_in_head)
-        return TowerCosts(self.layers, embedding, block, head, split)
+        """Its costs, given the FLOPs of embedding and head, and what tensor ranks split of the head
+        beside that."""
+        block = block_units(self.training_tokens, self.width, self.heads, self.mlp_width)
+        return TowerCosts(self.layers, embedding, block, head, split_of_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,10 +286,12 @@ def block_parameters(
 ) -> Iterator[Parameter]:
     """Those of all blocks, in order. init: of the block of a number."""
     width, mlp_width = tower.width, tower.mlp_width
+    query_key_value = Placement(axis=0, blocks=3, unit=tower.head_width)
+    heads = Placement(axis=1, unit=tower.head_width)
     for layer in range(tower.layers):
         first = init(layer)
-        qkv = (3 * width, width), first.query_key_value, ZERO, QUERY_KEY_VALUE
-        output = (width, width), first.attention_output, ZERO, COLUMNS
+        qkv = (3 * width, width), first.query_key_value, ZERO, query_key_value
+        output = (width, width), first.attention_output, ZERO, heads
         mlp_input = (mlp_width, width), first.mlp_input, first.mlp_input_bias, ROWS
         mlp_output = (width, mlp_width), first.mlp_output, first.mlp_output_bias, COLUMNS
         name, module = f"{names.blocks}.{layer}.", f"block.layers.{layer}"
