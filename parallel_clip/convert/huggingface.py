@@ -60,6 +60,14 @@ def has_huggingface_names(names: Sequence[str]) -> bool:
     return any(name.startswith(_TOWERS) for name in names)
 
 
+def is_huggingface_folder(folder: Path) -> bool:
+    """Whether a folder has a `config.json` of transformers: others write files of that name."""
+    try:
+        return "model_type" in json.loads((folder / HUGGING_FACE_CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 class HuggingFaceSource:
     """The weights of a folder of transformers, under OpenCLIP's names.
 

@@ -16,6 +16,7 @@ from parallel_clip.convert.huggingface import (
     HUGGING_FACE_CONFIG,
     HuggingFaceSource,
     has_huggingface_names,
+    is_huggingface_folder,
     write_huggingface,
 )
 from parallel_clip.convert.model_card import check_license, model_card
@@ -55,7 +56,7 @@ def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
     folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
     if folder is not None:
         return CheckpointSource(folder, verify)
-    if (path / HUGGING_FACE_CONFIG).is_file() and not is_openclip_folder(path):
+    if is_huggingface_folder(path) and not is_openclip_folder(path):
         return HuggingFaceSource(path)
     file, notes = find_openclip_file(path)
     if file is None:

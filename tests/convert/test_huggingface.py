@@ -315,6 +315,16 @@ def test_a_folder_that_is_both_is_openclips(folder, tmp_path):
     assert "visual.proj" in open_source(folder / WEIGHTS).shapes()  # of the model of Hugging Face
 
 
+def test_a_config_of_another_tool_makes_no_folder_of_hugging_faces(tmp_path):
+    expected = reference.make_checkpoint(KINDS["plain"], seed=3, folder=tmp_path / "mine")
+    (tmp_path / "mine/open_clip_model.safetensors").rename(tmp_path / "mine/mine.safetensors")
+    (tmp_path / "mine/open_clip_config.json").rename(tmp_path / "model.json")
+    for content in ("[1]", "{}", "{", "3"):
+        (tmp_path / "mine/config.json").write_text(content)
+        source = open_source(tmp_path / "mine")
+        assert torch.equal(source.read("visual.proj"), expected["visual.proj"])
+
+
 def test_what_says_all_this_is_named(folder, tmp_path):
     one_file(folder, STATE)
     (folder / "README.md").write_text("# mine")

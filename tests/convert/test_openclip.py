@@ -176,7 +176,7 @@ def no_tensors(folder):
 
 
 def hugging_face(folder):
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
 
 
 def broken_config(folder):
@@ -191,7 +191,7 @@ def broken_config(folder):
         (cut_short, "not a safetensors file"),
         (pickle_cut_short, "no torch file of plain tensors"),
         (no_tensors, "no state dict of tensors"),
-        (hugging_face, "config.json is of no model that it names: .* CLIPModel and SiglipModel"),
+        (hugging_face, "config.json is of a bert .* CLIPModel and SiglipModel"),
         (broken_config, "open_clip_config.json' cannot be read as JSON"),
     ],
 )
