@@ -46,6 +46,8 @@ setup(
             "hypothesis",
             "open_clip_torch",
             "transformers",  # conversions are compared with it; open_clip takes tokenizers of it
+            "sentencepiece",
+            "protobuf",
             "ruff",
             "aiohttp",
             "s3fs",
@@ -55,6 +57,8 @@ setup(
         ],  # fmt: skip
         "remote": ["fsspec", "aiohttp"],  # https://; gs:// needs gcsfs as well
         "s3": ["fsspec", "aiohttp", "s3fs"],
+        # Tokenizers of SigLIP, SigLIP 2 and T5; it describes its files in protobuf.
+        "sentencepiece": ["sentencepiece", "protobuf"],
         "demo": ["open_clip_torch", "matplotlib"],
         "plot": ["matplotlib"],
         "benchmark": ["open_clip_torch", "matplotlib", "pandas"],  # pandas: OpenCLIP's loader

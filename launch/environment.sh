@@ -36,9 +36,10 @@ _missing_modules() {
     for extra in "$@"; do
         case "$extra" in
             test) modules+=" pytest pytest_timeout hypothesis open_clip transformers ruff aiohttp matplotlib"
-                  modules+=" s3fs moto.server pyarrow" ;;
+                  modules+=" s3fs moto.server pyarrow sentencepiece google.protobuf" ;;
             remote) modules+=" fsspec aiohttp" ;;
             s3) modules+=" fsspec aiohttp s3fs" ;;
+            sentencepiece) modules+=" sentencepiece google.protobuf" ;;
             demo) modules+=" open_clip matplotlib" ;;
             plot) modules+=" matplotlib" ;;
             benchmark) modules+=" open_clip matplotlib pandas" ;;

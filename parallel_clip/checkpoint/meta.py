@@ -24,7 +24,7 @@ class Meta:
     step: optimizer steps done; position: samples of the global order consumed; bad_samples:
     replaced so far; source_samples: pairs seen of each source; data: identifies the training
     samples and their order, see `RunShards.fingerprint`; model and preprocess: OpenCLIP's
-    model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a folder's path made absolute;
+    model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a path made absolute;
     updates: of the optimizer, which are fewer than the steps where bad ones were skipped;
     grad_norms and skipped: what `bad_steps` remembers of the last steps; config: of the run, all
     keys; layout and versions: those that wrote the checkpoint.

@@ -209,7 +209,9 @@ class Data(ConfigSection):
         None, description="side to fit in evaluation; null: of `init.from`, else shortest"
     )
     tokenizer: str | None = Field(
-        None, description="openclip, or a folder; null: of the model or beside `init.from`"
+        None,
+        description="openclip, or a folder or SentencePiece model; null: of the model or beside "
+        "`init.from`",
     )
     workers: int = Field(4, ge=0, description="processes that read and decode, a rank")
     prefetch: int = Field(2, ge=1, description="batches that each worker keeps ready")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parallel_clip.convert.weight_source import SourceMetadata
-from parallel_clip.data.samples.tokenizer_files import TokenizerFiles, has_tokenizer
+from parallel_clip.data.samples.saved_tokenizer import has_tokenizer
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
@@ -124,7 +125,7 @@ def tokenizer_files(source: SourceMetadata, architecture: Architecture) -> Token
     named = architecture.text.tokenizer
     if source.tokenizer == "openclip" or (source.tokenizer is None and named is None):
         return TokenizerFiles()
-    folder = Path(source.tokenizer) if source.tokenizer else source.folder
-    if not has_tokenizer(folder):
-        return TokenizerFiles(named or folder.name)
-    return TokenizerFiles.read(folder, named)
+    path = Path(source.tokenizer) if source.tokenizer else source.folder
+    if not has_tokenizer(path):
+        return TokenizerFiles(named or path.name)
+    return TokenizerFiles.read(path, named)

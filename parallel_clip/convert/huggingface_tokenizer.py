@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from parallel_clip.data.samples.tokenizer import clip_vocabulary
-from parallel_clip.data.samples.tokenizer_files import (
-    SETTINGS_FILES,
+from parallel_clip.data.samples.saved_tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
     TOKENIZER_JSON,
-    TokenizerFiles,
     has_tokenizer,
 )
+from parallel_clip.data.samples.tokenizer import clip_vocabulary
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
 from parallel_clip.model.towers.text import TextConfig
 
 Json = dict[str, Any]
 
-_VOCABULARY, _MERGES, _SETTINGS = "vocab.json", "merges.txt", SETTINGS_FILES[1]
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # A key of ours in the settings: what OpenCLIP's text_cfg says of the tokenizer.
 _OPENCLIP_KEY = "open_clip"
@@ -48,7 +49,9 @@ def find_tokenizer(folder: Path, *, siglip: bool) -> FoundTokenizer:
         return FoundTokenizer("openclip", {}, note)
     if vocabulary is not None and _is_clips_own(vocabulary):
         return FoundTokenizer("openclip", {})
-    settings = _read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+    settings = (
+        _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    )
     own = settings.get(_OPENCLIP_KEY)
     if isinstance(own, Mapping) and own.keys() <= {"hf_tokenizer_name", "tokenizer_kwargs"}:
         return FoundTokenizer(str(folder), dict(own))
@@ -96,7 +99,7 @@ def tokenizer_files_to_write(
     files = tokenizer.for_transformers()
     if not files:
         return {}
-    settings = json.loads(files[_SETTINGS]) | {"model_max_length": text.context_length}
+    settings = json.loads(files[TOKENIZER_CONFIG]) | {"model_max_length": text.context_length}
     if siglip:  # whose text tower works on the padding as well
         settings |= {"model_input_names": ["input_ids"]}
     kwargs = dict(text.tokenizer_kwargs)
@@ -108,7 +111,7 @@ def tokenizer_files_to_write(
         files[TOKENIZER_JSON] = with_cleaning(files[TOKENIZER_JSON], kwargs["clean"])
         # Other classes make a normalizer of their own.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return files | {_SETTINGS: _json(settings)}
+    return files | {TOKENIZER_CONFIG: _json(settings)}
 
 
 def _clip_files(text: TextConfig) -> dict[str, bytes]:
@@ -121,8 +124,8 @@ def _clip_files(text: TextConfig) -> dict[str, bytes]:
     return {
         _VOCABULARY: _json(vocabulary, indent=None),
         _MERGES: "".join(f"{line}\n" for line in lines).encode(),
-        SETTINGS_FILES[0]: _json(ends),
-        _SETTINGS: _json(
+        SPECIAL_TOKENS: _json(ends),
+        TOKENIZER_CONFIG: _json(
             {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, **ends}
         ),
     }

@@ -24,7 +24,8 @@ from parallel_clip.convert.openclip_optimizer import AdamWState
 from parallel_clip.convert.target_folder import new_folder
 from parallel_clip.convert.training_facts import read_training_facts
 from parallel_clip.convert.weight_source import SourceMetadata
-from parallel_clip.data.samples.tokenizer_files import TokenizerFiles, has_tokenizer
+from parallel_clip.data.samples.saved_tokenizer import has_tokenizer
+from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
 

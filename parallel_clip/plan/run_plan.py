@@ -136,7 +136,8 @@ def make_run_plan(
         config.data.tokenizer or (stored.tokenizer if stored else None),
         stored.folder if stored else None,
     )
-    tokenizer_folder = tokenizer.build(architecture.text).folder
+    built_tokenizer = tokenizer.build(architecture.text)
+    tokenizer_path = built_tokenizer.path
 
     layout_plan, memory, memory_notes = _fit_to_memory(config, architecture, layout_plan, dry_run)
 
@@ -157,7 +158,7 @@ def make_run_plan(
         resume,
         preprocess,
         tokenizer,
-        str(Path(tokenizer_folder).absolute()) if tokenizer_folder else config.data.tokenizer,
+        str(Path(tokenizer_path).absolute()) if tokenizer_path else config.data.tokenizer,
         steps,
         fingerprint,
         tuple(shards.order.source_samples),
@@ -166,7 +167,12 @@ def make_run_plan(
         prompts,
         versions(),
         memory,
-        (*start.notes, f"preprocessing: {preprocess_words}", *memory_notes),
+        (
+            *start.notes,
+            f"preprocessing: {preprocess_words}",
+            *built_tokenizer.notes,
+            *memory_notes,
+        ),
     )
     return plan, shards
 

@@ -159,9 +159,9 @@ def _time_limit(plan: RunPlan) -> float | None:
 
 def _tokenizer_files(tokenizer: Tokenizer, groups: Groups) -> Mapping[str, bytes]:
     """What rank 0 writes into each checkpoint; read once, as the folder may be gone later."""
-    if tokenizer.folder is None or not groups.is_rank_zero:
+    if tokenizer.path is None or not groups.is_rank_zero:
         return {}
-    return TokenizerFiles.read(tokenizer.folder).files
+    return TokenizerFiles.read(tokenizer.path).files
 
 
 def _loader(plan: RunPlan, data: TrainingData, groups: Groups) -> TrainingLoader:

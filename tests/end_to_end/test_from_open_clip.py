@@ -12,7 +12,7 @@ import yaml
 
 from parallel_clip.checkpoint import commit
 from tests import reference
-from tests.data.samples.tokenizer_folders import make_bert
+from tests.data.samples.tokenizer_folders import make_spiece
 from tests.launcher import run, succeed
 from tests.small_world import MODEL, SAMPLES, make_world, metrics
 
@@ -173,13 +173,13 @@ def test_weights_that_are_not_finite_start_nothing(world, tmp_path):
 
 
 def test_a_checkpoint_holds_the_tokenizer_of_its_run(world, tmp_path):
-    """Training goes on, and is evaluated and converted, after the tokenizer's folder is gone."""
-    tokenizer = make_bert(tmp_path / "bert")
+    """Training goes on, and is evaluated and converted, after the tokenizer's file is gone."""
+    tokenizer = make_spiece(tmp_path / "spiece") / "spiece.model"
     run_dir = tmp_path / "run"
     arguments = [f"init.from={world}/gelu", f"data.tokenizer={tokenizer}", "checkpoint.every=1",
                  "checkpoint.keep=1"]  # fmt: skip
     two_of_a_kind(world, run_dir, *arguments, "train.steps=1", "schedule.kind=constant")
-    moved = tmp_path / "moved"
+    moved = tmp_path / "moved.model"
     tokenizer.rename(moved)
     run_dir = run_dir.rename(tmp_path / "moved run")
     shards = ["--data", world / "train/{000000..000001}.tar", "--json", "-"]
@@ -188,4 +188,4 @@ def test_a_checkpoint_holds_the_tokenizer_of_its_run(world, tmp_path):
     assert evaluated == same
     succeed("convert", run_dir, tmp_path / "openclip", "--to", "openclip")
     assert evaluated == json.loads(succeed("evaluate", "retrieval", tmp_path / "openclip", *shards))
-    assert (tmp_path / "openclip/vocab.txt").is_file()
+    assert (tmp_path / "openclip/spiece.model").is_file()

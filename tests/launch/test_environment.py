@@ -15,6 +15,7 @@ MODULES = {
     "pillow": "PIL",
     "pytest-timeout": "pytest_timeout",
     "open_clip_torch": "open_clip",
+    "protobuf": "google.protobuf",
 }
 
 

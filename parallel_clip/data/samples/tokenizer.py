@@ -1,40 +1,38 @@
 """Tokenizers of captions, equal to OpenCLIP's.
 
-Two kinds: CLIP's own byte-pair encoding, whose merges come with this package, and the folder of a
-Hugging Face tokenizer. Both run on the `tokenizers` library; neither needs a network.
+Two kinds: CLIP's own byte-pair encoding, whose merges come with this package, and what a folder of
+a Hugging Face tokenizer, or a SentencePiece model, holds. Neither needs a network.
 """
 
 import gzip
-import html
-import json
-import string
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-import ftfy
 import regex
-import tokenizers
 import torch
-from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from parallel_clip.data.samples.tokenizer_files import (
-    BERT_VOCABULARY,
-    SETTINGS_FILES,
-    TOKENIZER_JSON,
+from parallel_clip.data.samples.clean_text import text_cleaner
+from parallel_clip.data.samples.huggingface_tokenizer import HuggingFaceTokenizer
+from parallel_clip.data.samples.saved_tokenizer import (
+    SIGLIP,
+    find_tokenizer,
     has_tokenizer,
 )
+from parallel_clip.data.samples.sentencepiece_tokenizer import SENTENCEPIECE_TOKENIZERS
 from parallel_clip.errors import InputError
 
 _CLIP_WORDS = regex.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
-_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+# T5's for its own training, which no caption needs: mT5's file has 100 above SigLIP's 250,000.
+_SENTINEL = re.compile("\u2581?<extra_id_[0-9]+>")
 
 
 class Tokenizer(Protocol):
@@ -42,7 +40,8 @@ class Tokenizer(Protocol):
 
     context_length: int
     vocab_size: int  # every token is below
-    folder: Path | None  # of a Hugging Face tokenizer, None for CLIP's own
+    path: Path | None  # of a folder or a SentencePiece model, None for CLIP's own
+    notes: tuple[str, ...]  # what to tell of it
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """n texts to int64 [n, context_length], cut or padded."""
@@ -61,18 +60,21 @@ def build_tokenizer(choice: str | None, text: TextSettings, folder: Path | None)
     """The tokenizer of a model.
 
     `choice` is `data.tokenizer`: "openclip" for CLIP's own, or the folder of a Hugging Face
-    tokenizer, or None for the one that the model names, whose files are then in `folder` (that of
-    the checkpoint). InputError if it is not at hand, or has tokens that the model has not.
+    tokenizer, or a SentencePiece model, or None for the one that the model names, whose files are
+    then in `folder` (that of the checkpoint). InputError if it is not at hand, or has tokens that
+    the model has not.
     """
     if choice == "openclip" or (choice is None and text.tokenizer is None):
         tokenizer: Tokenizer = ClipTokenizer(text.context_length, **_known_options(text, "clean"))
     else:
         chosen = Path(choice) if choice else _folder_of(text.tokenizer, folder)
         options = _known_options(text, "clean", "strip_sep_token") if text.tokenizer else {}
-        tokenizer = FolderTokenizer(chosen, text.context_length, **options)
+        tokenizer = FolderTokenizer(
+            chosen, text.context_length, **options, model_vocabulary=text.vocab_size
+        )
     if tokenizer.vocab_size > text.vocab_size:
         raise InputError(
-            f"the tokenizer {tokenizer.folder or 'openclip'} has {tokenizer.vocab_size:,} tokens, "
+            f"the tokenizer {tokenizer.path or 'openclip'} has {tokenizer.vocab_size:,} tokens, "
             f"the model's vocabulary {text.vocab_size:,}; set data.tokenizer to the model's own"
         )
     return tokenizer
@@ -92,11 +94,12 @@ class TokenizerSource:
 class ClipTokenizer:
     """CLIP's byte-pair encoding: start, the text's tokens, end, then zeros."""
 
-    folder = None
+    path = None
+    notes = ()
 
     def __init__(self, context_length: int, clean: str = "lower"):
         self.context_length = context_length
-        self._clean = _cleaner(clean)
+        self._clean = text_cleaner(clean)
         tokens, merges = clip_vocabulary()
         self._characters = _byte_characters()
         vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -136,83 +139,72 @@ def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 class FolderTokenizer:
-    """A Hugging Face tokenizer: `tokenizer.json` or BERT's `vocab.txt`, and what is beside it."""
+    """The tokenizer of a folder as Hugging Face has them, or of a SentencePiece model.
+
+    model_vocabulary: how many tokens the model has. Above it there may be sentinels of T5's, which
+    become the unknown token where a caption spells one.
+
+    Raises:
+        InputError: there is none in `path`, it is damaged, or it lacks a token that is needed.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        path: Path,
         context_length: int,
         clean: str = "whitespace",
         strip_sep_token: bool = False,
+        model_vocabulary: int | None = None,
     ):
-        self.folder = folder
+        self.path = path
         self.context_length = context_length
-        self._clean = _cleaner(clean)
-        settings = _settings(folder)
-        self._tokenizer = _load(folder, settings)
-        pad = self._special_token("pad", settings, "[PAD]", "<pad>")
-        self._stripped = None
-        if strip_sep_token:
-            self._stripped = self._special_token("sep", settings, "[SEP]", "</s>")
-        self._tokenizer.enable_truncation(
-            context_length, direction=settings.get("truncation_side", "right")
-        )
-        self._tokenizer.enable_padding(
-            length=context_length, pad_id=pad, direction=settings.get("padding_side", "right")
-        )
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self._clean = text_cleaner(clean)
+        self._saved = saved = find_tokenizer(path)
+        kind = SENTENCEPIECE_TOKENIZERS.get(saved.kind) if saved.is_sentencepiece else None
+        self._splitter = (kind or HuggingFaceTokenizer)(saved, context_length)
+        self._pad = self._special_token("pad", *saved.pad_tokens)
+        self._stripped = self._special_token("sep", "[SEP]", "</s>") if strip_sep_token else None
+        self.vocab_size = self._splitter.size
+        self._unknown = None
+        if model_vocabulary is not None and self._has_only_sentinels_above(model_vocabulary):
+            self._unknown = self._special_token("unk", "<unk>", "[UNK]")
+            self.vocab_size = model_vocabulary
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._saved.is_assumed:
+            return ()
+        text = "lower case, no punctuation" if self._saved.kind == SIGLIP else "the text as it is"
+        pad = self._saved.special_token("pad")
+        said = f"{self._saved.file} is read as {self._saved.kind}: {text}, padded with {pad}"
+        return (f"tokenizer: {said}",)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        # One by one: encode_batch starts threads, which a process that forks later must not have.
-        rows = [self._tokenizer.encode(self._clean(text)).ids for text in texts]
-        result = torch.tensor(rows, dtype=torch.int64).view(len(texts), self.context_length)
+        result = torch.full((len(texts), self.context_length), self._pad, dtype=torch.int64)
+        for row, text in zip(result, texts, strict=True):
+            tokens = self._splitter.encode(self._clean(text))
+            start = self.context_length - len(tokens) if self._saved.pads_left else 0
+            row[start : start + len(tokens)] = torch.tensor(tokens)
+        if self._unknown is not None:
+            result[result >= self.vocab_size] = self._unknown
         if self._stripped is not None:
             result[result == self._stripped] = 0
         return result
 
-    def _special_token(self, kind: str, settings: Mapping[str, Any], *usual: str) -> int:
-        token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        for name in [token] if token else usual:
-            number = self._tokenizer.token_to_id(name)
+    def _special_token(self, kind: str, *usual: str) -> int:
+        named = self._saved.special_token(kind)
+        for name in [named] if named else usual:
+            number = self._splitter.number(name)
             if number is not None:
                 return number
         raise InputError(
-            f"the tokenizer in {self.folder} has no {kind} token; name one that its vocabulary has "
-            f'as "{kind}_token" in {self.folder / "tokenizer_config.json"}'
+            f"the tokenizer {self.path} has no {kind} token ({named or ' or '.join(usual)}) among "
+            f"its {self._splitter.size:,}; {self._saved.advice(kind)}"
         )
 
-
-def _load(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    try:
-        if (folder / TOKENIZER_JSON).is_file():
-            return tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-        if (folder / BERT_VOCABULARY).is_file():
-            bert = BertWordPieceTokenizer(
-                str(folder / BERT_VOCABULARY),
-                lowercase=settings.get("do_lower_case", True),
-                strip_accents=settings.get("strip_accents"),
-                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            )
-            return tokenizers.Tokenizer.from_str(bert.to_str())
-    except Exception as error:  # the library raises plain Exception on a damaged file
-        raise InputError(f"the tokenizer in {folder} cannot be read: {error}") from None
-    raise InputError(
-        f"data.tokenizer: {folder} has neither tokenizer.json nor vocab.txt; where transformers is "
-        "installed, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes the former"
-    )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name in SETTINGS_FILES:
-        file = folder / name
-        if file.is_file():
-            try:
-                settings |= json.loads(file.read_text("utf-8"))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{file} cannot be read: {error}") from None
-    return settings
+    def _has_only_sentinels_above(self, vocabulary: int) -> bool:
+        above = range(vocabulary, self._splitter.size)
+        return bool(above) and all(_SENTINEL.fullmatch(self._splitter.token(n)) for n in above)
 
 
 def _folder_of(name: str, beside: Path | None) -> Path:
@@ -224,7 +216,8 @@ def _folder_of(name: str, beside: Path | None) -> Path:
     raise InputError(
         f"the model takes the tokenizer {name}, which is not here; on a machine with a network run "
         f"hf download {name} --include 'tokenizer*' --include 'special*' --include 'vocab.txt' "
-        "--local-dir FOLDER, bring FOLDER here and set data.tokenizer=FOLDER"
+        "--include spiece.model --local-dir FOLDER, bring FOLDER here and set "
+        "data.tokenizer=FOLDER"
     )
 
 
@@ -235,35 +228,6 @@ def _known_options(text: TextSettings, *known: str) -> dict[str, Any]:
                 f"text_cfg.tokenizer_kwargs.{key} of the model is not supported; there are {known}"
             )
     return dict(text.tokenizer_kwargs)
-
-
-def _cleaner(kind: str) -> Callable[[str], str]:
-    if kind not in _CLEANERS:
-        raise InputError(
-            f"text_cfg.tokenizer_kwargs.clean of the model is {kind!r}: "
-            f"expected one of {', '.join(_CLEANERS)}"
-        )
-    return _CLEANERS[kind]
-
-
-def _repair(text: str) -> str:
-    """Broken encodings mended, HTML entities (written twice over, too) resolved."""
-    return html.unescape(html.unescape(ftfy.fix_text(text)))
-
-
-def _whitespace(text: str) -> str:
-    return " ".join(_repair(text).split())
-
-
-def _lower(text: str) -> str:
-    return _whitespace(text).lower()
-
-
-def _canonicalize(text: str) -> str:
-    return " ".join(_repair(text).translate(_NO_PUNCTUATION).lower().split())
-
-
-_CLEANERS = {"lower": _lower, "whitespace": _whitespace, "canonicalize": _canonicalize}
 
 
 def _byte_characters() -> list[str]:

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face tokenizer, which travel with the model that needs them."""
+"""The files of a tokenizer, which travel with the model that needs them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parallel_clip.data.samples.saved_tokenizer import (
+    BERT_VOCABULARY,
+    SENTENCEPIECE_FILES,
+    SIGLIP,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    SavedTokenizer,
+    find_tokenizer,
+    merge_settings,
+)
 from parallel_clip.errors import InputError
 
-TOKENIZER_JSON, BERT_VOCABULARY = "tokenizer.json", "vocab.txt"
-# The second has the last word.
-SETTINGS_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 _FILES = (
     TOKENIZER_JSON,
     BERT_VOCABULARY,
-    *SETTINGS_FILES,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "spiece.model",
+    "tokenizer.model",
     "sentencepiece.bpe.model",
 )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in (TOKENIZER_JSON, BERT_VOCABULARY))
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,28 @@ class TokenizerFiles:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, name: str | None = None) -> TokenizerFiles:
-        """The tokenizer in `folder`; without a `name` it is called by the folder's.
+    def read(cls, path: Path, name: str | None = None) -> TokenizerFiles:
+        """The tokenizer in a folder, or of a SentencePiece model; without a `name` it is called by
+        that of `path`. What was found out of it beside these files is written into them.
 
         Raises:
             InputError: a file cannot be read.
         """
+        saved = find_tokenizer(path)
+        found = [path / f for f in _FILES] if path.is_dir() else []
         try:
-            files = {f: (folder / f).read_bytes() for f in _FILES if (folder / f).is_file()}
+            files = {file.name: file.read_bytes() for file in found if file.is_file()}
+            if saved.is_sentencepiece:
+                usual = SENTENCEPIECE_FILES[saved.kind or ""]
+                files.pop(saved.file.name, None)
+                files[usual] = saved.file.read_bytes()
         except OSError as error:
-            raise InputError(f"the tokenizer in {folder} cannot be read: {error}") from None
-        return cls(name or folder.resolve().name, files)
+            raise InputError(f"the tokenizer in {path} cannot be read: {error}") from None
+        if saved.is_assumed or _names_another_kind(files, saved):
+            settings = dict(saved.settings) | {"tokenizer_class": saved.kind}
+            files[TOKENIZER_CONFIG] = _json_bytes(settings)
+        path = path.resolve()
+        return cls(name or (path.name if path.is_dir() else path.stem), files)
 
     def named_in(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """OpenCLIP's model_cfg with this tokenizer in place of another that it may name."""
@@ -72,20 +89,41 @@ class TokenizerFiles:
         """
         if not self.files:
             return {}
-        settings: dict[str, Any] = {}
-        for name in SETTINGS_FILES:
-            try:
-                settings |= json.loads(self.files.get(name, b"{}"))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{name} of the tokenizer cannot be read: {error}") from None
-        fast = TOKENIZER_JSON in self.files
-        settings.setdefault("tokenizer_class", f"{'PreTrained' if fast else 'Bert'}TokenizerFast")
+        settings = self._settings()
+        if TOKENIZER_JSON in self.files:
+            settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+            # It reads this class from a SentencePiece model alone.
+            if (
+                settings["tokenizer_class"] == SIGLIP
+                and SENTENCEPIECE_FILES[SIGLIP] not in self.files
+            ):
+                settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        elif BERT_VOCABULARY in self.files:
+            settings.setdefault("tokenizer_class", "BertTokenizerFast")
         for key, value in settings.items():
             if isinstance(value, dict) and "content" in value and "__type" not in value:
                 settings[key] = value["content"]
-        if "pad_token" not in settings:
-            text = self.files[TOKENIZER_JSON if fast else BERT_VOCABULARY]
-            pad = next((p for p in ("[PAD]", "<pad>") if p.encode() in text), None)
-            settings |= {"pad_token": pad} if pad else {}
-        written = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        return dict(self.files) | {SETTINGS_FILES[1]: written.encode()}
+        text = self.files.get(TOKENIZER_JSON) or self.files.get(BERT_VOCABULARY, b"")
+        pad = next((p for p in ("[PAD]", "<pad>") if p.encode() in text), None)
+        if "pad_token" not in settings and pad is not None:
+            settings["pad_token"] = pad
+        return dict(self.files) | {TOKENIZER_CONFIG: _json_bytes(settings)}
+
+    def _settings(self) -> dict[str, Any]:
+        read = []
+        for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG):
+            try:
+                read.append(dict(json.loads(self.files.get(name, b"{}"))))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{name} of the tokenizer cannot be read: {error}") from None
+        return merge_settings(*read)
+
+
+def _names_another_kind(files: Mapping[str, bytes], saved: SavedTokenizer) -> bool:
+    """Whether config.json, which stays behind, has decided on the class."""
+    named = json.loads(files.get(TOKENIZER_CONFIG, b"{}")).get("tokenizer_class") or ""
+    return saved.kind is not None and named.removesuffix("Fast") != saved.kind
+
+
+def _json_bytes(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()

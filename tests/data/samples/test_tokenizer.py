@@ -1,7 +1,5 @@
 import gzip
 import pickle
-import random
-import string
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,45 +13,18 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe, get_clean_fn
 
 from parallel_clip.data.samples.tokenizer import ClipTokenizer, FolderTokenizer, build_tokenizer
 from parallel_clip.errors import InputError
-from tests.data.samples.tokenizer_folders import VOCABULARY, make_bert, make_unigram
+from tests.data.samples.odd_captions import ODD, random_captions
+from tests.data.samples.sentencepiece_models import mt5_like, t5_like
+from tests.data.samples.tokenizer_folders import (
+    VOCABULARY,
+    make_bert,
+    make_folder,
+    make_spiece,
+    make_unigram,
+)
 
 OURS = ClipTokenizer(77)
 THEIRS = open_clip.get_tokenizer("ViT-B-32")
-
-ODD = [
-    "",
-    " ",
-    "a photo of a dog",
-    "DON'T we'll I'm they'RE you'Ve he'd it's 'S",
-    "caf\u00e9 cafe\u0301 na\u00efve \u0130stanbul stra\u00dfe \u017fhort K",
-    "\u72ac\u304c\u8d70\u308b \ud55c\uad6d\uc5b4 \u0e20\u0e32 \u0645\u0631\u062d \u05e9\u05dc",
-    "\U0001f436\U0001f468\u200d\U0001f469\u200d\U0001f467\U0001f1e9\U0001f1ea\U0001f44d\U0001f3fd",
-    "tabs\tand\nlines\r\nand\x0b\x0c\x1c\x85\u2028\u3000spaces",
-    "control\x00\x01\x07\x1b[31mred\x7f\ufeff",
-    "&lt;b&gt; &amp;amp; &amp;lt;i&amp;gt; &#128054; &#xD800; &nbsp;x &copy",
-    "cr\u00c3\u00a8me br\u00c3\u00bbl\u00c3\u00a9e \u00e2\u20ac\u0153quotes\u00e2\u20ac\u009d",
-    "<start_of_text> <END_of_text><|endoftext|> <end_of_text>x",
-    "1234567890 \u0661\u0662\u0663 \u00bd \u2167 3.14e-10",
-    "https://example.com/a_b?c=d&e=f#g",
-    "!!!???...---___\u2014\u2026\u201c\u201d",
-    "lone \ud800 surrogate",
-    "x" * 3000,
-    "word " * 500,
-    "\U0001f600" * 200,
-    "\u0000",
-]
-
-
-def random_captions(count: int) -> list[str]:
-    generator = random.Random(0)
-    pieces = [
-        *string.printable,
-        *"\u00e9\u00fc\u00df\u0131\u017f\u212a\u0434\u72ac\u304c\ud55c\u0e20\u0645\u05e9\U0001f436\u200d\ufe0f\u00a0\u2028\x85\x1c\u0301",
-        *["the ", "photo", " dog", "'s", "&amp;", "&#39;", "\u00c3\u00a9", "<end_of_text>", "123"],
-        *[chr(generator.randrange(0xA0, 0xD000)) for _ in range(300)],
-        *[chr(generator.randrange(0x10000, 0x20000)) for _ in range(100)],
-    ]
-    return ["".join(generator.choices(pieces, k=generator.randrange(60))) for _ in range(count)]
 
 
 def test_clip_tokens_equal_openclips():
@@ -144,6 +115,7 @@ def test_cleaning_before_a_folders_tokenizer(unigram, clean):
     cleaned = [get_clean_fn(clean)(caption) for caption in captions]
     plain = tokenizers.Tokenizer.from_file(str(unigram / "tokenizer.json"))
     plain.enable_truncation(12)
+    plain.add_special_tokens(["<pad>"])  # as transformers takes what the settings name
     expected = [plain.encode(caption).ids for caption in cleaned]
     rows = FolderTokenizer(unigram, 12, clean)(captions).tolist()
     assert rows == [ids + [0] * (12 - len(ids)) for ids in expected]
@@ -151,12 +123,12 @@ def test_cleaning_before_a_folders_tokenizer(unigram, clean):
 
 def test_the_choice_of_a_tokenizer(bert, unigram):
     named = Text(tokenizer="some/bert", tokenizer_kwargs={"strip_sep_token": True})
-    assert build_tokenizer(None, Text(), None).folder is None
-    assert build_tokenizer(None, Text(), bert).folder is None
-    assert build_tokenizer("openclip", Text(tokenizer="some/bert"), bert).folder is None
-    assert build_tokenizer(str(unigram), named, bert).folder == unigram
+    assert build_tokenizer(None, Text(), None).path is None
+    assert build_tokenizer(None, Text(), bert).path is None
+    assert build_tokenizer("openclip", Text(tokenizer="some/bert"), bert).path is None
+    assert build_tokenizer(str(unigram), named, bert).path == unigram
     beside = build_tokenizer(None, named, bert)
-    assert beside.folder == bert and beside.context_length == 16
+    assert beside.path == bert and beside.context_length == 16
     assert not (beside(["a"]) == 3).any()
 
 
@@ -165,12 +137,45 @@ def test_a_tokenizer_that_is_not_at_hand(tmp_path):
         build_tokenizer(None, Text(tokenizer="some/bert"), tmp_path)
 
 
+def test_the_choice_of_a_sentencepiece_model(tmp_path):
+    (tmp_path / "any.model").write_bytes(t5_like())
+    text = Text(tokenizer="timm/SigLIP", tokenizer_kwargs={"clean": "canonicalize"})
+    named = build_tokenizer(str(tmp_path / "any.model"), text, None)
+    beside = build_tokenizer(None, text, make_spiece(tmp_path / "beside"))
+    assert named.path == tmp_path / "any.model" and beside.path == tmp_path / "beside"
+    assert torch.equal(named(ODD), beside(ODD))
+    assert torch.equal(named(["A photo!"]), named(["a  photo"]))
+
+
+@pytest.mark.parametrize("class_, model, extra", [
+    ("SiglipTokenizer", mt5_like, {}),
+    ("T5Tokenizer", mt5_like, {"extra_ids": 0}),
+    ("T5Tokenizer", t5_like, {}),
+])  # fmt: skip
+def test_sentinels_above_the_vocabulary_are_unknown(tmp_path, class_, model, extra):
+    """mT5's file has 100 sentinels more than SigLIP's multilingual models have tokens."""
+    settings = {"tokenizer_class": class_} | extra
+    folder = make_folder(tmp_path / "made", {"spiece.model": model()}, settings)
+    size = 800 if model is t5_like else 1100
+    whole = FolderTokenizer(folder, 16)
+    cut = build_tokenizer(str(folder), Text(vocab_size=size), None)
+    captions = [*ODD, "a <extra_id_0> b", "\u2581<extra_id_3>"]
+    expected = whole(captions)
+    assert whole.vocab_size > size == cut.vocab_size
+    assert class_ == "SiglipTokenizer" or (expected >= size).any()
+    assert torch.equal(cut(captions), expected.masked_fill(expected >= size, 2))
+    with pytest.raises(
+        InputError, match=f"has {whole.vocab_size:,} tokens.*vocabulary {size - 1:,}"
+    ):
+        build_tokenizer(str(folder), Text(vocab_size=size - 1), None)
+
+
 @pytest.mark.parametrize(
     "choice, text, message",
     [
         ("openclip", Text(vocab_size=1000), "openclip has 49,408 tokens.*vocabulary 1,000"),
         ("bert", Text(vocab_size=10), "bert has 59 tokens"),
-        ("nowhere", Text(), "nowhere has neither tokenizer.json nor vocab.txt"),
+        ("nowhere", Text(), "data.tokenizer: nowhere does not exist"),
         (None, Text(tokenizer_kwargs={"reduction_mask": "simple"}), "reduction_mask .* not supp"),
         (None, Text(tokenizer_kwargs={"clean": "upper"}), "'upper': expected one of lower"),
         ("bert", Text(tokenizer="x", tokenizer_kwargs={"language": "de"}), "language .* not supp"),

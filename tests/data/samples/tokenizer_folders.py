@@ -3,9 +3,12 @@
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from tests.data.samples.sentencepiece_models import gemma_like, t5_like
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase]
 VOCABULARY += ["##" + letter for letter in string.ascii_lowercase] + ["dog", "photo", "\u72ac"]
@@ -34,3 +37,30 @@ def make_unigram(folder: Path) -> Path:
     model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
     return folder
+
+
+def make_folder(
+    folder: Path,
+    files: dict[str, bytes],
+    settings: dict[str, Any] | None = None,
+    model_type: str | None = None,
+) -> Path:
+    """A folder with these files, tokenizer_config.json of `settings` and config.json of a model."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def make_spiece(folder: Path) -> Path:
+    """A SentencePiece model as SigLIP's, which nothing describes."""
+    return make_folder(folder, {"spiece.model": t5_like()})
+
+
+def make_gemma(folder: Path) -> Path:
+    """A SentencePiece model as SigLIP 2's, which nothing describes."""
+    return make_folder(folder, {"tokenizer.model": gemma_like()})
