@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from parallel_clip.config import Config
 from parallel_clip.convert.choose_model import resolve_preprocess
+from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.feeding.open import check_samples
 from parallel_clip.data.feeding.run_shards import RunShards, find_run_shards
 from parallel_clip.data.index.shard_list import read_list
@@ -132,10 +133,7 @@ def make_run_plan(
     )
     if config.data.augment == "train":
         check_augment_options(config.data.augment_options)
-    tokenizer = TokenizerSource(
-        config.data.tokenizer or (stored.tokenizer if stored else None),
-        stored.folder if stored else None,
-    )
+    tokenizer = _tokenizer_source(config, resume, stored)
     built_tokenizer = tokenizer.build(architecture.text)
     tokenizer_path = built_tokenizer.path
 
@@ -175,6 +173,20 @@ def make_run_plan(
         ),
     )
     return plan, shards
+
+
+def _tokenizer_source(
+    config: Config, resume: ResumePoint, stored: SourceMetadata | None
+) -> TokenizerSource:
+    """`data.tokenizer`, else that of what is begun with. Where the files of a run that goes on are
+    gone, its checkpoint has them."""
+    choice = config.data.tokenizer
+    is_gone = choice not in (None, "openclip") and not Path(choice).exists()
+    if stored is None:
+        return TokenizerSource(choice, None)
+    if choice is None or (is_gone and resume.checkpoint is not None):
+        choice = stored.tokenizer
+    return TokenizerSource(choice, stored.folder)
 
 
 def _fit_to_memory(

@@ -178,10 +178,12 @@ def test_a_checkpoint_holds_the_tokenizer_of_its_run(world, tmp_path):
     run_dir = tmp_path / "run"
     arguments = [f"init.from={world}/gelu", f"data.tokenizer={tokenizer}", "checkpoint.every=1",
                  "checkpoint.keep=1"]  # fmt: skip
-    two_of_a_kind(world, run_dir, *arguments, "train.steps=1", "schedule.kind=constant")
+    arguments += ["schedule.kind=constant"]
+    two_of_a_kind(world, run_dir, *arguments, "train.steps=1")
     moved = tmp_path / "moved.model"
     tokenizer.rename(moved)
     run_dir = run_dir.rename(tmp_path / "moved run")
+    two_of_a_kind(world, run_dir, *arguments, "train.steps=2")
     shards = ["--data", world / "train/{000000..000001}.tar", "--json", "-"]
     evaluated = json.loads(succeed("evaluate", "retrieval", run_dir, *shards))
     same = json.loads(succeed("evaluate", "retrieval", run_dir, *shards, "--tokenizer", moved))

@@ -7,7 +7,11 @@ import string
 from collections.abc import Iterator
 
 from parallel_clip.data.samples.saved_tokenizer import GEMMA, SIGLIP, SIGLIP2, SavedTokenizer
-from parallel_clip.data.samples.sentencepiece_model import CONTROL, SentencePieceModel
+from parallel_clip.data.samples.sentencepiece_model import (
+    CONTROL,
+    USER_DEFINED,
+    SentencePieceModel,
+)
 from parallel_clip.errors import InputError
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space
@@ -21,15 +25,19 @@ class SentencePieceTokenizer:
     size: of the vocabulary.
     """
 
-    def __init__(self, saved: SavedTokenizer, context_length: int, special: list[str]):
+    def __init__(
+        self,
+        saved: SavedTokenizer,
+        model: SentencePieceModel,
+        context_length: int,
+        special: list[str],
+    ):
         self._saved = saved
         self._context_length = context_length
-        model = SentencePieceModel(saved.file)
         self._pieces = model.processor
         self.size = self._pieces.get_piece_size()
-        special += self._added_tokens()
-        special = [token for token in special if self.number(token) is not None]
-        longest_first = sorted(set(special), key=len, reverse=True)
+        found = {t for t in special + self._added_tokens() if self.number(t) is not None}
+        longest_first = sorted(found, key=len, reverse=True)
         self._special = {token: self._pieces.piece_to_id(token) for token in longest_first}
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
@@ -62,11 +70,9 @@ class SentencePieceTokenizer:
         return ((part, self._special.get(part)) for part in parts if part)
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
-        if len(tokens) <= room:
-            return tokens
-        return (
-            tokens[len(tokens) - room :] if self._saved.truncation_side == "left" else tokens[:room]
-        )
+        if self._saved.truncation_side == "left":
+            return tokens[max(0, len(tokens) - room) :]
+        return tokens[:room]
 
     def _added_tokens(self) -> list[str]:
         """Those that the settings list, which have to be pieces of the model."""
@@ -93,7 +99,8 @@ class SiglipTokenizer(SentencePieceTokenizer):
     def __init__(self, saved: SavedTokenizer, context_length: int):
         usual = {"eos": "</s>", "pad": "</s>", "unk": "<unk>"}
         named = {kind: saved.special_token(kind) or name for kind, name in usual.items()}
-        super().__init__(saved, context_length, list(named.values()))
+        model = SentencePieceModel(saved.file)
+        super().__init__(saved, model, context_length, list(named.values()))
         self._end = self.special_number("eos", usual["eos"])
         self._lowers = saved.settings.get("do_lower_case", True)
         self._space = self._pieces.piece_to_id(_SPACE)
@@ -138,7 +145,9 @@ class GemmaTokenizer(SentencePieceTokenizer):
             )
         usual = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
         named = [saved.special_token(kind) or name for kind, name in usual.items()]
-        super().__init__(saved, context_length, named + model.pieces_of_type(CONTROL))
+        # Symbols, too: transformers finds them before a space becomes a piece, SentencePiece after.
+        symbols = model.pieces_of_type(CONTROL, USER_DEFINED)
+        super().__init__(saved, model, context_length, named + symbols)
         self._lowers = saved.kind == SIGLIP2
         self._start, self._end = (
             [self.special_number(kind, usual[kind])]

@@ -64,7 +64,7 @@ class TokenizerFiles:
                 files[usual] = saved.file.read_bytes()
         except OSError as error:
             raise InputError(f"the tokenizer in {path} cannot be read: {error}") from None
-        if saved.is_assumed or _names_another_kind(files, saved):
+        if _names_another_kind(files, saved):
             settings = dict(saved.settings) | {"tokenizer_class": saved.kind}
             files[TOKENIZER_CONFIG] = _json_bytes(settings)
         path = path.resolve()
@@ -120,7 +120,7 @@ class TokenizerFiles:
 
 
 def _names_another_kind(files: Mapping[str, bytes], saved: SavedTokenizer) -> bool:
-    """Whether config.json, which stays behind, has decided on the class."""
+    """Whether something else than the files that travel has decided on the class."""
     named = json.loads(files.get(TOKENIZER_CONFIG, b"{}")).get("tokenizer_class") or ""
     return saved.kind is not None and named.removesuffix("Fast") != saved.kind
 

@@ -52,8 +52,10 @@ def t5_like() -> bytes:
 
 @lru_cache
 def mt5_like() -> bytes:
-    """With bytes for unknown characters, and T5's sentinels at the end."""
+    """With bytes for unknown characters, a symbol that normalizing would change, and T5's
+    sentinels at the end."""
     model = ModelProto.FromString(_train(1100, byte_fallback=True, **_T5))
+    model.pieces.add(piece="\u2460\u2460", type=4)
     for number in reversed(range(5)):
         model.pieces.add(piece=f"\u2581<extra_id_{number}>", type=4)
     return model.SerializeToString()

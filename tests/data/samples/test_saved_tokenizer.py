@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer
 from transformers import AutoTokenizer
 
@@ -94,6 +96,9 @@ FOLDERS = {
     "SigLIP with capitals": folder_of(T5, "SiglipTokenizer", do_lower_case=False),
     "SigLIP, multilingual": folder_of(MT5, "SiglipTokenizer"),
     "SigLIP, padded otherwise": folder_of(T5, "SiglipTokenizer", pad_token="<pad>"),
+    "SigLIP's class with another model": folder_of(
+        {"spiece.model": gemma_like}, "SiglipTokenizer", eos_token="<eos>", pad_token="<eos>"
+    ),
     "SigLIP beside tokenizer.json": saved(
         folder_of(T5, "SiglipTokenizer"), with_another_tokenizer_json
     ),
@@ -142,6 +147,26 @@ def odd_captions(count: int) -> list[str]:
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_tokens_equal_open_clips(tmp_path, kind, clean):
     check_equal(FOLDERS[kind](tmp_path / "made"), odd_captions(200), clean)
+
+
+SPELLED = st.sampled_from(
+    ["</s>", "<unk>", "<pad>", "<eos>", "<h1>", "\u2581", "\u0301", " ", "photo"]
+)
+ANY_TEXT = st.lists(st.one_of(SPELLED, st.characters(exclude_categories=["Cs"])), max_size=30)
+
+
+@pytest.mark.parametrize("kind", ["SigLIP", "mT5", "Gemma", "SigLIP 2 by its class"])
+def test_tokens_of_any_text_equal_open_clips(tmp_path, kind):
+    folder = FOLDERS[kind](tmp_path / "made")
+    theirs = HFTokenizer(str(folder), context_length=16, clean="whitespace")
+    ours = FolderTokenizer(folder, 16)
+
+    @settings(max_examples=150)
+    @given(st.lists(ANY_TEXT.map("".join), min_size=1, max_size=4))
+    def check(texts):
+        assert torch.equal(ours(texts), theirs(texts))
+
+    check()
 
 
 @pytest.mark.long
