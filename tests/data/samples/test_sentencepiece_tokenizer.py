@@ -24,7 +24,7 @@ from tests.data.samples.sentencepiece_models import (
 )
 from tests.data.samples.tokenizer_folders import make_folder, make_gemma, make_spiece
 
-CAPTIONS = ODD + random_captions(500, seed=3) + sentences(500, seed=3)
+CAPTIONS = ODD + random_captions(200, seed=3) + sentences(200, seed=3)
 
 
 @pytest.mark.parametrize("model, pad", [(t5_like, 1), (mt5_like, 1), (gemma_like, 0)])
