@@ -30,6 +30,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def leave_no_process_group() -> Iterator[None]:
+    """An encoder that a test loads joins a world of one, in which the tests of another file, and
+    the processes that they fork, would find themselves."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        from parallel_clip.engine.groups import close_groups
+
+        close_groups()
+
+
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
     """Real processes to run cases on; started when a test first asks for them."""
