@@ -2,7 +2,7 @@
 that AutoModel and AutoProcessor load.
 
 Names: huggingface_names.py; config.json: huggingface_config.py and huggingface_config_writer.py;
-pictures: huggingface_processor.py; texts: huggingface_tokenizer.py.
+pictures: huggingface_processor.py; texts: huggingface_tokenizer_files.py.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ from parallel_clip.convert.huggingface_processor import (
     processor_from_preprocess,
 )
 from parallel_clip.convert.huggingface_tensors import read_ours, read_theirs
-from parallel_clip.convert.huggingface_tokenizer import find_tokenizer, tokenizer_files_to_write
+from parallel_clip.convert.huggingface_tokenizer_files import tokenizer_of_folder
 from parallel_clip.convert.model_card import CARD
 from parallel_clip.convert.model_weights import ModelWeights, some_names
 from parallel_clip.convert.precision import PRECISIONS, rounded, written_dtype
 from parallel_clip.convert.streamed_safetensors import TensorSpec, write_safetensors
 from parallel_clip.convert.target_folder import new_folder
 from parallel_clip.convert.weight_source import SourceMetadata
-from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
@@ -88,7 +87,7 @@ class HuggingFaceSource:
         self._tensors = open_weights(file)
         if "logit_bias" in self._tensors.shapes() and not siglip:
             model_cfg["init_logit_bias"] = -10.0  # as files have it that are written here
-        tokenizer = find_tokenizer(folder, siglip=siglip)
+        tokenizer = tokenizer_of_folder(folder, siglip=siglip)
         model_cfg["text_cfg"] |= tokenizer.text_cfg
         name = folder.resolve().name
         architecture = architecture_from_json(model_cfg, name)
@@ -196,12 +195,13 @@ def write_huggingface(
     target: Path,
     weights: ModelWeights,
     preprocess: Preprocess,
-    tokenizer: TokenizerFiles,
+    tokenizer_files: Mapping[str, bytes],
     precision: str = "fp32",
     card: str | None = None,
 ) -> None:
     """Write what `AutoModel.from_pretrained(TARGET)` and `AutoProcessor.from_pretrained(TARGET)`
-    load. The logit parameters stay in fp32. card: the model card.
+    load. The logit parameters stay in fp32. tokenizer_files: of `huggingface_tokenizer`; card: the
+    model card.
 
     Raises:
         InputError: Hugging Face's classes cannot be told what the model is, `target` is not a new
@@ -212,7 +212,7 @@ def write_huggingface(
     siglip = is_siglip(architecture)
     config = huggingface_config(architecture, dtype)
     processor = processor_from_preprocess(preprocess, siglip)
-    files = tokenizer_files_to_write(tokenizer, architecture.text, siglip=siglip)
+    files = {**tokenizer_files}
     files |= {HUGGING_FACE_CONFIG: _json(config), PREPROCESSOR_CONFIG: _json(processor)}
     if card is not None:
         files[CARD] = card.encode()

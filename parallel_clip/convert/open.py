@@ -19,6 +19,8 @@ from parallel_clip.convert.huggingface import (
     is_huggingface_folder,
     write_huggingface,
 )
+from parallel_clip.convert.huggingface_config_writer import is_siglip
+from parallel_clip.convert.huggingface_tokenizer_files import huggingface_tokenizer
 from parallel_clip.convert.model_card import check_license, model_card
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.native import CheckpointSource, write_run
@@ -157,5 +159,8 @@ def convert_checkpoint(
         if to == "openclip":
             write_openclip(target, weights, settings, tokenizer, precision, also_bin, card)
         else:
-            write_huggingface(target, weights, preprocess, tokenizer, precision, card)
+            siglip = is_siglip(architecture)
+            written = huggingface_tokenizer(tokenizer, architecture.text, siglip=siglip)
+            notes += filter(None, [written.note])
+            write_huggingface(target, weights, preprocess, written.files, precision, card)
     return [*notes, f"{architecture.name} from {metadata.path} is now in {target}"]

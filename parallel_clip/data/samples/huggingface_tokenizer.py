@@ -63,6 +63,11 @@ class HuggingFaceTokenizer:
         return self._tokenizer.token_to_id(token)
 
 
+def as_tokenizer_json(saved: SavedTokenizer) -> bytes:
+    """A tokenizer.json that gives the tokens of `HuggingFaceTokenizer` whatever class reads it."""
+    return _load(saved).to_str().encode()
+
+
 def _load(saved: SavedTokenizer) -> tokenizers.Tokenizer:
     if saved.is_sentencepiece:
         return _t5_from_sentencepiece(saved)

@@ -1,21 +1,23 @@
 """Tokenizers of Hugging Face folders: tokens equal to transformers', in both directions."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from parallel_clip.convert.huggingface_tokenizer import (
-    find_tokenizer,
-    tokenizer_files_to_write,
+from parallel_clip.convert.huggingface_tokenizer_files import (
+    huggingface_tokenizer,
+    tokenizer_of_folder,
     with_cleaning,
 )
 from parallel_clip.data.samples.tokenizer import build_tokenizer
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
 from parallel_clip.model.openclip_json import architecture_from_json
-from tests.data.samples.tokenizer_folders import make_bert, make_unigram
+from tests.data.samples.sentencepiece_models import gemma_like, t5_like
+from tests.data.samples.tokenizer_folders import make_bert, make_folder, make_unigram
 from tests.small_models import small_model
 
 TEXTS = [
@@ -31,7 +33,7 @@ def text_config(**text):
 
 def write(folder, tokenizer, text, siglip=False):
     folder.mkdir()
-    for name, content in tokenizer_files_to_write(tokenizer, text, siglip=siglip).items():
+    for name, content in huggingface_tokenizer(tokenizer, text, siglip=siglip).files.items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -44,7 +46,7 @@ def theirs(folder, texts):
 def test_clips_own_is_written_and_known_again(tmp_path):
     text = text_config()
     folder = write(tmp_path / "clip", TokenizerFiles(), text)
-    assert find_tokenizer(folder, siglip=False) == ("openclip", {}, None)
+    assert tokenizer_of_folder(folder, siglip=False) == ("openclip", {}, None)
     found = theirs(folder, TEXTS)
     ours = build_tokenizer("openclip", text, None)(TEXTS)
     # Theirs pads with the end of the text, at whose first place the feature is taken.
@@ -52,71 +54,85 @@ def test_clips_own_is_written_and_known_again(tmp_path):
         tokens = int(mask.sum())
         assert torch.equal(row[:tokens], expected[:tokens]) and not expected[tokens:].any()
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
-    assert find_tokenizer(tmp_path / "again", siglip=False).choice == "openclip"
+    assert tokenizer_of_folder(tmp_path / "again", siglip=False).choice == "openclip"
 
 
 def test_a_folder_without_one_means_clips_own_and_says_so(tmp_path):
-    found = find_tokenizer(tmp_path, siglip=False)
+    found = tokenizer_of_folder(tmp_path, siglip=False)
     assert found.choice == "openclip" and "holds no tokenizer" in found.note
-    assert find_tokenizer(tmp_path, siglip=True).choice == str(tmp_path)
+    assert tokenizer_of_folder(tmp_path, siglip=True).choice == str(tmp_path)
 
 
 def test_a_vocabulary_of_another_model_writes_no_tokenizer(tmp_path):
     assert (
-        tokenizer_files_to_write(TokenizerFiles(), text_config(vocab_size=101), siglip=False) == {}
+        huggingface_tokenizer(TokenizerFiles(), text_config(vocab_size=101), siglip=False).files
+        == {}
     )
+
+
+def saved_gemma(folder):
+    """What transformers writes of a folder with Gemma's SentencePiece model."""
+    source = make_folder(folder.with_name("gemma"), {"tokenizer.model": gemma_like()}, GEMMA)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+GEMMA = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True}
+FOLDERS = {
+    "tokenizer.json": make_unigram,
+    "vocab.txt": make_bert,
+    "T5": partial(
+        make_folder,
+        files={"spiece.model": t5_like()},
+        settings={"tokenizer_class": "T5Tokenizer", "extra_ids": 0},
+    ),
+    "SigLIP": partial(
+        make_folder,
+        files={"spiece.model": t5_like()},
+        settings={"tokenizer_class": "SiglipTokenizer"},
+    ),
+    "Gemma": saved_gemma,
+}
 
 
 @pytest.mark.parametrize("clean", [None, "lower", "canonicalize"])
-@pytest.mark.parametrize("siglip", [False, True])
-def test_a_cleaning_of_texts_is_the_tokenizers_own(tmp_path, clean, siglip):
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_cleaning_of_texts_is_the_tokenizers_own(tmp_path, kind, clean):
     """open_clip cleans texts before its tokenizer sees them, transformers does not."""
     kwargs = {"tokenizer_kwargs": {"clean": clean}} if clean else {}
-    text = text_config(hf_tokenizer_name="a/name", vocab_size=200, **kwargs)
-    make_unigram(tmp_path / "files")
+    text = text_config(hf_tokenizer_name="a/name", vocab_size=2000, **kwargs)
+    FOLDERS[kind](tmp_path / "files")
     files = TokenizerFiles.read(tmp_path / "files", "a/name")
+    siglip = kind == "SigLIP"
     folder = write(tmp_path / "hf", files, text, siglip)
     texts = TEXTS if clean else ["A photo of a DOG.", "dog " * 30]
+    if siglip:  # whose class leaves "_" out, where open_clip's cleaning makes a space of it
+        texts = [text.replace("_", "") for text in texts]
+    if kind == "Gemma":  # whose symbol for it is taken out before anything is cleaned
+        texts = [text.replace("\n", " ") for text in texts]
     found = theirs(folder, texts)
-    assert torch.equal(
-        found["input_ids"], build_tokenizer(str(tmp_path / "files"), text, None)(texts)
-    )
-    assert ("attention_mask" in found) != siglip  # SigLIP works on its padding
-    choice, text_cfg, _ = find_tokenizer(folder, siglip=siglip)
-    assert choice == str(folder) and text_cfg == {"hf_tokenizer_name": "a/name", **kwargs}
-    assert torch.equal(build_tokenizer(choice, text, None)(texts), found["input_ids"])
-    again = write(tmp_path / "again", TokenizerFiles.read(folder, "a/name"), text, siglip)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (again / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_a_vocabulary_of_berts_travels(tmp_path):
-    make_bert(tmp_path / "files")
-    text = text_config(hf_tokenizer_name="bert", vocab_size=200)
-    folder = write(tmp_path / "hf", TokenizerFiles.read(tmp_path / "files", "bert"), text)
-    texts = ["A Photo of a dog", "photo dog"]
     expected = build_tokenizer(str(tmp_path / "files"), text, None)(texts)
-    assert torch.equal(theirs(folder, texts)["input_ids"], expected)
+    assert torch.equal(found["input_ids"], expected)
+    assert ("attention_mask" in found) != siglip  # SigLIP works on its padding
+    choice, text_cfg, _ = tokenizer_of_folder(folder, siglip=siglip)
+    assert choice == str(folder) and text_cfg == {"hf_tokenizer_name": "a/name", **kwargs}
+    assert torch.equal(build_tokenizer(choice, text, None)(texts), expected)
+    again = write(tmp_path / "again", TokenizerFiles.read(folder, "a/name"), text, siglip)
+    assert torch.equal(theirs(again, texts)["input_ids"], expected)
 
 
-@pytest.mark.parametrize(
-    "tokenizer_class, clean",
-    [
-        ("SiglipTokenizer", "canonicalize"),
-        ("SiglipTokenizerFast", "canonicalize"),
-        ("Siglip2Tokenizer", "lower"),
-        ("T5Tokenizer", None),
-        (None, None),
-    ],
-)
-def test_a_class_that_cleans_texts_is_known(tmp_path, tokenizer_class, clean):
-    make_unigram(tmp_path / "name")
-    settings = {"tokenizer_class": tokenizer_class, "pad_token": "<pad>"}
-    (tmp_path / "name/tokenizer_config.json").write_text(json.dumps(settings))
-    expected = {"tokenizer_kwargs": {"clean": clean}} if clean else {}
-    found = find_tokenizer(tmp_path / "name", siglip=True)
-    assert found.text_cfg == {"hf_tokenizer_name": "name"} | expected
-    assert found.choice == str(tmp_path / "name")
+def test_a_cleaning_that_cannot_be_said_to_transformers_is_told(tmp_path):
+    make_folder(tmp_path / "files", {"tokenizer.model": gemma_like()}, GEMMA)
+    files = TokenizerFiles.read(tmp_path / "files", "a/name")
+    text = text_config(hf_tokenizer_name="a/name", tokenizer_kwargs={"clean": "canonicalize"})
+    written = huggingface_tokenizer(files, text, siglip=True)
+    assert "not cleaned by 'canonicalize' in transformers, as its GemmaTokenizer" in written.note
+
+
+def test_a_tokenizer_of_others_is_called_by_its_folder(tmp_path):
+    FOLDERS["SigLIP"](tmp_path / "name")
+    found = tokenizer_of_folder(tmp_path / "name", siglip=True)
+    assert found == (str(tmp_path / "name"), {"hf_tokenizer_name": "name"}, None)
 
 
 def test_cleaning_twice_is_cleaning_once(tmp_path):
@@ -133,4 +149,4 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     make_unigram(tmp_path / "files")
     (tmp_path / "files" / name).write_text(content)
     with pytest.raises(InputError, match=f"{name} cannot be read"):
-        find_tokenizer(tmp_path / "files", siglip=True)
+        tokenizer_of_folder(tmp_path / "files", siglip=True)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import string
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
+
+from parallel_clip.data.samples.huggingface_tokenizer import as_tokenizer_json
 from parallel_clip.data.samples.saved_tokenizer import (
+    SIGLIP,
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
+    SavedTokenizer,
+    find_tokenizer,
     has_tokenizer,
 )
+from parallel_clip.data.samples.sentencepiece_tokenizer import SENTENCEPIECE_TOKENIZERS
 from parallel_clip.data.samples.tokenizer import clip_vocabulary
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
@@ -25,11 +33,9 @@ _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # A key of ours in the settings: what OpenCLIP's text_cfg says of the tokenizer.
 _OPENCLIP_KEY = "open_clip"
-# How a class of transformers cleans texts, in the words of OpenCLIP.
-_CLEANING = {"SiglipTokenizer": "canonicalize", "Siglip2Tokenizer": "lower"}
 
 
-class FoundTokenizer(NamedTuple):
+class FolderTokenizerChoice(NamedTuple):
     """choice: as `data.tokenizer`; text_cfg: OpenCLIP's keys that name it; note: what to tell."""
 
     choice: str
@@ -37,7 +43,7 @@ class FoundTokenizer(NamedTuple):
     note: str | None = None
 
 
-def find_tokenizer(folder: Path, *, siglip: bool) -> FoundTokenizer:
+def tokenizer_of_folder(folder: Path, *, siglip: bool) -> FolderTokenizerChoice:
     """The tokenizer in the folder of a CLIPModel or SiglipModel.
 
     Raises:
@@ -46,20 +52,14 @@ def find_tokenizer(folder: Path, *, siglip: bool) -> FoundTokenizer:
     vocabulary = _read_vocabulary(folder)
     if vocabulary is None and not has_tokenizer(folder) and not siglip:
         note = f"{folder} holds no tokenizer; CLIP's own is taken, as transformers would"
-        return FoundTokenizer("openclip", {}, note)
+        return FolderTokenizerChoice("openclip", {}, note)
     if vocabulary is not None and _is_clips_own(vocabulary):
-        return FoundTokenizer("openclip", {})
-    settings = (
-        _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-    )
-    own = settings.get(_OPENCLIP_KEY)
+        return FolderTokenizerChoice("openclip", {})
+    settings = folder / TOKENIZER_CONFIG
+    own = _read_json(settings).get(_OPENCLIP_KEY) if settings.is_file() else None
     if isinstance(own, Mapping) and own.keys() <= {"hf_tokenizer_name", "tokenizer_kwargs"}:
-        return FoundTokenizer(str(folder), dict(own))
-    text_cfg: Json = {"hf_tokenizer_name": folder.resolve().name}
-    clean = _CLEANING.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
-    if clean is not None:
-        text_cfg["tokenizer_kwargs"] = {"clean": clean}
-    return FoundTokenizer(str(folder), text_cfg)
+        return FolderTokenizerChoice(str(folder), dict(own))
+    return FolderTokenizerChoice(str(folder), {"hf_tokenizer_name": folder.resolve().name})
 
 
 def _is_clips_own(vocabulary: Mapping[str, int]) -> bool:
@@ -85,20 +85,26 @@ def _read_json(file: Path) -> Json:
         raise InputError(f"{file} cannot be read: {error}") from None
 
 
-def tokenizer_files_to_write(
+class WrittenTokenizer(NamedTuple):
+    """files by their names, none where the tokenizer's own are not at hand; note: what to tell."""
+
+    files: dict[str, bytes]
+    note: str | None = None
+
+
+def huggingface_tokenizer(
     tokenizer: TokenizerFiles, text: TextConfig, *, siglip: bool
-) -> dict[str, bytes]:
-    """The files by which AutoTokenizer gives a model's tokens, cut to its context length; none
-    where the tokenizer's own files are not at hand.
+) -> WrittenTokenizer:
+    """What AutoTokenizer needs to give a model's tokens, cut to its context length.
 
     Raises:
-        InputError: the tokenizer's settings are damaged.
+        InputError: the tokenizer's files are damaged.
     """
     if tokenizer.name is None:
-        return _clip_files(text)
-    files = tokenizer.for_transformers()
+        return WrittenTokenizer(_clip_files(text))
+    files, note = tokenizer.for_transformers(), None
     if not files:
-        return {}
+        return WrittenTokenizer({})
     settings = json.loads(files[TOKENIZER_CONFIG]) | {"model_max_length": text.context_length}
     if siglip:  # whose text tower works on the padding as well
         settings |= {"model_input_names": ["input_ids"]}
@@ -106,12 +112,39 @@ def tokenizer_files_to_write(
     settings[_OPENCLIP_KEY] = {"hf_tokenizer_name": tokenizer.name}
     if kwargs:
         settings[_OPENCLIP_KEY]["tokenizer_kwargs"] = kwargs
-    cleaning = _CLEANING.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
-    if kwargs.get("clean") in _NORMALIZERS and cleaning is None and TOKENIZER_JSON in files:
-        files[TOKENIZER_JSON] = with_cleaning(files[TOKENIZER_JSON], kwargs["clean"])
-        # Other classes make a normalizer of their own.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return files | {TOKENIZER_CONFIG: _json(settings)}
+    clean = kwargs.get("clean")
+    if clean in _NORMALIZERS:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            saved = find_tokenizer(Path(folder))
+            if not _is_sentencepieces_own(saved):
+                content = with_cleaning(as_tokenizer_json(saved), clean)
+                files[TOKENIZER_JSON] = content
+                settings |= _generic_settings(saved, content)
+            elif saved.kind != SIGLIP:  # which cleans by itself
+                note = (
+                    f"texts are not cleaned by {clean!r} in transformers, as its {saved.kind} "
+                    f"reads {saved.file.name}: clean them before, or bring a tokenizer.json"
+                )
+    return WrittenTokenizer(files | {TOKENIZER_CONFIG: _json(settings)}, note)
+
+
+def _generic_settings(saved: SavedTokenizer, tokenizer_json: bytes) -> Json:
+    """Those of the class that takes all from tokenizer.json: others make a normalizer of their own,
+    and know how to pad."""
+    vocabulary = tokenizers.Tokenizer.from_buffer(tokenizer_json)
+    pads = (pad for pad in saved.pad_tokens if vocabulary.token_to_id(pad) is not None)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left" if saved.pads_left else "right",
+        "pad_token": next(pads, None),
+    }
+
+
+def _is_sentencepieces_own(saved: SavedTokenizer) -> bool:
+    """Whether only SentencePiece itself gives its tokens."""
+    return saved.is_sentencepiece and saved.kind in SENTENCEPIECE_TOKENIZERS
 
 
 def _clip_files(text: TextConfig) -> dict[str, bytes]:
