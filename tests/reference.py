@@ -233,13 +233,15 @@ def reference_run(
     kept_patches: Callable[[int], Tensor] | None = None,
     precision: Precision = "fp32",
     save: tuple[int, Path] | None = None,
+    groups_of: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
     `learning_rate` and `kept_patches` take the step counted from 0; the latter gives the patches
     [B, K] that each sample of the batch keeps. `save`: after so many steps write the file that
     open_clip_train does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in
-    "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer.
+    "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer. `groups_of`: parameter groups, of the
+    model and `weight_decay`, with the learning rate of each in parts of the step's as "lr_scale".
     """
     model = build_model(model_cfg)
     model.load_state_dict(weights)
@@ -256,12 +258,14 @@ def reference_run(
         {"params": [p for n, p in trained.items() if not decayed(n, p)], "weight_decay": 0.0},
         {"params": [p for n, p in trained.items() if decayed(n, p)], "weight_decay": weight_decay},
     ]
+    if groups_of is not None:
+        groups = groups_of(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
     records: list[dict[str, float | None]] = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step) * group.get("lr_scale", 1.0)
         if fed is not None:
             fed.kept = kept_patches(step)
         optimizer.zero_grad()

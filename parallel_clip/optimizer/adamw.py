@@ -7,7 +7,7 @@ not depend on how they are split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from parallel_clip.config import Optimizer as OptimizerSettings
 from parallel_clip.model.clip import global_parameters
 from parallel_clip.optimizer import MOMENTS
+from parallel_clip.optimizer.update_rules import UpdateRule, update_rules
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class OwnedState:
 
 
 class MegatronAdamW:
-    """AdamW over a rank's tensors, decayed as OpenCLIP 3.x does.
+    """AdamW over a rank's tensors, each by its rule in update_rules.py.
 
     wrapped: the rank's model chunks under DDP, whose config says in which precision they run.
     """
@@ -48,9 +49,9 @@ class MegatronAdamW:
         first = self.wrapped[0]
         dtype = first.module.config.params_dtype
         self.weight_decay = settings.weight_decay
+        rules = update_rules(first.module.architecture, settings)
         parameters = global_parameters([ddp.module for ddp in self.wrapped])
-        decayed = {id(tensor) for parameter, tensor in parameters if parameter.decayed}
-        undecayed = ParamWithNamePredicate("undecayed", lambda tensor, _: id(tensor) not in decayed)
+        by_tensor = {id(tensor): rules[parameter.name] for parameter, tensor in parameters}
         chain = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -66,7 +67,7 @@ class MegatronAdamW:
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
             self.wrapped,
-            config_overrides={ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}},
+            config_overrides=_overrides(by_tensor),
             use_gloo_process_groups=False,
         )
         (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
@@ -118,9 +119,9 @@ class MegatronAdamW:
             torch._foreach_mul_(grads, coefficient)
 
     def update(self, lr: float) -> None:
-        """Update the weights with the gradients that were clipped."""
+        """Update the weights with the gradients that were clipped; `lr`: of the step."""
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self._megatron.step_with_ready_grads()
 
@@ -168,6 +169,26 @@ class MegatronAdamW:
         if self.splits_state:
             return self._owned_masters.get(tensor)
         return getattr(tensor, "main_param", tensor)
+
+
+def _overrides(rules: Mapping[int, UpdateRule]) -> dict[ParamKey, dict[str, float]]:
+    """What megatron-core makes parameter groups by: those of the same overrides are one group, and
+    every rank has a group, if an empty one, for what any rank has.
+
+    rules: by the id of a tensor.
+    """
+
+    def where(name: str, holds: Callable[[UpdateRule], bool]) -> ParamKey:
+        predicate = ParamWithNamePredicate(name, lambda tensor, _: holds(rules[id(tensor)]))
+        return ParamKey(with_name_predicate=predicate)
+
+    # What is as megatron-core has it by itself is left out: groups keep their order.
+    scales = {rule.lr_scale for rule in rules.values()} - {1.0}
+    overrides = {where("undecayed", lambda rule: not rule.decayed): {"wd_mult": 0.0}}
+    for scale in sorted(scales):
+        of_scale = where(f"lr_scale {scale!r}", lambda rule, scale=scale: rule.lr_scale == scale)
+        overrides[of_scale] = {"lr_mult": scale}
+    return overrides
 
 
 def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Parameter]:

@@ -27,6 +27,7 @@ class Case:
     stages: dict[str, list[int]] | None = field(default=None, hash=False)
     pad: bool = False  # for a tensor size that does not divide the model
     exchange: str = "auto"  # "ring": texts streamed, logits in tiles that do not divide the batch
+    updates: str | None = None  # a name of UPDATES: learning rates of parts, and what decays
 
     @property
     def loss(self) -> str:
@@ -69,6 +70,7 @@ class Case:
         parts += [f"micro{self.microbatches}", self.recompute, self.precision]
         parts += ["clipped"] if self.clip_grad_norm else []
         parts += [self.exchange] if self.exchange != "auto" else []
+        parts += [self.updates] if self.updates else []
         return "-".join(parts)
 
 
@@ -93,6 +95,8 @@ COVERING = [
     Case("timm-mobile-clip", data=2, pipeline=2, microbatches=2, stash=2),
     Case("three-heads", data=2, tensor=2, sequence=True, clip_grad_norm=1.0, pad=True),
     Case("timm-siglip", tensor=3, sequence=True, microbatches=2, recompute="full", pad=True),
+    Case("uneven", data=2, pipeline=2, microbatches=2, updates="embeddings-spared"),
+    Case("timm-pe-core", tensor=2, sequence=True, updates="patterns-spared"),
 ]
 
 #          data, tensor, sequence
@@ -148,6 +152,14 @@ def grid() -> list[Case]:
         if case.recompute == "none" and case.precision == "fp32"
     ]
     cases += _padded()
+    cases += [
+        Case(model, *layout, pipeline=pipeline, updates=updates)
+        for model, (*layout, pipeline), updates in product(
+            ("uneven", "siglip", "timm-siglip", "timm-pe-core"),
+            [(1, 1, False, 1), (2, 1, False, 1), (1, 2, True, 1), (1, 1, False, 2)],
+            ("embeddings-spared", "patterns-spared"),
+        )
+    ]
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 
