@@ -160,6 +160,7 @@ def grid() -> list[Case]:
             ("embeddings-spared", "patterns-spared"),
         )
     ]
+    cases.append(Case("uneven", data=2, precision="bf16", updates="embeddings-spared"))
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 
