@@ -202,7 +202,7 @@ def parallel_clip_step(
     stages = partition(architecture.costs, 1)
     built = build_train_state(architecture, ModelOptions(precision), stages, groups, settings)
     for parameter, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, weights[parameter.name])
+        built.set_weight(tensor, weights[parameter.name])
     step = TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)
     inputs = StepInputs([texts], lambda _: Pictures(images))
     return lambda: step(inputs, LR).record.loss

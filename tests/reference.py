@@ -218,6 +218,28 @@ def decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(kind in name for kind in kinds)
 
 
+def lock_towers(model: nn.Module, freeze: dict[str, Any]) -> None:
+    """By OpenCLIP's own functions: "all" of a tower, or {"unlocked_groups": N, "norms": bool}."""
+    for tower, how in freeze.items():
+        if how is None:
+            continue
+        settings = {"unlocked_groups": 0, "norms": False} | ({} if how == "all" else how)
+        if tower == "vision":
+            module = model.visual
+            model.lock_image_tower(unlocked_groups=settings["unlocked_groups"])
+        else:
+            module = getattr(model, "text", None) or nn.ModuleList(
+                [model.transformer, model.ln_final]
+            )
+            model.lock_text_tower(unlocked_layers=settings["unlocked_groups"])
+        if how == "all":  # OpenCLIP trains the layer that it puts behind a trunk of timm
+            module.requires_grad_(False)
+        if settings["norms"]:
+            for norm in module.modules():
+                if isinstance(norm, nn.LayerNorm):
+                    norm.requires_grad_(True)
+
+
 def reference_run(
     model_cfg: dict[str, Any],
     weights: dict[str, Tensor],
@@ -232,17 +254,19 @@ def reference_run(
     loss: Literal["infonce", "sigmoid"] = "infonce",
     kept_patches: Callable[[int], Tensor] | None = None,
     precision: Precision = "fp32",
+    freeze: dict[str, Any] | None = None,
     save: tuple[int, Path] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
     `learning_rate` and `kept_patches` take the step counted from 0; the latter gives the patches
-    [B, K] that each sample of the batch keeps. `save`: after so many steps write the file that
-    open_clip_train does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in
-    "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer.
+    [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`. `save`: after so many
+    steps write the file that open_clip_train does at the end of an epoch. In "pure_bf16" weights
+    and optimizer are bf16, in "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer.
     """
     model = build_model(model_cfg)
     model.load_state_dict(weights)
+    lock_towers(model, freeze or {})
     model.train()
     images = batch.images
     if precision == "pure_bf16":

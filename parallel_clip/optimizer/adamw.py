@@ -38,7 +38,7 @@ class OwnedState:
 
 
 class MegatronAdamW:
-    """AdamW over a rank's tensors, decayed as OpenCLIP 3.x does.
+    """AdamW over those of a rank's tensors that are trained, decayed as OpenCLIP 3.x does.
 
     wrapped: the rank's model chunks under DDP, whose config says in which precision they run.
     """
@@ -47,6 +47,7 @@ class MegatronAdamW:
         self.wrapped = list(wrapped)
         first = self.wrapped[0]
         dtype = first.module.config.params_dtype
+        self._device = next(first.module.parameters()).device
         self.weight_decay = settings.weight_decay
         parameters = global_parameters([ddp.module for ddp in self.wrapped])
         decayed = {id(tensor) for parameter, tensor in parameters if parameter.decayed}
@@ -95,7 +96,8 @@ class MegatronAdamW:
         or in a collective, would not show in it.
         """
         buffers = [buffer.grad_data for ddp in self.wrapped for buffer in ddp.buffers]
-        all_finite = torch.stack([buffer.sum() for buffer in buffers]).isfinite().all()
+        sums = [buffer.sum() for buffer in buffers]  # none where all of this rank's is frozen
+        all_finite = torch.stack(sums or [torch.zeros((), device=self._device)]).isfinite().all()
         self._megatron.prepare_grads()
         # As megatron-core's `get_grad_norm_fp32`, which reads one number a tensor where neither
         # Transformer Engine nor Apex is.
@@ -127,7 +129,7 @@ class MegatronAdamW:
     # ------------------------------------------------------------- masters and moments by tensor
 
     def owned_state(self, tensor: nn.Parameter) -> OwnedState | None:
-        """This data rank's part of `tensor`; None where it owns nothing of it."""
+        """This data rank's part of `tensor`; None where it owns nothing of it, or it is frozen."""
         master = self._master(tensor)
         if master is None:
             return None
@@ -165,6 +167,8 @@ class MegatronAdamW:
                 group["step"] = step
 
     def _master(self, tensor: nn.Parameter) -> nn.Parameter | None:
+        if not tensor.requires_grad:
+            return None
         if self.splits_state:
             return self._owned_masters.get(tensor)
         return getattr(tensor, "main_param", tensor)

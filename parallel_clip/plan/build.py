@@ -5,6 +5,7 @@ from __future__ import annotations
 from parallel_clip.config import Config
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.frozen import frozen_parts
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.plan.layout_plan import LayoutPlan
@@ -30,4 +31,5 @@ def build_planned_state(
         groups,
         config.optimizer,
         distributed_optimizer=config.parallel.distributed_optimizer,
+        frozen=frozen_parts(architecture, config.freeze),
     )

@@ -22,6 +22,7 @@ from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.frozen import FrozenParts, frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan, stash_depends_on_memory
 from parallel_clip.plan.memory import (
     RankMemory,
@@ -89,6 +90,10 @@ class RunPlan:
         return self.layout_plan.batch
 
     @property
+    def frozen(self) -> FrozenParts:
+        return frozen_parts(self.architecture, self.config.freeze)
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
 
@@ -125,7 +130,8 @@ def make_run_plan(
     start = find_start_model(config, resume)
     config, architecture, stored = start.config, start.architecture, start.source
     check_trainable(architecture, config.model.override)
-    layout_plan = make_layout_plan(architecture.costs, world_size, config)
+    costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
+    layout_plan = make_layout_plan(costs, world_size, config)
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
     options = ", ".join(f"data.{key}" for key, value in chosen.items() if value is not None)
     preprocess, preprocess_words = resolve_preprocess(

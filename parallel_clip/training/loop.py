@@ -63,6 +63,7 @@ class TrainingLoop:
             tuple(before.skipped) if before else (),
         )
         self.updates = before.updates if before else 0
+        self.trained_since = before.trained_since_with(plan.frozen.names) if before else {}
         self.step = TrainStep(
             state,
             build_loss(plan.config.loss, groups, on_all_stages),
@@ -240,6 +241,8 @@ class TrainingLoop:
             source_samples=tuple(self.samples.source_samples),
             data=plan.data_fingerprint,
             updates=self.updates,
+            frozen=tuple(sorted(plan.frozen.names)),
+            trained_since=self.trained_since,
             grad_norms=tuple(self.policy.grad_norms),
             skipped=tuple(self.policy.skipped),
             config=plan.config.to_record(),

@@ -200,4 +200,4 @@ def _set_weights(
         if whole is None:
             whole = initial_value(parameter, plan.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)
-        state.optimizer.set_weight(tensor, part)
+        state.set_weight(tensor, part)

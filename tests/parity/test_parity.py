@@ -22,8 +22,10 @@ from tests.reference import (
     Reference,
     Sample,
     batch_from_shards,
+    build_model,
     cosine,
     load_weights,
+    lock_towers,
     make_checkpoint,
     make_shards,
     reference_run,
@@ -58,6 +60,7 @@ class Setting:
             loss=case.loss,
             kept_patches=kept,
             precision=precision,
+            freeze=case.freeze,
             **optimizer,
         )
 
@@ -85,7 +88,7 @@ def reference(setting):
     trained: dict[tuple, Reference] = {}
 
     def get(case: Case, precision: str) -> Reference:
-        key = (case.model, case.batch, case.clip_grad_norm, precision)
+        key = (case.model, case.batch, case.clip_grad_norm, repr(case.freeze), precision)
         if key not in trained:
             trained[key] = setting(case).reference(case, precision)
         return trained[key]
@@ -106,6 +109,7 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
         "train": {"steps": STEPS},
         "optimizer": {**OPTIMIZER, "clip_grad_norm": case.clip_grad_norm},
         "schedule": {"kind": "cosine", "warmup": WARMUP},
+        "freeze": case.freeze or {},
         "data": {
             "train": [{"shards": setting.shards}],
             "augment": "none",
@@ -220,4 +224,14 @@ def test_a_run_is_open_clips(case, setting, reference, tmp_path):
     assert_same_steps(metrics, wanted, case.batch)
     succeed("convert", run, tmp_path / "converted", "--to", "openclip")
     rotary = case.model == "timm-pe-core"
-    assert_same_weights(load_weights(tmp_path / "converted"), wanted.weights, rotary)
+    weights = load_weights(tmp_path / "converted")
+    assert_same_weights(weights, wanted.weights, rotary)
+    for name in frozen_names(case):
+        assert torch.equal(weights[name], shared.weights[name]), name
+
+
+def frozen_names(case: Case) -> list[str]:
+    """What open_clip's own locking keeps from training."""
+    model = build_model(MODELS[case.model])
+    lock_towers(model, case.freeze or {})
+    return [name for name, tensor in model.named_parameters() if not tensor.requires_grad]
