@@ -255,14 +255,16 @@ def reference_run(
     kept_patches: Callable[[int], Tensor] | None = None,
     precision: Precision = "fp32",
     freeze: dict[str, Any] | None = None,
+    unlock_after: int | None = None,
     save: tuple[int, Path] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
     `learning_rate` and `kept_patches` take the step counted from 0; the latter gives the patches
-    [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`. `save`: after so many
-    steps write the file that open_clip_train does at the end of an epoch. In "pure_bf16" weights
-    and optimizer are bf16, in "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer.
+    [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`, for the first
+    `unlock_after` steps, if given. `save`: after so many steps write the file that open_clip_train
+    does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in "amp_bf16" fp32
+    under autocast, as in OpenCLIP's trainer.
     """
     model = build_model(model_cfg)
     model.load_state_dict(weights)
@@ -275,15 +277,17 @@ def reference_run(
     fed = feed_patch_dropout(model) if kept_patches is not None else None
     loss_function = ClipLoss() if loss == "infonce" else SigLipLoss()
 
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = dict(model.named_parameters())
     groups = [
-        {"params": [p for n, p in trained.items() if not decayed(n, p)], "weight_decay": 0.0},
-        {"params": [p for n, p in trained.items() if decayed(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in named.items() if not decayed(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named.items() if decayed(n, p)], "weight_decay": weight_decay},
     ]
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
     records: list[dict[str, float | None]] = []
     for step in range(steps):
+        if step == unlock_after:
+            model.requires_grad_(True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         if fed is not None:
@@ -292,7 +296,7 @@ def reference_run(
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp_bf16"):
             value = loss_function(*model(images, batch.texts))
         value.backward()
-        gradients = [p.grad.double() for p in trained.values()]
+        gradients = [p.grad.double() for p in named.values() if p.grad is not None]
         records.append(
             {
                 "loss": value.item(),
@@ -303,7 +307,7 @@ def reference_run(
             }
         )
         if clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(trained.values(), clip_grad_norm)
+            nn.utils.clip_grad_norm_(named.values(), clip_grad_norm)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
