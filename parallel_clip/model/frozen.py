@@ -1,13 +1,13 @@
-"""What of a model is not trained: `freeze` of a config, in terms of parameters and layers."""
+"""What of a model is not trained, in terms of parameters and layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import Literal
 
-from parallel_clip.config import Freeze, PartlyFrozen
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.layer_groups import LayerGroups, layer_groups
@@ -63,57 +63,46 @@ class FrozenParts:
 NOTHING_FROZEN = FrozenParts()
 
 
-def frozen_parts(architecture: Architecture, freeze: Freeze) -> FrozenParts:
-    """What `freeze` keeps from training.
-
-    `unlocked_groups` counts as OpenCLIP 3.3's `--lock-image-unlocked-groups` and
-    `--lock-text-unlocked-layers`, from the projection (see layer_groups.py).
+def freeze_tower(
+    architecture: Architecture,
+    tower: Literal["vision", "text"],
+    unlocked_groups: int | None = None,
+    norms: bool = False,
+) -> FrozenTower:
+    """Freeze a tower but for its last `unlocked_groups` layer groups, counted as OpenCLIP 3.3's
+    `--lock-image-unlocked-groups` and `--lock-text-unlocked-layers` do, from the projection (see
+    layer_groups.py); None: all of it. norms: train the LayerNorms of the frozen groups, too.
 
     Raises:
-        InputError: more groups are unlocked than there are.
+        InputError: there are fewer groups.
     """
-    groups = layer_groups(architecture)
-    return FrozenParts(
-        _frozen_tower(architecture, "vision", groups.vision, freeze.vision),
-        _frozen_tower(architecture, "text", groups.text, freeze.text),
-    )
-
-
-def _frozen_tower(
-    architecture: Architecture, tower: str, groups: LayerGroups, freeze: str | PartlyFrozen | None
-) -> FrozenTower:
-    if freeze is None:
-        return FrozenTower()
+    groups: LayerGroups = getattr(layer_groups(architecture), tower)
     modules = {p.name: p.module for p in parameter_table(architecture)}
-    if freeze == "all":
-        names = frozenset(groups.number)
-    else:
-        count = groups.lockable - freeze.unlocked_groups
+    names = frozenset(groups.number)
+    if unlocked_groups is not None:
+        count = groups.lockable - unlocked_groups
         if count < 0:
             raise InputError(
-                f"freeze.{tower}.unlocked_groups {freeze.unlocked_groups} is more than the "
+                f"freeze.{tower}.unlocked_groups {unlocked_groups} is more than the "
                 f"{groups.lockable} groups of the {tower} tower of {architecture.name}; set "
                 f"freeze.{tower} to null to train all of it"
             )
-        names = frozenset(
-            name
-            for name, number in groups.number.items()
-            if number < count and not (freeze.norms and _is_norm(modules[name]))
-        )
-    trained = [module for name, module in modules.items() if name in groups.number.keys() - names]
-    return FrozenTower(names, _frozen_layers(trained, getattr(architecture, tower).layers))
+        names = frozenset(name for name, number in groups.number.items() if number < count)
+    if norms:
+        names = frozenset(name for name in names if not _is_norm(modules[name]))
+    trained = {name: modules[name] for name in groups.number.keys() - names}
+    layers = getattr(architecture, tower).layers
+    return FrozenTower(names, _frozen_layers(trained, groups, layers))
 
 
-def _frozen_layers(trained: Sequence[str], layers: int) -> FrozenLayers:
-    """trained: the modules of the tower's parameters that are."""
+def _frozen_layers(trained: Mapping[str, str], groups: LayerGroups, layers: int) -> FrozenLayers:
+    """trained: the modules of the tower's parameters that are, by name."""
+    embedding = [module for name, module in trained.items() if groups.number[name] == 0]
     of_layers: list[list[str]] = [[] for _ in range(layers)]
-    embedding = []
-    for module in trained:
+    for module in trained.values():
         block = _BLOCK.match(module)
         if block:
             of_layers[int(block[1])].append(module)
-        elif module.split(".")[1] not in _BEHIND_BLOCKS:
-            embedding.append(module)
     nothing = [not modules for modules in of_layers]
     norms_alone = [all(map(_is_norm, modules)) for modules in of_layers]
     return FrozenLayers(
@@ -130,7 +119,6 @@ def _leading(holds: Sequence[bool]) -> int:
 
 
 _BLOCK = re.compile(r"\w+\.block\.layers\.(\d+)\.")
-_BEHIND_BLOCKS = ("post_norm", "pool", "projection")
 
 
 def _is_norm(module: str) -> bool:

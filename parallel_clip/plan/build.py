@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from parallel_clip.config import Config
+from typing import Literal
+
+from parallel_clip.config import Config, Freeze, PartlyFrozen
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.frozen import frozen_parts
+from parallel_clip.model.frozen import FrozenParts, FrozenTower, freeze_tower
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.optimizer.train_state import TrainState, build_train_state
 from parallel_clip.plan.layout_plan import LayoutPlan
@@ -33,3 +35,20 @@ def build_planned_state(
         distributed_optimizer=config.parallel.distributed_optimizer,
         frozen=frozen_parts(architecture, config.freeze),
     )
+
+
+def frozen_parts(architecture: Architecture, freeze: Freeze) -> FrozenParts:
+    """What `freeze` keeps from training.
+
+    Raises:
+        InputError: more groups are unlocked than a tower has.
+    """
+
+    def of(tower: Literal["vision", "text"], how: Literal["all"] | PartlyFrozen | None):
+        if how is None:
+            return FrozenTower()
+        if how == "all":
+            return freeze_tower(architecture, tower)
+        return freeze_tower(architecture, tower, how.unlocked_groups, how.norms)
+
+    return FrozenParts(of("vision", freeze.vision), of("text", freeze.text))

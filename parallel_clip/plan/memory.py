@@ -18,11 +18,10 @@ from parallel_clip.errors import InputError
 from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
-from parallel_clip.model.frozen import frozen_parts
 from parallel_clip.optimizer import MOMENTS
 from parallel_clip.optimizer.adamw import MegatronAdamW
 from parallel_clip.pipeline.orders import peak_graphs
-from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.build import build_planned_state, frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.saved_activations import SavedActivations, storage_id
 

@@ -22,7 +22,8 @@ from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.frozen import FrozenParts, frozen_parts
+from parallel_clip.model.frozen import FrozenParts
+from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan, stash_depends_on_memory
 from parallel_clip.plan.memory import (
     RankMemory,

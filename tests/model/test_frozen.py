@@ -4,8 +4,8 @@ import pytest
 
 from parallel_clip.config import Freeze, PartlyFrozen
 from parallel_clip.errors import InputError
-from parallel_clip.model.frozen import frozen_parts
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan.build import frozen_parts
 from parallel_clip.stages.costs import FrozenLayers
 from parallel_clip.stages.stage import LayerRange
 from tests.model.test_layer_groups import MODELS, meta_model
