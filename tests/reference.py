@@ -257,6 +257,7 @@ def reference_run(
     freeze: dict[str, Any] | None = None,
     unlock_after: int | None = None,
     save: tuple[int, Path] | None = None,
+    groups_of: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
@@ -264,7 +265,8 @@ def reference_run(
     [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`, for the first
     `unlock_after` steps, if given. `save`: after so many steps write the file that open_clip_train
     does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in "amp_bf16" fp32
-    under autocast, as in OpenCLIP's trainer.
+    under autocast, as in OpenCLIP's trainer. `groups_of`: parameter groups, of the model and
+    `weight_decay`, with the learning rate of each in parts of the step's as "lr_scale".
     """
     model = build_model(model_cfg)
     model.load_state_dict(weights)
@@ -282,6 +284,8 @@ def reference_run(
         {"params": [p for n, p in named.items() if not decayed(n, p)], "weight_decay": 0.0},
         {"params": [p for n, p in named.items() if decayed(n, p)], "weight_decay": weight_decay},
     ]
+    if groups_of is not None:
+        groups = groups_of(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
     records: list[dict[str, float | None]] = []
@@ -289,7 +293,7 @@ def reference_run(
         if step == unlock_after:
             model.requires_grad_(True)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step) * group.get("lr_scale", 1.0)
         if fed is not None:
             fed.kept = kept_patches(step)
         optimizer.zero_grad()

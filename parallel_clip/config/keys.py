@@ -18,6 +18,7 @@ Shards = str | list[str]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 CaptionKey = str | Annotated[dict[str, Positive], Field(min_length=1)]
 
 
@@ -134,12 +135,32 @@ class Train(ConfigSection):
 
 class Optimizer(ConfigSection):
     lr: float = Field(5e-4, ge=0, description="highest learning rate")
+    lr_vision: float | None = Field(
+        None, ge=0, description="that of the image tower; null: `optimizer.lr`"
+    )
+    lr_text: float | None = Field(
+        None, ge=0, description="that of the text tower; null: `optimizer.lr`"
+    )
+    lr_logit: float | None = Field(
+        None, ge=0, description="that of `logit_scale` and `logit_bias`; null: `optimizer.lr`"
+    )
+    layer_decay: LayerDecay | dict[Literal["vision", "text"], LayerDecay | None] | None = Field(
+        None,
+        description="learning rate of a layer, in parts of that of the layer after it; a number, "
+        "or {vision: 0.75, text: null}; null: 1",
+    )
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.98), strict=False, description="decay of the first and of the second moment"
     )
     eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(
         0.2, ge=0, description="on weights of two or more dimensions, norms' apart"
+    )
+    no_decay: Literal["openclip3", "openclip4"] | list[str] = Field(
+        "openclip3",
+        description="weights of two or more dimensions that do not decay; openclip3: norms'; "
+        "openclip4: position and class embeddings as well; or patterns of OpenCLIP's names, beside "
+        "norms: ['*positional_embedding']",
     )
     clip_grad_norm: float | None = Field(
         None, gt=0, description="largest L2 norm of the whole gradient; null: unclipped"

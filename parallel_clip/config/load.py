@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
-from parallel_clip.config.keys import Config, Data, parse_bytes, parse_seconds
+from parallel_clip.config.keys import Config, Data, Optimizer, parse_bytes, parse_seconds
 from parallel_clip.config.resume import check_allowed
 from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
 from parallel_clip.errors import InputError
@@ -127,6 +127,7 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield "schedule.min_lr is for schedule.kind cosine and wsd, not constant; leave it out"
     if schedule.min_lr > config.optimizer.lr:
         yield f"schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
+    yield from _rates_of_no_schedule(config.optimizer)
     steps = config.train.steps
     if schedule.kind == "wsd" and steps and schedule.warmup + schedule.cooldown > steps:
         yield (
@@ -137,6 +138,17 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield (
             f"evaluate.every {evaluate.every} has nothing to evaluate; give evaluate.loss, "
             "evaluate.retrieval or evaluate.zero_shot, or set evaluate.every to 0"
+        )
+
+
+def _rates_of_no_schedule(settings: Optimizer) -> Iterator[str]:
+    """Where there is no `optimizer.lr` whose schedule the other learning rates could follow."""
+    given = settings.model_dump(include={"lr_vision", "lr_text", "lr_logit"}, exclude_none=True)
+    if settings.lr == 0 and given:
+        shown = ", ".join(f"optimizer.{key} {value:g}" for key, value in given.items())
+        yield (
+            f"optimizer.lr is 0, and {shown} would be parts of its schedule; set optimizer.lr "
+            "to the largest of them, and to 0 the one of what is to stay as it is"
         )
 
 

@@ -83,7 +83,9 @@ def _phrase(annotation: Any, bounds: str = "") -> str:
     if origin is list:
         return f"list, each {_phrase(members[0])}"
     if origin is dict:
-        return "mapping" if members[1] is Any else f"mapping, each {_phrase(members[1])}"
+        known = get_args(members[0])
+        of = f"mapping with {', '.join(known)}" if known else "mapping"
+        return of if members[1] is Any else f"{of}, each {_phrase(members[1])}"
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

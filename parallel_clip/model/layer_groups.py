@@ -23,9 +23,9 @@ class LayerGroups(NamedTuple):
         with the tower's last norm; outermost the projection, for timm with the attention pool.
         A group that the tower has nothing of is not counted.
     count: of groups; the outermost is count - 1.
-    lockable: OpenCLIP's `lock(unlocked_groups=N)` counts the groups 0 to lockable - 1, of which it
-        freezes all but the last N. The linear layer that OpenCLIP puts behind a trunk of timm is a
-        group beyond those, and trains always.
+    lockable: OpenCLIP 3.3's `lock(unlocked_groups=N)` counts the groups 0 to lockable - 1, of which
+        it freezes all but the last N. The linear layer that OpenCLIP puts behind a trunk of timm is
+        a group beyond those and trains always; OpenCLIP 4 counts, and locks, it with the others.
     """
 
     number: dict[str, int]

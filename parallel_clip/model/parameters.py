@@ -112,7 +112,8 @@ class Constant:
 class Parameter:
     """name: in an OpenCLIP state dict; module: in CLIPModel, layers counted over the whole tower;
     shape: in full; initial: how its first value is made; decayed: whether AdamW's weight decay acts
-    on it; placement: on the tensor ranks."""
+    on it, by OpenCLIP 3's rule (`optimizer.no_decay` may spare more); placement: on the tensor
+    ranks."""
 
     name: str
     module: str

@@ -7,7 +7,7 @@ not depend on how they are split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from parallel_clip.config import Optimizer as OptimizerSettings
 from parallel_clip.model.clip import global_parameters
 from parallel_clip.optimizer import MOMENTS
+from parallel_clip.optimizer.update_rules import UpdateRule, update_rules
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,27 @@ class OwnedState:
 
 
 class MegatronAdamW:
-    """AdamW over those of a rank's tensors that are trained, decayed as OpenCLIP 3.x does.
+    """AdamW over those of a rank's tensors that are trained, each by its rule in update_rules.py.
 
-    wrapped: the rank's model chunks under DDP, whose config says in which precision they run.
+    wrapped: the rank's model chunks under DDP, whose config says in which precision they run;
+    trained_since: after how many updates some parameters began to be trained, by name.
     """
 
-    def __init__(self, wrapped: Sequence[DistributedDataParallel], settings: OptimizerSettings):
+    def __init__(
+        self,
+        wrapped: Sequence[DistributedDataParallel],
+        settings: OptimizerSettings,
+        trained_since: Mapping[str, int] | None = None,
+    ):
         self.wrapped = list(wrapped)
         first = self.wrapped[0]
         dtype = first.module.config.params_dtype
         self._device = next(first.module.parameters()).device
         self.weight_decay = settings.weight_decay
+        rules = update_rules(first.module.architecture, settings)
         parameters = global_parameters([ddp.module for ddp in self.wrapped])
-        decayed = {id(tensor) for parameter, tensor in parameters if parameter.decayed}
-        undecayed = ParamWithNamePredicate("undecayed", lambda tensor, _: id(tensor) not in decayed)
+        by_tensor = {id(tensor): rules[parameter.name] for parameter, tensor in parameters}
+        since = {id(t): (trained_since or {}).get(parameter.name, 0) for parameter, t in parameters}
         chain = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -67,7 +75,7 @@ class MegatronAdamW:
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
             self.wrapped,
-            config_overrides={ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}},
+            config_overrides=_overrides(by_tensor, since),
             use_gloo_process_groups=False,
         )
         (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
@@ -120,9 +128,9 @@ class MegatronAdamW:
             torch._foreach_mul_(grads, coefficient)
 
     def update(self, lr: float) -> None:
-        """Update the weights with the gradients that were clipped."""
+        """Update the weights with the gradients that were clipped; `lr`: of the step."""
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self._megatron.step_with_ready_grads()
 
@@ -162,9 +170,10 @@ class MegatronAdamW:
             state[name] = part.to(master.device, copy=True).view_as(master)
         if isinstance(self._adam, torch.optim.AdamW):
             state["step"] = torch.tensor(float(step), device=master.device)
-        else:  # the fused ones count for all parameters together
+        else:  # the fused ones count for all parameters of a group together
             for group in self._adam.param_groups:
-                group["step"] = step
+                if any(parameter is master for parameter in group["params"]):
+                    group["step"] = step
 
     def _master(self, tensor: nn.Parameter) -> nn.Parameter | None:
         if not tensor.requires_grad:
@@ -172,6 +181,37 @@ class MegatronAdamW:
         if self.splits_state:
             return self._owned_masters.get(tensor)
         return getattr(tensor, "main_param", tensor)
+
+
+def _overrides(
+    rules: Mapping[int, UpdateRule], since: Mapping[int, int]
+) -> dict[ParamKey, dict[str, float]]:
+    """What megatron-core makes parameter groups by: those of the same overrides are one group, and
+    every rank has a group, if an empty one, for what any rank has.
+
+    rules and since (which update a tensor was first trained after): by the id of a tensor. The
+    fused optimizers count updates by group.
+    """
+
+    def where(name: str, holds: Callable[[UpdateRule], bool]) -> ParamKey:
+        predicate = ParamWithNamePredicate(name, lambda tensor, _: holds(rules[id(tensor)]))
+        return ParamKey(with_name_predicate=predicate)
+
+    def began(updates: int) -> ParamKey:
+        predicate = ParamWithNamePredicate(
+            f"trained since {updates}", lambda tensor, _: since[id(tensor)] == updates
+        )
+        return ParamKey(with_name_predicate=predicate)
+
+    # What is as megatron-core has it by itself is left out: groups keep their order.
+    scales = {rule.lr_scale for rule in rules.values()} - {1.0}
+    overrides = {where("undecayed", lambda rule: not rule.decayed): {"wd_mult": 0.0}}
+    for scale in sorted(scales):
+        of_scale = where(f"lr_scale {scale!r}", lambda rule, scale=scale: rule.lr_scale == scale)
+        overrides[of_scale] = {"lr_mult": scale}
+    for updates in sorted(set(since.values()) - {0}):
+        overrides[began(updates)] = {"trained_since": updates}
+    return overrides
 
 
 def _masters_by_tensor(split: DistributedOptimizer) -> dict[nn.Parameter, nn.Parameter]:

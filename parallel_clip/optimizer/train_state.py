@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -70,12 +70,13 @@ def build_train_state(
     settings: OptimizerSettings,
     distributed_optimizer: bool = True,
     frozen: FrozenParts = NOTHING_FROZEN,
+    trained_since: Mapping[str, int] | None = None,
 ) -> TrainState:
     """Build this rank's stages on its device, wrap them, and make their optimizer.
 
     stages: all of the pipeline, in the order in which data pass through them;
     distributed_optimizer: split masters and moments over the data ranks (ZeRO-1); frozen: what is
-    not trained.
+    not trained; trained_since: after how many updates other parameters began to be, by name.
     """
     with groups.device:
         chunks = [
@@ -87,4 +88,4 @@ def build_train_state(
     kept = FrozenWeights(
         [tensor for _, tensor in global_parameters(chunks)], groups.data_rank, groups.layout.data
     )
-    return TrainState(chunks, wrapped, MegatronAdamW(wrapped, settings), kept)
+    return TrainState(chunks, wrapped, MegatronAdamW(wrapped, settings, trained_since), kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from parallel_clip.config import Config, Freeze, PartlyFrozen
@@ -14,10 +15,14 @@ from parallel_clip.plan.layout_plan import LayoutPlan
 
 
 def build_planned_state(
-    config: Config, architecture: Architecture, plan: LayoutPlan, groups: Groups
+    config: Config,
+    architecture: Architecture,
+    plan: LayoutPlan,
+    groups: Groups,
+    trained_since: Mapping[str, int] | None = None,
 ) -> TrainState:
     """The training state of this rank; its weights are not set yet. Serves the trainer and, on fake
-    tensors, the memory count."""
+    tensors, the memory count. trained_since: see `build_train_state`."""
     options = ModelOptions(
         precision=config.precision,
         recompute=config.recompute,
@@ -34,6 +39,7 @@ def build_planned_state(
         config.optimizer,
         distributed_optimizer=config.parallel.distributed_optimizer,
         frozen=frozen_parts(architecture, config.freeze),
+        trained_since=trained_since,
     )
 
 

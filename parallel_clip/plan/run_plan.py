@@ -38,6 +38,7 @@ from parallel_clip.plan.resume import (
     require_same_data,
 )
 from parallel_clip.plan.start_model import check_trainable, find_start_model
+from parallel_clip.plan.update_words import update_words
 
 # What is left is for what `count_stages` does not count: what kernels work in, gradients on their
 # way, NCCL's buffers, gaps of the allocator.
@@ -62,7 +63,7 @@ class RunPlan:
     epoch; reading: what the order makes machines read; left_out: paths of the shards that
     `data.missing: skip` does without; prompts: of `evaluate.zero_shot`; versions: of the packages
     on rank 0; memory: what each pipeline stage holds, None where it was not counted; notes: what to
-    tell of the model and its preprocessing.
+    tell of the model, its preprocessing and its updates.
     """
 
     config: Config
@@ -93,6 +94,12 @@ class RunPlan:
     @property
     def frozen(self) -> FrozenParts:
         return frozen_parts(self.architecture, self.config.freeze)
+
+    @property
+    def trained_since(self) -> dict[str, int]:
+        """After how many updates parameters began to be trained that were frozen, by name."""
+        before = self.resume.meta
+        return before.trained_since_with(self.frozen.names) if before else {}
 
     @property
     def run_dir(self) -> Path:
@@ -131,6 +138,7 @@ def make_run_plan(
     start = find_start_model(config, resume)
     config, architecture, stored = start.config, start.architecture, start.source
     check_trainable(architecture, config.model.override)
+    updates = update_words(architecture, config.optimizer)
     costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
     layout_plan = make_layout_plan(costs, world_size, config)
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
@@ -176,6 +184,7 @@ def make_run_plan(
             *start.notes,
             f"preprocessing: {preprocess_words}",
             *built_tokenizer.notes,
+            *updates,
             *memory_notes,
         ),
     )

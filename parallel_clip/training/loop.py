@@ -16,6 +16,7 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
 from parallel_clip.evaluate.interrupt import EvaluationInterrupted, InterruptibleBatches
 from parallel_clip.optimizer.train_state import TrainState
+from parallel_clip.optimizer.update_rules import peak_scales
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.bad_steps import BadStepPolicy
 from parallel_clip.training.exchange import tell_all
@@ -63,7 +64,6 @@ class TrainingLoop:
             tuple(before.skipped) if before else (),
         )
         self.updates = before.updates if before else 0
-        self.trained_since = before.trained_since_with(plan.frozen.names) if before else {}
         self.step = TrainStep(
             state,
             build_loss(plan.config.loss, groups, on_all_stages),
@@ -81,7 +81,13 @@ class TrainingLoop:
         self.first_save_seconds = 12 * own / groups.layout.data / 1e8  # by size, at 100 MB/s
         self.log: RunLog | None = None
         if groups.is_rank_zero:
-            self.log = RunLog(plan.run_dir, plan.steps, plan.batch.global_batch, plan.resume.step)
+            self.log = RunLog(
+                plan.run_dir,
+                plan.steps,
+                plan.batch.global_batch,
+                plan.resume.step,
+                peak_scales(plan.config.optimizer),
+            )
         self.samples = SampleLog(
             plan.run_dir,
             groups,
@@ -242,7 +248,7 @@ class TrainingLoop:
             data=plan.data_fingerprint,
             updates=self.updates,
             frozen=tuple(sorted(plan.frozen.names)),
-            trained_since=self.trained_since,
+            trained_since=plan.trained_since,
             grad_norms=tuple(self.policy.grad_norms),
             skipped=tuple(self.policy.skipped),
             config=plan.config.to_record(),

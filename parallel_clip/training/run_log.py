@@ -90,7 +90,16 @@ class LineLog:
 class RunLog:
     """Rank 0's record of the run. On other ranks there is none."""
 
-    def __init__(self, run_dir: Path, total_steps: int, global_batch: int, resumed_from: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        global_batch: int,
+        resumed_from: int,
+        lr_scales: Mapping[str, float],
+    ):
+        """lr_scales: further learning rates to write, by the field's name, in parts of `lr`."""
+        self._lr_scales = lr_scales
         self._total = total_steps
         self._global_batch = global_batch
         self._metrics = LineLog(run_dir / METRICS_FILE)
@@ -114,6 +123,7 @@ class RunLog:
             "step": step,
             "samples_seen": step * self._global_batch,
             **{k: v if v is None or math.isfinite(v) else None for k, v in values.items()},
+            **{name: record.lr * scale for name, scale in self._lr_scales.items()},
             **means,
             "memory_bytes": memory_bytes,
             "bad_samples": bad_samples,

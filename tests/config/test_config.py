@@ -189,6 +189,13 @@ def test_an_unknown_key_among_the_overrides(tmp_path):
         ({"precision": "fp16"}, 'precision is "fp16"; expected one of fp32, bf16'),
         ({"loss": {"kind": "clip"}}, 'loss.kind is "clip"; expected one of infonce, sigmoid'),
         ({"optimizer": {"lr": -1}}, "optimizer.lr is -1; expected number ≥ 0"),
+        (
+            {"optimizer": {"layer_decay": {"visual": 0.5}}},
+            'optimizer.layer_decay is {"visual": 0.5}; expected number > 0 and ≤ 1 or mapping with '
+            "vision, text, each number > 0 and ≤ 1 or null",
+        ),
+        ({"optimizer": {"layer_decay": 1.5}}, "optimizer.layer_decay is 1.5; expected number > 0"),
+        ({"optimizer": {"no_decay": "openclip5"}}, 'optimizer.no_decay is "openclip5"; expected'),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr is Infinity; expected number ≥ 0"),
         (
             {"optimizer": {"betas": [0.9, 1.0]}},
@@ -284,6 +291,10 @@ def test_all_problems_are_told_at_once_and_each_once():
         ({"schedule": {"kind": "constant", "min_lr": 1e-5}}, "schedule.min_lr is for"),
         ({"schedule": {"min_lr": 1.0}}, "schedule.min_lr 1 is above optimizer.lr 0.0005"),
         ({"schedule": {"kind": "wsd", "warmup": 8, "cooldown": 5}}, "more than train.steps 10"),
+        (
+            {"optimizer": {"lr": 0, "lr_text": 1e-5, "lr_logit": 0}},
+            "optimizer.lr is 0, and optimizer.lr_text 1e-05, optimizer.lr_logit 0 would be parts",
+        ),
         ({"evaluate": {"every": 5}}, "evaluate.every 5 has nothing to evaluate"),
     ],
 )
@@ -459,6 +470,23 @@ def test_what_is_allowed_may_differ_and_is_told():
     assert found.refused == ["optimizer.eps: 1e-06 → 1e-08"]
     new["resume"]["allow"] = ["optimizer"]
     assert resume_differences(config_from_dict(SMALL), config_from_dict(new)).refused == []
+
+
+def test_learning_rates_of_parts_may_differ_only_where_allowed(tmp_path):
+    path = write(tmp_path, write_yaml(SMALL | {"optimizer": {"no_decay": "openclip4"}}))
+    saved = load_config(path)
+    overrides = ["optimizer.lr_text=1e-5", "optimizer.layer_decay.vision=0.75"]
+    overrides.append("optimizer.no_decay=['*embedding']")
+    new = load_config(path, overrides)
+    assert new.optimizer.layer_decay == {"vision": 0.75}
+    told = [
+        "optimizer.lr_text: null → 1e-05",
+        'optimizer.no_decay: "openclip4" → ["*embedding"]',
+        "optimizer.layer_decay.vision: null → 0.75",
+    ]
+    assert resume_differences(saved, new).refused == told
+    allow = "resume.allow=[optimizer.lr_text,optimizer.layer_decay,optimizer.no_decay]"
+    assert resume_differences(saved, load_config(path, [*overrides, allow])).accepted == told
 
 
 @pytest.mark.parametrize("name", ["batch.global", "batch", "seed", "model", "model.name", "data"])

@@ -42,6 +42,9 @@ CASES: dict[str, Case] = {
     "sigmoid": Case(settings=bf16(loss={"kind": "sigmoid"})),
     "patch-dropout": Case(settings=bf16(), vision={"patch_dropout": 0.4}),
     "data": Case(2, 1, bf16()),
+    "data-layer-decay": Case(
+        2, 1, bf16(optimizer={"layer_decay": 0.75, "lr_text": 1e-4, "no_decay": "openclip4"})
+    ),
     "data-whole-optimizer": Case(2, 1, bf16(parallel={"distributed_optimizer": False})),
     "data-sigmoid-ring": Case(2, 1, bf16(loss={"kind": "sigmoid", "exchange": "ring"})),
     "data-infonce-streamed": Case(2, 1, bf16(loss={"exchange": "ring"})),

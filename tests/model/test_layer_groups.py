@@ -1,5 +1,7 @@
 """Layer groups against what OpenCLIP's `lock` leaves unlocked, and timm's own layer decay."""
 
+import functools
+
 import pytest
 import torch
 from timm.optim import param_groups_layer_decay
@@ -19,13 +21,14 @@ MODELS = {kind: KINDS[kind] for kind in KINDS if kind.startswith("timm")} | {
 }
 
 
+@functools.cache
 def meta_model(kind: str) -> torch.nn.Module:
     with torch.device("meta"):
         return build_model(MODELS[kind])
 
 
 def unlocked_in_open_clip(kind: str, tower: str, groups: int) -> set[str]:
-    model = meta_model(kind)
+    model = meta_model(kind).requires_grad_(True)
     if tower == "vision":
         model.lock_image_tower(unlocked_groups=groups)
     else:
@@ -49,7 +52,7 @@ def test_the_last_groups_are_what_open_clip_unlocks(kind, tower):
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.startswith("timm")])
 def test_scales_by_group_are_timms(kind):
     groups = layer_groups(architecture_from_json(MODELS[kind], kind)).vision
-    trunk = meta_model(kind).visual.trunk
+    trunk = meta_model(kind).requires_grad_(True).visual.trunk
     names = {id(p): name for name, p in trunk.named_parameters()}
     for group in param_groups_layer_decay(trunk, layer_decay=0.5):
         for p in group["params"]:

@@ -28,6 +28,7 @@ class Case:
     pad: bool = False  # for a tensor size that does not divide the model
     freeze: dict[str, Any] | None = field(default=None, hash=False)
     exchange: str = "auto"  # "ring": texts streamed, logits in tiles that do not divide the batch
+    updates: str | None = None  # a name of UPDATES: learning rates of parts, and what decays
 
     @property
     def loss(self) -> str:
@@ -71,6 +72,7 @@ class Case:
         parts += [f"frozen-{words(self.freeze)}"] if self.freeze else []
         parts += ["clipped"] if self.clip_grad_norm else []
         parts += [self.exchange] if self.exchange != "auto" else []
+        parts += [self.updates] if self.updates else []
         return "-".join(parts)
 
 
@@ -116,6 +118,8 @@ COVERING = [
         recompute="full",
         freeze={"vision": {"unlocked_groups": 3}, "text": {"unlocked_groups": 1, "norms": True}},
     ),
+    Case("uneven", data=2, pipeline=2, microbatches=2, updates="embeddings-spared"),
+    Case("timm-pe-core", tensor=2, sequence=True, updates="patterns-spared"),
 ]
 
 # What of the towers is not trained.
@@ -182,6 +186,14 @@ def grid() -> list[Case]:
     ]
     cases += _padded()
     cases += _frozen()
+    cases += [
+        Case(model, *layout, pipeline=pipeline, updates=updates)
+        for model, (*layout, pipeline), updates in product(
+            ("uneven", "siglip", "timm-siglip", "timm-pe-core"),
+            [(1, 1, False, 1), (2, 1, False, 1), (1, 2, True, 1), (1, 1, False, 2)],
+            ("embeddings-spared", "patterns-spared"),
+        )
+    ]
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 

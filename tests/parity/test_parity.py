@@ -17,6 +17,7 @@ from tests.launcher import succeed
 from tests.parity.cases import COVERING, Case, grid
 from tests.parity.models import MODELS
 from tests.parity.run_files import read_ledger, read_metrics, write_config
+from tests.parity.updates import UPDATES, groups_of
 from tests.reference import (
     Batch,
     Reference,
@@ -50,6 +51,8 @@ class Setting:
 
     def reference(self, case: Case, precision: str, kept=None) -> Reference:
         optimizer = {key: value for key, value in OPTIMIZER.items() if key != "lr"}
+        if case.updates is not None:
+            optimizer["groups_of"] = groups_of(UPDATES[case.updates], OPTIMIZER["lr"])
         return reference_run(
             MODELS[self.model],
             self.weights,
@@ -88,7 +91,8 @@ def reference(setting):
     trained: dict[tuple, Reference] = {}
 
     def get(case: Case, precision: str) -> Reference:
-        key = (case.model, case.batch, case.clip_grad_norm, repr(case.freeze), precision)
+        key = (case.model, case.batch, case.clip_grad_norm, precision, case.updates)
+        key = (*key, repr(case.freeze))
         if key not in trained:
             trained[key] = setting(case).reference(case, precision)
         return trained[key]
@@ -107,7 +111,9 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
         "precision": case.precision,
         "recompute": case.recompute,
         "train": {"steps": STEPS},
-        "optimizer": {**OPTIMIZER, "clip_grad_norm": case.clip_grad_norm},
+        "optimizer": OPTIMIZER
+        | {"clip_grad_norm": case.clip_grad_norm}
+        | UPDATES.get(case.updates, {}),
         "schedule": {"kind": "cosine", "warmup": WARMUP},
         "freeze": case.freeze or {},
         "data": {
@@ -161,6 +167,15 @@ def assert_same_steps(ours: list[dict], reference: Reference, batch: int) -> Non
             assert line["logit_bias"] is None
         else:
             assert line["logit_bias"] == pytest.approx(wanted["logit_bias"], rel=tolerance), where
+
+
+def assert_rates_of_parts(ours: list[dict], settings: dict) -> None:
+    """Those that the config sets are in the metrics, and no others."""
+    peaks = {key: peak for key, peak in settings.items() if key.startswith("lr_")}
+    for line in ours:
+        found = {key: value for key, value in line.items() if key.startswith("lr_")}
+        share = line["lr"] / OPTIMIZER["lr"]
+        assert found == {key: pytest.approx(peak * share) for key, peak in peaks.items()}
 
 
 def without_key_bias(name: str, value: torch.Tensor, rotary: bool) -> torch.Tensor:
@@ -222,6 +237,7 @@ def test_a_run_is_open_clips(case, setting, reference, tmp_path):
     else:
         wanted = reference(case, "fp32")
     assert_same_steps(metrics, wanted, case.batch)
+    assert_rates_of_parts(metrics, UPDATES.get(case.updates, {}))
     succeed("convert", run, tmp_path / "converted", "--to", "openclip")
     rotary = case.model == "timm-pe-core"
     weights = load_weights(tmp_path / "converted")
