@@ -29,7 +29,7 @@ def test_names_are_those_that_open_clip_locks(kind, norms):
         except InputError:
             assert groups >= 4  # of two blocks, some without a projection
             continue
-        model = meta_model(kind)
+        model = meta_model(kind).requires_grad_(True)
         lock_towers(model, {"vision": how, "text": how})
         assert ours == {name for name, p in model.named_parameters() if not p.requires_grad}
 
