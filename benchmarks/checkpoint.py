@@ -132,7 +132,7 @@ def build_state(model: str, groups: Groups) -> TrainState:
     )
     torch.manual_seed(groups.rank)
     for _, tensor in state.global_parameters():
-        state.optimizer.set_weight(tensor, torch.randn(tensor.shape))
+        state.set_weight(tensor, torch.randn(tensor.shape))
         moments = {name: torch.rand(tensor.shape) for name in MOMENTS}
         state.optimizer.set_moments(tensor, moments, step=1)
     return state

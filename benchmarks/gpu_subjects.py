@@ -215,7 +215,7 @@ def our_step(
     stages = partition(architecture.costs, 1)
     built = build_train_state(architecture, options, stages, groups, settings)
     for parameter, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, case.weights[parameter.name])
+        built.set_weight(tensor, case.weights[parameter.name])
     stash = case.microbatches if keeps_graphs else 0
     step = TrainStep(built, ClipLoss(group=groups.data, tile=tile), stash, groups.pipeline)
     batches = resident_batches(case) if pictures == "resident" else sent_batches(case, pictures)

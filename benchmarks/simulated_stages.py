@@ -352,7 +352,7 @@ def _real_stages(groups: Groups, case: Case) -> list[DistributedDataParallel]:
     stages = partition(REAL.costs, case.ranks, case.chunks)
     built = build_train_state(REAL, ModelOptions(), stages, groups, Optimizer())
     for parameter, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, initial_value(parameter, seed=0))
+        built.set_weight(tensor, initial_value(parameter, seed=0))
     return built.wrapped
 
 

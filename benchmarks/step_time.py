@@ -34,6 +34,7 @@ from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.frozen import NOTHING_FROZEN, FrozenParts
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.optimizer.train_state import build_train_state
@@ -154,10 +155,14 @@ def open_clip_step(
     images: Tensor,
     texts: Tensor,
     device: torch.device,
+    lock_image: bool = False,
 ) -> tuple[Step, dict[str, Tensor]]:
-    """OpenCLIP's trainer in one process, and the weights that it starts from."""
+    """OpenCLIP's trainer in one process, and the weights that it starts from. lock_image: its
+    --lock-image."""
     torch.manual_seed(0)
     model = open_clip.CLIP(**architecture.json).to(device)
+    if lock_image:
+        model.lock_image_tower()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     loss_function = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(open_clip_groups(model), lr=LR, betas=BETAS, eps=EPS)
@@ -182,7 +187,7 @@ def open_clip_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
         kinds = ("bn", "ln", "bias", "logit_scale")
         return parameter.ndim < 2 or any(kind in name for kind in kinds)
 
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for n, p in named if is_exempt(n, p)], "weight_decay": 0.0},
         {"params": [p for n, p in named if not is_exempt(n, p)], "weight_decay": WEIGHT_DECAY},
@@ -196,13 +201,15 @@ def parallel_clip_step(
     texts: Tensor,
     weights: dict[str, Tensor],
     groups: Groups,
+    frozen: FrozenParts = NOTHING_FROZEN,
 ) -> Step:
     """Our own training step with one microbatch, from the same weights."""
     settings = Optimizer(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     stages = partition(architecture.costs, 1)
-    built = build_train_state(architecture, ModelOptions(precision), stages, groups, settings)
+    options = ModelOptions(precision)
+    built = build_train_state(architecture, options, stages, groups, settings, frozen=frozen)
     for parameter, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, weights[parameter.name])
+        built.set_weight(tensor, weights[parameter.name])
     step = TrainStep(built, ClipLoss(group=groups.data), 1, groups.pipeline)
     inputs = StepInputs([texts], lambda _: Pictures(images))
     return lambda: step(inputs, LR).record.loss

@@ -72,7 +72,7 @@ def loaded_training(
         part = local_slice(
             weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
         )
-        built.optimizer.set_weight(tensor, part)
+        built.set_weight(tensor, part)
     return built
 
 

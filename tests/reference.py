@@ -218,6 +218,28 @@ def decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(kind in name for kind in kinds)
 
 
+def lock_towers(model: nn.Module, freeze: dict[str, Any]) -> None:
+    """By OpenCLIP's own functions: "all" of a tower, or {"unlocked_groups": N, "norms": bool}."""
+    for tower, how in freeze.items():
+        if how is None:
+            continue
+        settings = {"unlocked_groups": 0, "norms": False} | ({} if how == "all" else how)
+        if tower == "vision":
+            module = model.visual
+            model.lock_image_tower(unlocked_groups=settings["unlocked_groups"])
+        else:
+            module = getattr(model, "text", None) or nn.ModuleList(
+                [model.transformer, model.ln_final]
+            )
+            model.lock_text_tower(unlocked_layers=settings["unlocked_groups"])
+        if how == "all":  # OpenCLIP trains the layer that it puts behind a trunk of timm
+            module.requires_grad_(False)
+        if settings["norms"]:
+            for norm in module.modules():
+                if isinstance(norm, nn.LayerNorm):
+                    norm.requires_grad_(True)
+
+
 def reference_run(
     model_cfg: dict[str, Any],
     weights: dict[str, Tensor],
@@ -232,19 +254,23 @@ def reference_run(
     loss: Literal["infonce", "sigmoid"] = "infonce",
     kept_patches: Callable[[int], Tensor] | None = None,
     precision: Precision = "fp32",
+    freeze: dict[str, Any] | None = None,
+    unlock_after: int | None = None,
     save: tuple[int, Path] | None = None,
     groups_of: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
     `learning_rate` and `kept_patches` take the step counted from 0; the latter gives the patches
-    [B, K] that each sample of the batch keeps. `save`: after so many steps write the file that
-    open_clip_train does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in
-    "amp_bf16" fp32 under autocast, as in OpenCLIP's trainer. `groups_of`: parameter groups, of the
-    model and `weight_decay`, with the learning rate of each in parts of the step's as "lr_scale".
+    [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`, for the first
+    `unlock_after` steps, if given. `save`: after so many steps write the file that open_clip_train
+    does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in "amp_bf16" fp32
+    under autocast, as in OpenCLIP's trainer. `groups_of`: parameter groups, of the model and
+    `weight_decay`, with the learning rate of each in parts of the step's as "lr_scale".
     """
     model = build_model(model_cfg)
     model.load_state_dict(weights)
+    lock_towers(model, freeze or {})
     model.train()
     images = batch.images
     if precision == "pure_bf16":
@@ -253,10 +279,10 @@ def reference_run(
     fed = feed_patch_dropout(model) if kept_patches is not None else None
     loss_function = ClipLoss() if loss == "infonce" else SigLipLoss()
 
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = dict(model.named_parameters())
     groups = [
-        {"params": [p for n, p in trained.items() if not decayed(n, p)], "weight_decay": 0.0},
-        {"params": [p for n, p in trained.items() if decayed(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in named.items() if not decayed(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named.items() if decayed(n, p)], "weight_decay": weight_decay},
     ]
     if groups_of is not None:
         groups = groups_of(model, weight_decay)
@@ -264,6 +290,8 @@ def reference_run(
 
     records: list[dict[str, float | None]] = []
     for step in range(steps):
+        if step == unlock_after:
+            model.requires_grad_(True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step) * group.get("lr_scale", 1.0)
         if fed is not None:
@@ -272,7 +300,7 @@ def reference_run(
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp_bf16"):
             value = loss_function(*model(images, batch.texts))
         value.backward()
-        gradients = [p.grad.double() for p in trained.values()]
+        gradients = [p.grad.double() for p in named.values() if p.grad is not None]
         records.append(
             {
                 "loss": value.item(),
@@ -283,7 +311,7 @@ def reference_run(
             }
         )
         if clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(trained.values(), clip_grad_norm)
+            nn.utils.clip_grad_norm_(named.values(), clip_grad_norm)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))

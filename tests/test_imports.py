@@ -64,7 +64,10 @@ IMPURE = ["torch", "megatron"]
 
 # A dependency, or a part of one, and the only files and folders that may import or use it.
 ONLY_IN = {
-    "megatron": ["engine/", "model/", "pipeline/forward_backward.py", "optimizer/"],
+    "megatron": [
+        "engine/", "model/", "pipeline/forward_backward.py", "pipeline/communicator.py",
+        "optimizer/",
+    ],
     "megatron.core.parallel_state": ["engine/"],
     "megatron.core.mpu": ["engine/"],
     "torch.cuda": ["engine/device.py", "engine/doctor.py"],

@@ -127,7 +127,8 @@ class Checkpointer:
     def load(self, folder: Path, state: TrainState) -> Meta:
         """Fill a rank's weights, masters and moments from a checkpoint of any run and layout.
 
-        A checkpoint without moments (of a conversion) leaves the optimizer's as they are.
+        Tensors without moments there (of a conversion, or frozen so far) begin to be trained: the
+        optimizer's are left as they are.
 
         Raises:
             InputError: the checkpoint is damaged.
@@ -135,14 +136,18 @@ class Checkpointer:
         meta = Meta.read(folder)
         reader = PieceReader(folder)
         self.whole_step = meta.step
+        frozen_before = frozenset(meta.frozen)
         for parameter, tensor in self._ticking(state.global_parameters()):
+            has_moments = meta.has_moments and parameter.name not in frozen_before
+            kinds = KINDS if has_moments and tensor.requires_grad else KINDS[:1]
             values = {
                 kind: self._read_local(reader, f"{kind}:{parameter.name}", parameter)
-                for kind in (KINDS if meta.has_moments else KINDS[:1])
+                for kind in kinds
             }
-            state.optimizer.set_weight(tensor, values.pop("weight"))
-            if meta.has_moments and meta.updates > 0:
-                state.optimizer.set_moments(tensor, values, meta.updates)
+            state.set_weight(tensor, values.pop("weight"))
+            updates = meta.updates_of(parameter.name)
+            if values and updates > 0:
+                state.optimizer.set_moments(tensor, values, updates)
         return meta
 
     def verify(self, folder: Path) -> None:

@@ -21,12 +21,16 @@ def collect_pieces(state: TrainState, groups: Groups) -> Iterator[Piece]:
 
     Each tensor is gathered over its data-parallel group onto one rank, another for each tensor, so
     that they share the writing. A tensor that all tensor ranks hold is written by the first; each
-    stage of a pipeline writes its own.
+    stage of a pipeline writes its own. A frozen tensor has no moments.
     """
     for number, (parameter, tensor) in enumerate(state.global_parameters()):
         if parameter.placement.axis is None and groups.tensor_rank != 0:
             continue
-        values = _gather_state(tensor, state.optimizer, groups, to=number % groups.layout.data)
+        to = number % groups.layout.data  # as in FrozenWeights
+        if tensor.requires_grad:
+            values = _gather_state(tensor, state.optimizer, groups, to)
+        else:
+            values = state.frozen_weights.value(tensor)[None] if groups.data_rank == to else None
         if values is not None:
             yield from _cut(parameter, values, groups)
 
@@ -52,9 +56,10 @@ def _gather_state(
 
 
 def _cut(parameter: Parameter, state: Tensor, groups: Groups) -> Iterator[Piece]:
-    """The pieces of `state` [3, *local shape], this tensor rank's part of a tensor."""
+    """The pieces of `state` [3, *local shape], this tensor rank's part of a tensor; [1, ...] where
+    it has a weight alone."""
     axis = parameter.placement.axis
-    for kind, values in zip(KINDS, state, strict=True):
+    for kind, values in zip(KINDS, state, strict=False):
         key = f"{kind}:{parameter.name}"
         if axis is None:
             yield Piece(key, host_copy(values), parameter.shape)

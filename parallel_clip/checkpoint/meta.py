@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ class Meta:
     replaced so far; source_samples: pairs seen of each source; data: identifies the training
     samples and their order, see `RunShards.fingerprint`; model and preprocess: OpenCLIP's
     model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a path made absolute;
-    updates: of the optimizer, which are fewer than the steps where bad ones were skipped;
-    grad_norms and skipped: what `bad_steps` remembers of the last steps; config: of the run, all
-    keys; layout and versions: those that wrote the checkpoint.
+    updates: of the optimizer, which are fewer than the steps where bad ones were skipped; frozen:
+    names of the parameters that are not trained and have no moments; trained_since: after how many
+    updates others began to be, where not at once; grad_norms and skipped: what `bad_steps`
+    remembers of the last steps; config: of the run, all keys; layout and versions: those that wrote
+    the checkpoint.
     """
 
     step: int
@@ -41,6 +44,8 @@ class Meta:
     data: dict[str, Any] | None = None
     has_moments: bool = True
     updates: int = 0
+    frozen: tuple[str, ...] = ()
+    trained_since: dict[str, int] = field(default_factory=dict)
     grad_norms: tuple[float, ...] = ()
     skipped: tuple[int, ...] = ()
     config: dict[str, Any] | None = None
@@ -62,6 +67,15 @@ class Meta:
             preprocess=preprocess,
             tokenizer=tokenizer,
         )
+
+    def updates_of(self, name: str) -> int:
+        """How often Adam has updated a parameter."""
+        return self.updates - self.trained_since.get(name, 0)
+
+    def trained_since_with(self, frozen: Collection[str]) -> dict[str, int]:
+        """`trained_since` of a run that goes on from here with `frozen` frozen."""
+        since = self.trained_since | dict.fromkeys(self.frozen, self.updates)
+        return {name: updates for name, updates in since.items() if updates and name not in frozen}
 
     def write(self, folder: Path) -> FileRecord:
         return durable.write_new(folder / META_FILE, [json.dumps(asdict(self), indent=1).encode()])

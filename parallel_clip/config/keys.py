@@ -292,6 +292,27 @@ class Checkpoint(ConfigSection):
     failures: int = Field(0, ge=0, description="failed writes in a row that training goes on over")
 
 
+class PartlyFrozen(ConfigSection):
+    unlocked_groups: int = Field(
+        0,
+        ge=0,
+        description="groups that are trained, counted from the projection as OpenCLIP does: the "
+        "projection, the last block with its norm, and so on to the embedding",
+    )
+    norms: bool = Field(False, description="train the LayerNorms of the frozen groups as well")
+
+
+class Freeze(ConfigSection):
+    vision: Literal["all"] | PartlyFrozen | None = Field(
+        None,
+        description="what of the image tower is not trained: all, or all groups but the last few "
+        "(OpenCLIP's --lock-image, --lock-image-unlocked-groups)",
+    )
+    text: Literal["all"] | PartlyFrozen | None = Field(
+        None, description="likewise of the text tower (--lock-text, --lock-text-unlocked-layers)"
+    )
+
+
 class Watchdog(ConfigSection):
     timeout: float = Field(
         1800.0,
@@ -368,6 +389,7 @@ class Config(ConfigSection):
     optimizer: Optimizer = Optimizer()
     schedule: LearningRateSchedule = LearningRateSchedule()
     data: Data = Data()
+    freeze: Freeze = Freeze()
     checkpoint: Checkpoint = Checkpoint()
     watchdog: Watchdog = Watchdog()
     bad_steps: BadSteps = BadSteps()

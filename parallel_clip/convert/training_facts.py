@@ -54,6 +54,9 @@ def _rows(meta: Meta) -> Iterator[tuple[str, str]]:
         yield "precision of training", f"{config['precision']}, with fp32 master weights"
     if config.get("init", {}).get("from"):
         yield "weights began from", short_path(config["init"]["from"])
+    for tower, how in (config.get("freeze") or {}).items():
+        if how is not None:
+            yield f"not trained, of the {tower} tower", _frozen_words(how)
     if "seed" in config:
         yield "seed", str(config["seed"])
     if meta.layout:
@@ -85,6 +88,13 @@ def _optimizer_words(optimizer: Mapping[str, Any]) -> str:
     )
     clip = optimizer["clip_grad_norm"]
     return f"{words}, gradient norm clipped to {clip:g}" if clip else words
+
+
+def _frozen_words(how: str | dict[str, Any]) -> str:
+    if how == "all":
+        return "all"
+    norms = " and all LayerNorms" if how["norms"] else ""
+    return f"all but the last {how['unlocked_groups']} of its layer groups{norms}"
 
 
 def short_path(path: str) -> str:

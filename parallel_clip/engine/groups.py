@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from parallel_clip.engine.quiet import silence_dependency_warnings
 from parallel_clip.engine.rendezvous import job_store
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 T = TypeVar("T")
 
@@ -145,6 +148,21 @@ def make_groups(layout: Layout) -> Groups:
         model=parallel_state.get_model_parallel_group(),
         device=device_seam.current_device(),
     )
+
+
+def schedule_groups() -> ProcessGroupCollection:
+    """What megatron-core's schedules take for themselves where they are handed no groups."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection()
+    groups.tp = parallel_state.get_tensor_model_parallel_group()
+    groups.pp = parallel_state.get_pipeline_model_parallel_group()
+    groups.cp = parallel_state.get_context_parallel_group()
+    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups.embd = parallel_state.get_embedding_group(check_initialized=False)
+    groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
+    return groups
 
 
 def whole_model_groups() -> Groups:

@@ -32,10 +32,21 @@ class Handover:
     def sizes(self) -> list[int]:
         return [prod(shape) for shape in (self.vision, self.text) if shape is not None]
 
-    def pack(self, vision: Tensor | None, text: Tensor | None, length: int) -> Tensor:
+    def pack(
+        self,
+        vision: Tensor | None,
+        text: Tensor | None,
+        length: int,
+        empty: Tensor | None = None,
+    ) -> Tensor:
         """Both parts as one column [length, 1, 1], which megatron-core takes for a sequence of
-        `length` tokens of width 1; filled up with zeros."""
-        parts = [part.reshape(-1, 1, 1) for part in (vision, text) if part is not None]
+        `length` tokens of width 1; filled up with zeros. A part that has a shape and is None is
+        zeros, too, of the dtype and on the device of `empty`."""
+        parts = [
+            empty.new_zeros(prod(shape), 1, 1) if part is None else part.reshape(-1, 1, 1)
+            for part, shape in ((vision, self.vision), (text, self.text))
+            if shape is not None
+        ]
         message = torch.cat(parts)
         missing = length - len(message)
         return F.pad(message, (0, 0, 0, 0, 0, missing)) if missing else message

@@ -202,7 +202,8 @@ def recompute_activation(module: MegatronModule, cheap: Callable, x: Tensor, lin
     """linear(cheap(x)); under selective recompute the result of `cheap` is not kept for backward
     but made again from x. Norms and activations are cheap beside the memory that they cost."""
     selective = module.config.recompute_granularity == "selective"
-    if not (selective and module.training and torch.is_grad_enabled()):
+    # Where x has no gradient (all before is frozen), a recomputed norm's weights would have none.
+    if not (selective and module.training and torch.is_grad_enabled() and x.requires_grad):
         return linear(cheap(x))
     checkpoint = CheckpointWithoutOutput(fp8=None)
     output = linear(checkpoint.checkpoint(cheap, x))

@@ -39,19 +39,27 @@ class OwnedState:
 
 
 class MegatronAdamW:
-    """AdamW over a rank's tensors, each by its rule in update_rules.py.
+    """AdamW over those of a rank's tensors that are trained, each by its rule in update_rules.py.
 
-    wrapped: the rank's model chunks under DDP, whose config says in which precision they run.
+    wrapped: the rank's model chunks under DDP, whose config says in which precision they run;
+    trained_since: after how many updates some parameters began to be trained, by name.
     """
 
-    def __init__(self, wrapped: Sequence[DistributedDataParallel], settings: OptimizerSettings):
+    def __init__(
+        self,
+        wrapped: Sequence[DistributedDataParallel],
+        settings: OptimizerSettings,
+        trained_since: Mapping[str, int] | None = None,
+    ):
         self.wrapped = list(wrapped)
         first = self.wrapped[0]
         dtype = first.module.config.params_dtype
+        self._device = next(first.module.parameters()).device
         self.weight_decay = settings.weight_decay
         rules = update_rules(first.module.architecture, settings)
         parameters = global_parameters([ddp.module for ddp in self.wrapped])
         by_tensor = {id(tensor): rules[parameter.name] for parameter, tensor in parameters}
+        since = {id(t): (trained_since or {}).get(parameter.name, 0) for parameter, t in parameters}
         chain = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -67,7 +75,7 @@ class MegatronAdamW:
                 clip_grad=settings.clip_grad_norm or float("inf"),
             ),
             self.wrapped,
-            config_overrides=_overrides(by_tensor),
+            config_overrides=_overrides(by_tensor, since),
             use_gloo_process_groups=False,
         )
         (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
@@ -96,7 +104,8 @@ class MegatronAdamW:
         or in a collective, would not show in it.
         """
         buffers = [buffer.grad_data for ddp in self.wrapped for buffer in ddp.buffers]
-        all_finite = torch.stack([buffer.sum() for buffer in buffers]).isfinite().all()
+        sums = [buffer.sum() for buffer in buffers]  # none where all of this rank's is frozen
+        all_finite = torch.stack(sums or [torch.zeros((), device=self._device)]).isfinite().all()
         self._megatron.prepare_grads()
         # As megatron-core's `get_grad_norm_fp32`, which reads one number a tensor where neither
         # Transformer Engine nor Apex is.
@@ -128,7 +137,7 @@ class MegatronAdamW:
     # ------------------------------------------------------------- masters and moments by tensor
 
     def owned_state(self, tensor: nn.Parameter) -> OwnedState | None:
-        """This data rank's part of `tensor`; None where it owns nothing of it."""
+        """This data rank's part of `tensor`; None where it owns nothing of it, or it is frozen."""
         master = self._master(tensor)
         if master is None:
             return None
@@ -161,25 +170,37 @@ class MegatronAdamW:
             state[name] = part.to(master.device, copy=True).view_as(master)
         if isinstance(self._adam, torch.optim.AdamW):
             state["step"] = torch.tensor(float(step), device=master.device)
-        else:  # the fused ones count for all parameters together
+        else:  # the fused ones count for all parameters of a group together
             for group in self._adam.param_groups:
-                group["step"] = step
+                if any(parameter is master for parameter in group["params"]):
+                    group["step"] = step
 
     def _master(self, tensor: nn.Parameter) -> nn.Parameter | None:
+        if not tensor.requires_grad:
+            return None
         if self.splits_state:
             return self._owned_masters.get(tensor)
         return getattr(tensor, "main_param", tensor)
 
 
-def _overrides(rules: Mapping[int, UpdateRule]) -> dict[ParamKey, dict[str, float]]:
+def _overrides(
+    rules: Mapping[int, UpdateRule], since: Mapping[int, int]
+) -> dict[ParamKey, dict[str, float]]:
     """What megatron-core makes parameter groups by: those of the same overrides are one group, and
     every rank has a group, if an empty one, for what any rank has.
 
-    rules: by the id of a tensor.
+    rules and since (which update a tensor was first trained after): by the id of a tensor. The
+    fused optimizers count updates by group.
     """
 
     def where(name: str, holds: Callable[[UpdateRule], bool]) -> ParamKey:
         predicate = ParamWithNamePredicate(name, lambda tensor, _: holds(rules[id(tensor)]))
+        return ParamKey(with_name_predicate=predicate)
+
+    def began(updates: int) -> ParamKey:
+        predicate = ParamWithNamePredicate(
+            f"trained since {updates}", lambda tensor, _: since[id(tensor)] == updates
+        )
         return ParamKey(with_name_predicate=predicate)
 
     # What is as megatron-core has it by itself is left out: groups keep their order.
@@ -188,6 +209,8 @@ def _overrides(rules: Mapping[int, UpdateRule]) -> dict[ParamKey, dict[str, floa
     for scale in sorted(scales):
         of_scale = where(f"lr_scale {scale!r}", lambda rule, scale=scale: rule.lr_scale == scale)
         overrides[of_scale] = {"lr_mult": scale}
+    for updates in sorted(set(since.values()) - {0}):
+        overrides[began(updates)] = {"trained_since": updates}
     return overrides
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from torch import nn
+from torch import Tensor, nn
 
 from parallel_clip.config import Optimizer as OptimizerSettings
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel, global_parameters
+from parallel_clip.model.frozen import NOTHING_FROZEN, FrozenParts
 from parallel_clip.model.megatron_config import ModelOptions, set_gradient_hooks
 from parallel_clip.model.parameters import Parameter
 from parallel_clip.optimizer.adamw import MegatronAdamW
+from parallel_clip.optimizer.frozen_weights import FrozenWeights
 from parallel_clip.stages.partition import chunks_of
 from parallel_clip.stages.stage import Stage
 
@@ -38,17 +40,26 @@ def wrap_for_data_parallel(
 class TrainState:
     """A rank's slice of the model, wrapped for data parallelism, with its optimizer.
 
-    When it is built its weights are not set yet: by `optimizer.set_weight`, or from a checkpoint.
-    chunks: the stages that this rank holds, in order: one, or several virtual ones.
+    When it is built its weights are not set yet: by `set_weight`, or from a checkpoint.
+    chunks: the stages that this rank holds, in order: one, or several virtual ones; frozen_weights:
+    the fp32 values of tensors that are frozen and rounded.
     """
 
     chunks: list[CLIPModel]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronAdamW
+    frozen_weights: FrozenWeights
 
     def global_parameters(self) -> list[tuple[Parameter, nn.Parameter]]:
         """Each tensor of the rank with the parameter that it is a slice of."""
         return global_parameters(self.chunks)
+
+    def set_weight(self, tensor: nn.Parameter, value: Tensor) -> None:
+        """Set a tensor and its fp32 value, wherever that is. `value`: fp32, of its shape."""
+        if tensor.requires_grad:
+            self.optimizer.set_weight(tensor, value)
+        else:
+            self.frozen_weights.set(tensor, value)
 
 
 def build_train_state(
@@ -58,17 +69,23 @@ def build_train_state(
     groups: Groups,
     settings: OptimizerSettings,
     distributed_optimizer: bool = True,
+    frozen: FrozenParts = NOTHING_FROZEN,
+    trained_since: Mapping[str, int] | None = None,
 ) -> TrainState:
     """Build this rank's stages on its device, wrap them, and make their optimizer.
 
     stages: all of the pipeline, in the order in which data pass through them;
-    distributed_optimizer: split masters and moments over the data ranks (ZeRO-1).
+    distributed_optimizer: split masters and moments over the data ranks (ZeRO-1); frozen: what is
+    not trained; trained_since: after how many updates other parameters began to be, by name.
     """
     with groups.device:
         chunks = [
-            CLIPModel(architecture, options, groups.tensor, stages, stage.number)
+            CLIPModel(architecture, options, groups.tensor, stages, stage.number, frozen)
             for stage in chunks_of(stages, groups.layout.pipeline, groups.pipeline_rank)
         ]
     # With one data-parallel rank there is nothing to split, only copies to make.
     wrapped = wrap_for_data_parallel(chunks, distributed_optimizer and groups.layout.data > 1)
-    return TrainState(chunks, wrapped, MegatronAdamW(wrapped, settings))
+    kept = FrozenWeights(
+        [tensor for _, tensor in global_parameters(chunks)], groups.data_rank, groups.layout.data
+    )
+    return TrainState(chunks, wrapped, MegatronAdamW(wrapped, settings, trained_since), kept)

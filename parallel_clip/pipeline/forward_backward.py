@@ -13,6 +13,7 @@ So a step makes two passes, both through megatron-core's own schedule:
 under Memory Limited Setup", arXiv 2101.06983): one more forward, and the memory of 1F1B. `stash`
 all is a plain step: no extra forward, and the memory of all microbatches. In between, each
 microbatch that keeps its graph saves a forward and costs its activations. The gradient is the same.
+A tower that is frozen whole runs in pass 1 alone.
 
 m microbatches, b pairs in each, D the embedding width; features are [2, b, D], pictures first.
 """
@@ -31,7 +32,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup
 
 from parallel_clip.engine.collectives import broadcast_from_last_stage
-from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.clip import Again, CLIPModel
+from parallel_clip.pipeline.communicator import gradient_messages
 from parallel_clip.pipeline.inputs import StepInputs
 from parallel_clip.pipeline.logit_parameters import shared_logit_parameters
 
@@ -71,10 +73,10 @@ def forward_backward(
 
 
 class _Graph(NamedTuple):
-    """The graph of a forward pass of pass 1: the edge at its result, and the message that it took.
-    The result itself is freed once it has been sent."""
+    """The graph of a forward pass of pass 1: the edge at its result, None where nothing in it is
+    trained, and the message that it took. The result itself is freed once it has been sent."""
 
-    result: GradientEdge
+    result: GradientEdge | None
     received: Tensor | None
 
 
@@ -149,6 +151,7 @@ class TwoPassStep:
         count, model = self.microbatches, self.chunks[0].module
         length = model.messages.length(len(self.inputs.tokens[0]), model.training)
         return get_forward_backward_func()(
+            **gradient_messages(self.chunks),
             forward_step_func=forward_step,
             data_iterator=[iter(range(count)) for _ in self.chunks],
             model=list(self.chunks),
@@ -171,7 +174,8 @@ class TwoPassStep:
             received = chunk.module.input_tensor
             result = self.run_forward(chunk, number, self.microbatches)
         if keep:
-            self.graphs[chunk.module, number] = _Graph(get_gradient_edge(result), received)
+            edge = get_gradient_edge(result) if result.requires_grad else None
+            self.graphs[chunk.module, number] = _Graph(edge, received)
         return result.detach(), lambda features, **_: features
 
     def _forward_for_backward(self, numbers: Iterator[int], chunk: DistributedDataParallel):
@@ -179,19 +183,27 @@ class TwoPassStep:
         number = next(numbers)
         graph = self.graphs.pop((chunk.module, number), None)
         if graph is None:
-            result = self.run_forward(chunk, number, self.first_stashed)
+            last = chunk.module.stage.is_last
+            again = Again(self.features[number] if last else None)
+            result = self.run_forward(chunk, number, self.first_stashed, again)
         else:
             result = self._replay(chunk.module, number, graph)
         return result, lambda features: (self.surrogate_loss(features, number), {})
 
-    def run_forward(self, chunk: DistributedDataParallel, number: int, stop: int) -> Tensor:
+    def run_forward(
+        self,
+        chunk: DistributedDataParallel,
+        number: int,
+        stop: int,
+        again: Again | None = None,
+    ) -> Tensor:
         """A microbatch through a stage, in a pass that runs microbatches 0 to `stop` - 1 forward.
         A stage's microbatches come in ascending order, whatever the schedule."""
         images = kept = None
-        if chunk.module.stage.is_first:
+        if chunk.module.stage.is_first and not (again and chunk.module.frozen.vision.whole):
             following = number + 1 if number + 1 < stop else None
             images, kept = self.inputs.pictures(number, following)
-        return chunk(images, self.inputs.tokens[number], kept)
+        return chunk(images, self.inputs.tokens[number], kept, again)
 
     def _replay(self, model: CLIPModel, number: int, graph: _Graph) -> Tensor:
         """A result whose backward is that of pass 1's forward. On the last stage its values are the
@@ -205,6 +217,8 @@ class TwoPassStep:
                 length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
             )
         received = model.pop_input_tensor()
+        if graph.result is None:
+            return values
         if received is None:  # autograd records nothing where no input wants a gradient
             received = torch.empty(0, requires_grad=True)
         return _Replay.apply(received, graph, lambda: values)

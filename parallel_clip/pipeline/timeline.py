@@ -25,13 +25,15 @@ from parallel_clip.pipeline.orders import OpKind, PipelineOp
 class Costs:
     """Seconds of one microbatch: on each virtual stage q, and of a message between two of them.
 
-    `forward_without_graph` is [Q] as the others; None where it equals `forward`.
+    `forward_without_graph`, and `forward_again` in the second pass, are [Q] as the others; None
+    where they equal `forward`.
     """
 
     forward: Sequence[float]
     backward: Sequence[float]
     message: float = 0.0
     forward_without_graph: Sequence[float] | None = None
+    forward_again: Sequence[float] | None = None
 
     def seconds(self, op: PipelineOp, stage: int) -> float:
         """Seconds of an op (any but the loss) on a virtual stage."""
@@ -41,11 +43,14 @@ class Costs:
             return self.backward[stage]
         if op.kind is OpKind.FORWARD_WITHOUT_GRAPH and self.forward_without_graph is not None:
             return self.forward_without_graph[stage]
+        if op.kind is OpKind.FORWARD_AGAIN and self.forward_again is not None:
+            return self.forward_again[stage]
         return self.forward[stage]
 
     def check_stages(self, stages: int) -> None:
         """Raises InputError where these are the costs of another number of virtual stages."""
-        for seconds in (self.forward, self.backward, self.forward_without_graph):
+        optional = self.forward_without_graph, self.forward_again
+        for seconds in (self.forward, self.backward, *optional):
             if seconds is not None and len(seconds) != stages:
                 raise InputError(
                     f"costs of {len(seconds)} virtual stages for a pipeline of {stages}; give one "

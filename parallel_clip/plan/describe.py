@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from parallel_clip.config import parse_bytes
 from parallel_clip.data.order.reading import machine_reading
 from parallel_clip.data.storage.pages import PAGE
+from parallel_clip.model.architecture import parameter_table
+from parallel_clip.model.layer_groups import layer_groups
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.stages.costs import units_per_rank
 from parallel_clip.stages.padding import padding_words
@@ -26,6 +29,7 @@ def describe_run(plan: RunPlan) -> str:
         f"  {config.precision}, recompute {config.recompute}",
         f"  {config.loss.kind}: {_loss_words(plan)}",
     ]
+    lines += _frozen_lines(plan)
     padding = padding_words(plan.architecture.costs, layout.tensor)
     if padding is not None:
         lines.append(f"  parallel.pad: {padding}")
@@ -117,6 +121,29 @@ def _tower_line(plan: RunPlan, name: str) -> str:
         f"{units_per_rank(tower.mlp_width, tensor)} of {tower.mlp_width} MLP channels on each "
         f"tensor rank{', or fewer' if uneven else ''}; {tower.tokens} tokens"
     )
+
+
+def _frozen_lines(plan: RunPlan) -> list[str]:
+    """What is not trained, a line a tower."""
+    sizes = {p.name: prod(p.shape) for p in parameter_table(plan.architecture)}
+    towers = layer_groups(plan.architecture)
+    lines = []
+    for tower in ("vision", "text"):
+        frozen, groups = getattr(plan.frozen, tower), getattr(towers, tower)
+        if not frozen.names:
+            continue
+        size = sum(sizes[name] for name in frozen.names) / 1e6
+        whole = sum(sizes[name] for name in groups.number) / 1e6
+        if frozen.whole:
+            how = f"all of its {whole:.2f} M parameters; it runs once a step, forward"
+        else:
+            layers = getattr(plan.architecture, tower).layers
+            how = (
+                f"{size:.2f} of its {whole:.2f} M parameters; backward passes "
+                f"{layers - frozen.layers.without_backward} of {layers} layers"
+            )
+        lines.append(f"  freeze.{tower}: {how}")
+    return lines
 
 
 def _loss_words(plan: RunPlan) -> str:

@@ -21,7 +21,7 @@ from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
 from parallel_clip.optimizer.adamw import MegatronAdamW
 from parallel_clip.pipeline.orders import peak_graphs
-from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.build import build_planned_state, frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.saved_activations import SavedActivations, storage_id
 
@@ -34,7 +34,8 @@ class RankMemory:
     fp32 themselves, and both of Adam's moments. `replicated` is the part of all these that every
     tensor rank holds in full. `activations`: what the forward pass of one microbatch keeps for its
     backward pass, for each stage that the rank holds by part of the model; the loss, which sees the
-    whole batch, is not in it. `pictures`: those of one microbatch, on the first stage alone.
+    whole batch, is not in it. `pictures`: those of one microbatch, on the first stage alone;
+    `keeps_pictures`: whether its backward pass needs them.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class RankMemory:
     replicated: int
     activations: tuple[dict[str, int], ...]
     pictures: int = 0
+    keeps_pictures: bool = True
 
     @property
     def state(self) -> int:
@@ -103,12 +105,14 @@ def measure_rank_memory(
     return RankMemory(
         parameters=sum(weight.numel() for weight in weights),
         weights=_bytes_of(weights),
-        gradients=_bytes_of(weight.main_grad for weight in weights),
+        gradients=_bytes_of(weight.main_grad for weight in weights if weight.requires_grad),
         optimizer=_bytes_of(_optimizer_state(optimizer, weights), besides=weights),
-        replicated=sum(weight.nbytes + weight.main_grad.nbytes for weight in whole)
+        replicated=sum(weight.nbytes for weight in whole)
+        + sum(weight.main_grad.nbytes for weight in whole if weight.requires_grad)
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
         activations=tuple(saved_activations(chunk, pairs, groups.device) for chunk in state.chunks),
         pictures=pictures,
+        keeps_pictures=not frozen_parts(architecture, config.freeze).vision.layers.embedding,
     )
 
 
@@ -135,7 +139,7 @@ def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dic
 
 def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Iterator[Tensor]:
     """Masters and moments; the moments are made, as the first step would make them."""
-    for weight in weights:
+    for weight in (weight for weight in weights if weight.requires_grad):
         zeros = torch.zeros_like(weight, dtype=torch.float32)
         optimizer.set_moments(weight, dict.fromkeys(MOMENTS, zeros), step=0)
         owned = optimizer.owned_state(weight)
@@ -164,12 +168,13 @@ class PeakMemory(NamedTuple):
 def peak_memory(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> PeakMemory:
     """The saved activations and pictures of a step that keeps the graphs of `stash` microbatches.
 
-    Backward needs the pictures of every microbatch that has a graph on the first stage, and those
-    of one more are fetched ahead.
+    Backward needs the pictures of every microbatch that has a graph on the first stage, if their
+    embedding is trained, and those of one more are fetched ahead.
     """
-    order = plan.orders(stash)[pipeline_rank]
-    graphs_of_first_chunk = peak_graphs(order, [1, *[0] * (plan.layout.virtual_pipeline - 1)])
-    pictures = held.pictures * min(graphs_of_first_chunk + 1, plan.batch.microbatches)
+    order, kept = plan.orders(stash)[pipeline_rank], 1
+    if held.keeps_pictures:
+        kept = peak_graphs(order, [1, *[0] * (plan.layout.virtual_pipeline - 1)])
+    pictures = held.pictures * min(kept + 1, plan.batch.microbatches)
     return PeakMemory(peak_graphs(order, held.saved_by_chunk), pictures)
 
 

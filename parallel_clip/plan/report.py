@@ -24,7 +24,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Writes nothing. Raises InputError.
     """
     plan, _ = make_run_plan(config, world_size, dry_run=True)
-    step = estimate_step(plan.layout_plan, plan.architecture.costs, plan.memory)
+    step = estimate_step(plan.layout_plan, plan.frozen.costs_of(plan.architecture), plan.memory)
     # How many processes a machine will have is not known here; 8 is usual.
     lines = [describe_run(plan), *describe_reading(plan, min(8, world_size))]
     if plan.layout.pipeline > 1:
@@ -45,7 +45,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
 
 def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:
     """Layers, parameters, work and memory of each pipeline rank."""
-    slowest = max(estimate.flops for estimate in estimates)
+    slowest = max(estimate.work for estimate in estimates)
     pairs, tensor = plan.batch.micro_batch, plan.layout.tensor
     table = Table(box=SIMPLE_HEAD, title_justify="left")
     for column in ("stage", "vision layers", "text layers"):
@@ -59,7 +59,7 @@ def _stage_table(plan: RunPlan, estimates: list[StageEstimate]) -> str:
             ", ".join(_layers(stage.text) for stage in estimate.chunks),
             f"{estimate.held.parameters / 1e6:.2f} M",
             f"{pairs * estimate.flops / tensor / 1e12:.3f}",
-            f"{estimate.flops / slowest:.1%}",
+            f"{estimate.work / slowest:.1%}",
             f"{estimate.peak / _GIB:.2f}",
         )
     console = Console(file=StringIO(), width=200)
@@ -77,7 +77,7 @@ def _layers(layer_range: LayerRange) -> str:
 def _memory_lines(estimates: list[StageEstimate]) -> list[str]:
     fullest = max(estimates, key=lambda estimate: estimate.peak)
     held = fullest.held
-    kept = fullest.peak_activations / held.saved
+    kept = fullest.peak_activations / held.saved if held.saved else 0
     rows = {
         "weights": held.weights,
         "gradients": held.gradients,

@@ -22,6 +22,8 @@ from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.frozen import FrozenParts
+from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan, stash_depends_on_memory
 from parallel_clip.plan.memory import (
     RankMemory,
@@ -90,6 +92,16 @@ class RunPlan:
         return self.layout_plan.batch
 
     @property
+    def frozen(self) -> FrozenParts:
+        return frozen_parts(self.architecture, self.config.freeze)
+
+    @property
+    def trained_since(self) -> dict[str, int]:
+        """After how many updates parameters began to be trained that were frozen, by name."""
+        before = self.resume.meta
+        return before.trained_since_with(self.frozen.names) if before else {}
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
 
@@ -127,7 +139,8 @@ def make_run_plan(
     config, architecture, stored = start.config, start.architecture, start.source
     check_trainable(architecture, config.model.override)
     updates = update_words(architecture, config.optimizer)
-    layout_plan = make_layout_plan(architecture.costs, world_size, config)
+    costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
+    layout_plan = make_layout_plan(costs, world_size, config)
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
     options = ", ".join(f"data.{key}" for key, value in chosen.items() if value is not None)
     preprocess, preprocess_words = resolve_preprocess(

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from parallel_clip.pipeline.timeline import Costs, Timeline, simulate
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.memory import RankMemory, peak_memory
-from parallel_clip.stages.costs import ModelCosts, stage_cost
+from parallel_clip.stages.costs import (
+    ModelCosts,
+    backward_cost,
+    second_forward_cost,
+    stage_cost,
+)
 from parallel_clip.stages.partition import chunks_of
 from parallel_clip.stages.stage import Stage
 
@@ -17,13 +22,14 @@ from parallel_clip.stages.stage import Stage
 class StageEstimate:
     """One pipeline rank: its stages, what it holds for one microbatch, and the bytes of activations
     and pictures that it holds at its fullest in a step; `flops`: forward, for one pair, padding
-    included."""
+    included; `work`: forward and backward."""
 
     chunks: list[Stage]
     held: RankMemory
     peak_activations: int
     peak_pictures: int
     flops: int
+    work: int
 
     @property
     def peak(self) -> int:
@@ -47,14 +53,16 @@ def estimate_step(
         chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
         peaks = peak_memory(plan, rank, plan.stash, held)
         flops = sum(stage_cost(stage, padded) for stage in chunks)
-        found.append(StageEstimate(chunks, held, *peaks, flops))
+        work = flops + sum(backward_cost(stage, padded) for stage in chunks)
+        found.append(StageEstimate(chunks, held, *peaks, flops, work))
     return StepEstimate(found, step_timeline(plan, costs).bubble)
 
 
 def step_timeline(plan: LayoutPlan, costs: ModelCosts) -> Timeline:
-    """A step in FLOPs: work of each stage, a backward twice its forward; messages and the loss
-    take no time."""
-    padded = costs.padded(plan.layout.tensor)
-    forward = [plan.batch.micro_batch * stage_cost(stage, padded) for stage in plan.stages]
-    orders = plan.orders(plan.stash)
-    return simulate(orders, Costs(forward, [2 * cost for cost in forward]))
+    """A step in FLOPs: the work of each stage; messages and the loss take no time."""
+    padded, pairs = costs.padded(plan.layout.tensor), plan.batch.micro_batch
+    forward, backward, again = (
+        [pairs * cost(stage, padded) for stage in plan.stages]
+        for cost in (stage_cost, backward_cost, second_forward_cost)
+    )
+    return simulate(plan.orders(plan.stash), Costs(forward, backward, forward_again=again))

@@ -4,7 +4,8 @@ layouts knows of a model.
 Matrix products alone are counted, two operations to a multiply-add; norms, activation functions,
 softmax and table look-ups are negligible beside them. The backward pass multiplies each product's
 gradient by both of its factors, hence costs twice the forward (Narayanan et al., "Efficient
-Large-Scale Language Model Training on GPU Clusters", arXiv 2104.04473, appendix).
+Large-Scale Language Model Training on GPU Clusters", arXiv 2104.04473, appendix). What is frozen
+saves part of it.
 """
 
 from __future__ import annotations
@@ -36,16 +37,32 @@ class SplitUnits:
 
 
 @dataclass(frozen=True)
+class FrozenLayers:
+    """What of a tower is not trained, as far as it saves work.
+
+    embedding: its matrices are frozen; without_backward: so many layers, counted from the first,
+    have nothing trained in or before them; matrices: the matrices of so many are frozen, so that
+    backward computes the gradient of their input alone; whole: nothing of the tower is trained.
+    """
+
+    embedding: bool = False
+    without_backward: int = 0
+    matrices: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class TowerCosts:
     """A tower of `layers` equal blocks. FLOPs, forward, of one picture or one text: `embedding`
     before the first block, those of `block_units` in each block, and after the last one
-    `unsplit_head` and those of `head_units`."""
+    `unsplit_head` and those of `head_units`. `frozen`: what is not trained."""
 
     layers: int
     embedding: int
     block_units: tuple[SplitUnits, ...]
     unsplit_head: int
     head_units: tuple[SplitUnits, ...] = ()
+    frozen: FrozenLayers = FrozenLayers()
 
     @property
     def block(self) -> int:
@@ -76,12 +93,31 @@ class TowerCosts:
         )
 
     def of(self, held: LayerRange) -> int:
-        """FLOPs of one stage's part of the tower."""
+        """FLOPs of one stage's part of the tower, forward."""
         return (
             held.layers * self.block
             + held.has_embedding * self.embedding
             + held.has_head * self.head
         )
+
+    def backward(self, held: LayerRange) -> int:
+        """FLOPs of its backward pass: of each product the gradients of both factors, or of the
+        input alone where the matrix is frozen, or none where nothing before it is trained."""
+        if self.frozen.whole:
+            return 0
+        first, matrices = self.frozen.without_backward, self.frozen.matrices
+        gradients_of_inputs = held.stop - min(max(first, held.first), held.stop)
+        gradients_of_matrices = held.stop - min(max(matrices, held.first), held.stop)
+        return (
+            (gradients_of_inputs + gradients_of_matrices) * self.block
+            + 2 * (held.has_embedding and not self.frozen.embedding) * self.embedding
+            + 2 * held.has_head * self.head
+        )
+
+    def again(self, held: LayerRange) -> int:
+        """FLOPs of its second forward pass in a step of two: the features of a tower that is frozen
+        whole are kept from the first."""
+        return 0 if self.frozen.whole else self.of(held)
 
 
 @dataclass(frozen=True)
@@ -126,3 +162,13 @@ def _flops(units: Iterable[SplitUnits]) -> int:
 def stage_cost(stage: Stage, costs: ModelCosts) -> int:
     """FLOPs, forward, that one pair costs on `stage`."""
     return costs.vision.of(stage.vision) + costs.text.of(stage.text)
+
+
+def backward_cost(stage: Stage, costs: ModelCosts) -> int:
+    """FLOPs of its backward pass."""
+    return costs.vision.backward(stage.vision) + costs.text.backward(stage.text)
+
+
+def second_forward_cost(stage: Stage, costs: ModelCosts) -> int:
+    """FLOPs of its second forward pass, in a step that makes two."""
+    return costs.vision.again(stage.vision) + costs.text.again(stage.text)

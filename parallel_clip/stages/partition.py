@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # and not 17, 14, 17 for a gain that no clock would show.
 COST_TOLERANCE = 0.02
 
-# FLOPs of a tower's layers [first, stop), for every 0 ≤ first ≤ stop ≤ total
+# FLOPs, forward and backward, of a tower's layers [first, stop), for 0 ≤ first ≤ stop ≤ total
 _RangeCosts = dict[tuple[int, int], int]
 
 
@@ -141,11 +141,8 @@ def _stops(dealt: int, total: int, may_wait: bool) -> range:
 
 def _range_costs(costs: TowerCosts) -> _RangeCosts:
     total = costs.layers
-    return {
-        (first, stop): costs.of(LayerRange(first, stop, total))
-        for first in range(total + 1)
-        for stop in range(first, total + 1)
-    }
+    ranges = (LayerRange(a, b, total) for a in range(total + 1) for b in range(a, total + 1))
+    return {(held.first, held.stop): costs.of(held) + costs.backward(held) for held in ranges}
 
 
 def _check_count(costs: ModelCosts, pipeline: int, virtual: int) -> None:

@@ -247,6 +247,8 @@ class TrainingLoop:
             source_samples=tuple(self.samples.source_samples),
             data=plan.data_fingerprint,
             updates=self.updates,
+            frozen=tuple(sorted(plan.frozen.names)),
+            trained_since=plan.trained_since,
             grad_norms=tuple(self.policy.grad_norms),
             skipped=tuple(self.policy.skipped),
             config=plan.config.to_record(),

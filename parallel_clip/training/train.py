@@ -117,7 +117,9 @@ def _prepare(
     )
     plan = verify_checkpoint(plan, checkpointer, groups, print_)
     config = plan.config
-    state = build_planned_state(config, plan.architecture, plan.layout_plan, groups)
+    state = build_planned_state(
+        config, plan.architecture, plan.layout_plan, groups, plan.trained_since
+    )
     groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups, tick))
     shards = open_planned_shards(plan, groups, launch.local_rank == 0, shards, print_)
     # Nothing before this writes anything but the lease and the index of the shards.
@@ -200,4 +202,4 @@ def _set_weights(
         if whole is None:
             whole = initial_value(parameter, plan.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)
-        state.optimizer.set_weight(tensor, part)
+        state.set_weight(tensor, part)

@@ -105,7 +105,7 @@ def _empty(groups: Groups, task: Task) -> TrainState:
     config = config_of(groups.layout, **task.settings)
     built = empty_training(groups, config, architecture_from_json(task.model_cfg, "small"))
     for _, tensor in built.global_parameters():
-        built.optimizer.set_weight(tensor, torch.full(tensor.shape, 7.0))
+        built.set_weight(tensor, torch.full(tensor.shape, 7.0))
     return built
 
 

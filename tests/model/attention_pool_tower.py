@@ -79,8 +79,10 @@ class AttentionPoolTower(nn.Module):
         config: TransformerConfig,
         group: ProcessGroup,
         layer_range: LayerRange,
+        leading_frozen: int = 0,
     ):
         super().__init__()
+        assert leading_frozen == 0, "all of it is trained"
         self.config, self.group, self.layer_range = config, group, layer_range
         self.tokens, width = tower.tokens, tower.width
         if layer_range.has_embedding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 from tests.parity.models import MODELS, TIMM_MODELS
@@ -26,6 +26,7 @@ class Case:
     stash: int | str = "auto"  # microbatches that keep their graphs
     stages: dict[str, list[int]] | None = field(default=None, hash=False)
     pad: bool = False  # for a tensor size that does not divide the model
+    freeze: dict[str, Any] | None = field(default=None, hash=False)
     exchange: str = "auto"  # "ring": texts streamed, logits in tiles that do not divide the batch
     updates: str | None = None  # a name of UPDATES: learning rates of parts, and what decays
 
@@ -68,10 +69,21 @@ class Case:
             parts += [f"pipeline{self.pipeline}x{self.virtual}", f"stash{self.stash}"]
             parts += ["byhand"] if self.stages else []
         parts += [f"micro{self.microbatches}", self.recompute, self.precision]
+        parts += [f"frozen-{words(self.freeze)}"] if self.freeze else []
         parts += ["clipped"] if self.clip_grad_norm else []
         parts += [self.exchange] if self.exchange != "auto" else []
         parts += [self.updates] if self.updates else []
         return "-".join(parts)
+
+
+def words(freeze: dict[str, Any]) -> str:
+    """{"vision": {"unlocked_groups": 2, "norms": True}} is "vision2norms"."""
+    return "".join(
+        f"{tower}{how}"
+        if how == "all"
+        else f"{tower}{how['unlocked_groups']}{'norms' * how.get('norms', False)}"
+        for tower, how in freeze.items()
+    )
 
 
 COVERING = [
@@ -95,8 +107,29 @@ COVERING = [
     Case("timm-mobile-clip", data=2, pipeline=2, microbatches=2, stash=2),
     Case("three-heads", data=2, tensor=2, sequence=True, clip_grad_norm=1.0, pad=True),
     Case("timm-siglip", tensor=3, sequence=True, microbatches=2, recompute="full", pad=True),
+    Case(data=2, pipeline=2, microbatches=2, stash=0, freeze={"vision": "all"}),
+    Case(
+        "uneven",
+        tensor=2,
+        sequence=True,
+        pipeline=2,
+        microbatches=4,
+        stash=1,
+        recompute="full",
+        freeze={"vision": {"unlocked_groups": 3}, "text": {"unlocked_groups": 1, "norms": True}},
+    ),
     Case("uneven", data=2, pipeline=2, microbatches=2, updates="embeddings-spared"),
     Case("timm-pe-core", tensor=2, sequence=True, updates="patterns-spared"),
+]
+
+# What of the towers is not trained.
+FREEZES = [
+    {"vision": "all"},
+    {"text": "all"},
+    {"vision": "all", "text": "all"},
+    {"vision": {"unlocked_groups": 1}},
+    {"vision": {"unlocked_groups": 2, "norms": True}, "text": {"unlocked_groups": 2}},
+    {"vision": {"unlocked_groups": 3}, "text": {"unlocked_groups": 0, "norms": True}},
 ]
 
 #          data, tensor, sequence
@@ -152,6 +185,7 @@ def grid() -> list[Case]:
         if case.recompute == "none" and case.precision == "fp32"
     ]
     cases += _padded()
+    cases += _frozen()
     cases += [
         Case(model, *layout, pipeline=pipeline, updates=updates)
         for model, (*layout, pipeline), updates in product(
@@ -218,3 +252,28 @@ def _padded() -> list[Case]:
         Case("quickgelu-layerscale", tensor=3, sequence=True, clip_grad_norm=1.0, pad=True),
     ]
     return cases
+
+
+def _frozen() -> list[Case]:
+    #          data, tensor, sequence, pipeline, virtual
+    layouts = [(1, 1, False, 1, 1), (2, 1, False, 1, 1), (1, 2, True, 1, 1), (1, 1, False, 2, 1)]
+    layouts += [(2, 1, False, 2, 1), (1, 2, True, 2, 1), (1, 1, False, 2, 2)]
+    ways = cycle([(2, 0, "none"), (4, 2, "full"), (4, 4, "selective"), (4, 0, "selective")])
+    return [
+        Case(
+            model,
+            data,
+            tensor,
+            sequence,
+            microbatches,
+            recompute,
+            pipeline=pipeline,
+            virtual=virtual,
+            stash=stash,
+            freeze=freeze,
+        )
+        for model, freeze, (data, tensor, sequence, pipeline, virtual) in product(
+            ("uneven", "timm-siglip", "timm-pe-core"), FREEZES, layouts
+        )
+        for microbatches, stash, recompute in [next(ways)]
+    ]

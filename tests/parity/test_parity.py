@@ -23,8 +23,10 @@ from tests.reference import (
     Reference,
     Sample,
     batch_from_shards,
+    build_model,
     cosine,
     load_weights,
+    lock_towers,
     make_checkpoint,
     make_shards,
     reference_run,
@@ -61,6 +63,7 @@ class Setting:
             loss=case.loss,
             kept_patches=kept,
             precision=precision,
+            freeze=case.freeze,
             **optimizer,
         )
 
@@ -89,6 +92,7 @@ def reference(setting):
 
     def get(case: Case, precision: str) -> Reference:
         key = (case.model, case.batch, case.clip_grad_norm, precision, case.updates)
+        key = (*key, repr(case.freeze))
         if key not in trained:
             trained[key] = setting(case).reference(case, precision)
         return trained[key]
@@ -111,6 +115,7 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
         | {"clip_grad_norm": case.clip_grad_norm}
         | UPDATES.get(case.updates, {}),
         "schedule": {"kind": "cosine", "warmup": WARMUP},
+        "freeze": case.freeze or {},
         "data": {
             "train": [{"shards": setting.shards}],
             "augment": "none",
@@ -235,4 +240,14 @@ def test_a_run_is_open_clips(case, setting, reference, tmp_path):
     assert_rates_of_parts(metrics, UPDATES.get(case.updates, {}))
     succeed("convert", run, tmp_path / "converted", "--to", "openclip")
     rotary = case.model == "timm-pe-core"
-    assert_same_weights(load_weights(tmp_path / "converted"), wanted.weights, rotary)
+    weights = load_weights(tmp_path / "converted")
+    assert_same_weights(weights, wanted.weights, rotary)
+    for name in frozen_names(case):
+        assert torch.equal(weights[name], shared.weights[name]), name
+
+
+def frozen_names(case: Case) -> list[str]:
+    """What open_clip's own locking keeps from training."""
+    model = build_model(MODELS[case.model])
+    lock_towers(model, case.freeze or {})
+    return [name for name, tensor in model.named_parameters() if not tensor.requires_grad]

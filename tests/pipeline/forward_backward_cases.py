@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest import mock
 
+from megatron.core.pipeline_parallel import p2p_communication
 from torch import Tensor
 
 from parallel_clip.engine.collectives import broadcast_from_last_stage
@@ -36,7 +38,8 @@ def steps(
     ways: list[Way],
     settings: dict[str, Any],
 ) -> dict[Way, tuple[float, dict[str, Tensor]]]:
-    """The loss and this rank's reduced gradients by name, for the same weights in several ways."""
+    """The loss and this rank's reduced gradients by name, for the same weights in several ways.
+    What is frozen has none."""
     settings["parallel"] = {**settings.get("parallel", {}), "distributed_optimizer": False}
     config = config_of(groups.layout, **settings)
     architecture = architecture_from_json(model_cfg, "small")
@@ -52,6 +55,36 @@ def steps(
             way.stash,
             groups.pipeline if way.loss_on_all_stages else None,
         )
-        gradients = {p.name: tensor.main_grad.clone() for p, tensor in built.global_parameters()}
+        gradients = {
+            p.name: tensor.main_grad.clone()
+            for p, tensor in built.global_parameters()
+            if tensor.requires_grad
+        }
         outcomes[way] = broadcast_from_last_stage(report.value, groups.pipeline).item(), gradients
     return outcomes
+
+
+def gradients_sent(
+    groups: Groups,
+    model_cfg: dict[str, Any],
+    weights: Weights,
+    images: Tensor,
+    tokens: Tensor,
+    microbatches: int,
+    settings: dict[str, Any],
+) -> int:
+    """How many messages this rank sends back to the stage in front of it in a step."""
+    config = config_of(groups.layout, **settings)
+    architecture = architecture_from_json(model_cfg, "small")
+    built = loaded_training(groups, config, architecture, weights)
+    through, sent = p2p_communication._batched_p2p_ops, []
+
+    def noted(**arguments):
+        sent.append(arguments["tensor_send_prev"])
+        return through(**arguments)
+
+    with mock.patch.object(p2p_communication, "_batched_p2p_ops", noted):
+        inputs = own_microbatches(groups, images, tokens, microbatches)
+        loss = SigLipLoss(group=groups.data)
+        forward_backward(built.wrapped, inputs, loss, stash=0)
+    return sum(tensor is not None for tensor in sent)

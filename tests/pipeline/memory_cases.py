@@ -51,10 +51,10 @@ class LivingTensors:
     def counting(self):
         through = TwoPassStep.run_forward
 
-        def noted(step, chunk, number, stop):
+        def noted(step, chunk, number, *others):
             self._running = chunk.module, number
             try:
-                return through(step, chunk, number, stop)
+                return through(step, chunk, number, *others)
             finally:
                 self._running = None
 

@@ -1,6 +1,7 @@
 """A step in microbatches against a plain one: OpenCLIP's model and loss over the whole batch."""
 
 import functools
+from itertools import product
 
 import open_clip.loss
 import pytest
@@ -11,7 +12,7 @@ from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from tests import reference
-from tests.pipeline.forward_backward_cases import Way, steps
+from tests.pipeline.forward_backward_cases import Way, gradients_sent, steps
 from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch
 
@@ -47,19 +48,32 @@ def inputs(loss: str):
     return weights, image_batch(model_cfg, BATCH), token_batch(model_cfg, BATCH), kept
 
 
+# What is not trained of towers of two layers: whole towers, all but what their last block hands on,
+# and norms alone in front of what is trained.
+FREEZES = {
+    "vision": {"vision": "all"},
+    "text": {"text": "all"},
+    "both": {"vision": "all", "text": "all"},
+    "ends": {"vision": {"unlocked_groups": 2}, "text": {"unlocked_groups": 1}},
+    "norms": {"vision": {"unlocked_groups": 2, "norms": True}, "text": {"unlocked_groups": 3}},
+}
+
+
 @functools.cache
-def expected(loss: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of the whole batch and the gradient of every parameter, by OpenCLIP."""
+def expected(loss: str, freeze: str = "nothing") -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of the whole batch and the gradient of every trained parameter, by OpenCLIP."""
     weights, images, tokens, kept = inputs(loss)
     model = reference.build_model(MODELS[loss])
     model.load_state_dict(weights)
+    reference.lock_towers(model, FREEZES.get(freeze, {}))
     if kept is not None:
         model.visual.patch_dropout = reference.FedPatchDropout()
         model.visual.patch_dropout.kept = kept
     classes = {"infonce": open_clip.loss.ClipLoss, "sigmoid": open_clip.loss.SigLipLoss}
     value = classes[loss]()(*model(images, tokens))
     value.backward()
-    return value.item(), {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return value.item(), gradients
 
 
 @pytest.mark.parametrize(
@@ -97,3 +111,69 @@ def test_loss_and_every_gradient_are_the_whole_batchs(processes, layout, loss, r
             )
             for name, gradient in gradients.items():
                 assert distance(ours[name], gradient) < 1e-5, (way, name)
+
+
+FROZEN = [
+    ("vision", "pipeline3", "none"),
+    ("text", "pipeline2-virtual2", "full"),
+    ("ends", "data2-tensor2-sequence", "selective"),
+    ("ends", "pipeline3", "full"),
+    ("norms", "tensor2-sequence-pipeline2", "selective"),
+    ("both", "pipeline2-virtual2", "none"),
+]
+FROZEN_GRID = [
+    pytest.param(*case, marks=pytest.mark.long)
+    for case in product(FREEZES, LAYOUTS, ("none", "selective", "full"))
+    if case not in FROZEN
+]
+
+
+@pytest.mark.parametrize(("freeze", "layout", "recompute"), [*FROZEN, *FROZEN_GRID])
+def test_what_is_trained_has_the_gradients_of_open_clips_locked_model(
+    processes, freeze, layout, recompute
+):
+    layout = LAYOUTS[layout]
+    weights, images, tokens, kept = inputs("infonce")
+    ways = [way for way in WAYS if layout.virtual_pipeline == 1 or way.microbatches > 1]
+    answers = processes.run(
+        layout,
+        steps,
+        model_cfg=MODELS["infonce"],
+        weights=weights,
+        images=images,
+        tokens=tokens,
+        kept=kept,
+        loss="infonce",
+        ways=ways,
+        settings={"recompute": recompute, "freeze": FREEZES[freeze]},
+    )
+    value, gradients = expected("infonce", freeze)
+    table = parameter_table(architecture_from_json(MODELS["infonce"], "small"))
+    trained = [parameter for parameter in table if parameter.name in gradients]
+    for way in ways:
+        held = {name for answer in answers for name in answer[way][1]}
+        assert held == gradients.keys(), "no gradient but for what is trained"
+        for ranks in copies(layout, answers):
+            assert ranks[0][way][0] == pytest.approx(value, rel=1e-5), way
+            ours = whole_tensors(trained, [rank[way][1] for rank in ranks])
+            for name, gradient in gradients.items():
+                assert distance(ours[name], gradient) < 1e-5, (way, name)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "sent"), [({}, 4), (FREEZES["both"], 0), (FREEZES["ends"], 0), (FREEZES["text"], 4)]
+)
+def test_a_gradient_travels_only_where_something_in_front_is_trained(processes, freeze, sent):
+    """Two stages of one layer of each tower."""
+    weights, images, tokens, _ = inputs("sigmoid")
+    answers = processes.run(
+        Layout(2, pipeline=2),
+        gradients_sent,
+        model_cfg=MODELS["sigmoid"],
+        weights=weights,
+        images=images,
+        tokens=tokens,
+        microbatches=4,
+        settings={"freeze": freeze},
+    )
+    assert answers == [0, sent]

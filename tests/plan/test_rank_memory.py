@@ -44,7 +44,7 @@ SIGLIP, PE_CORE = (
 PAIRS = 5
 
 
-def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
+def config_for(layout: Layout, precision="bf16", recompute="none", zero=False, freeze=None):
     return config_from_dict(
         {
             "train": {"steps": 1},
@@ -52,8 +52,11 @@ def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
             "batch": {"global": PAIRS * layout.data, "micro": PAIRS},
             "precision": precision,
             "recompute": recompute,
+            "freeze": freeze or {},
             "parallel": {
                 "tensor": layout.tensor,
+                "pipeline": layout.pipeline,
+                "stages": {"vision": [1, 2], "text": [1, 1]} if layout.pipeline == 2 else None,
                 "pad": layout.tensor == 3,
                 "sequence": layout.sequence,
                 "distributed_optimizer": zero,
@@ -63,7 +66,8 @@ def config_for(layout: Layout, precision="bf16", recompute="none", zero=False):
 
 
 def plan_for(config, model=SMALL) -> LayoutPlan:
-    world = config.batch.global_ // PAIRS * config.parallel.tensor
+    ranks = config.parallel.tensor * config.parallel.pipeline
+    world = config.batch.global_ // PAIRS * ranks
     return make_layout_plan(model.costs, world, config)
 
 
@@ -136,41 +140,77 @@ def test_a_process_that_is_a_rank_already_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
+def test_what_is_frozen_has_neither_gradients_nor_masters_nor_moments():
+    whole, text = held(Layout(1)), held(Layout(1), freeze={"vision": "all"})
+    assert text.weights == whole.weights and text.parameters == whole.parameters
+    of_text = sum(prod(p.shape) for p in parameter_table(SMALL) if "visual." not in p.name)
+    assert text.gradients == pytest.approx(4 * of_text, abs=1024), "padded buffers"
+    assert text.optimizer == 4 * (of_text - 1) + 8 * of_text
+    assert not any("vision" in part for part in text.activations[0])
+    nothing = held(Layout(1), freeze={"vision": "all", "text": "all"})
+    assert nothing.optimizer == 8, "the moments of logit_scale"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_layers_in_front_of_what_is_trained_keep_nothing(recompute):
+    """Of 3 blocks the last one is trained."""
+    whole = held(Layout(1), recompute=recompute).activations[0]
+    last = {"vision": {"unlocked_groups": 2}}
+    kept = held(Layout(1), recompute=recompute, freeze=last).activations[0]
+    of_whole, of_kept = (
+        sum(size for part, size in found.items() if part.startswith("vision.block"))
+        for found in (whole, kept)
+    )
+    # Where norms are recomputed, the first one that is trained is not: bf16, and statistics.
+    norm = 2 * PAIRS * SMALL.vision.training_tokens * (SMALL.vision.width + 4)
+    assert 0 < of_kept <= of_whole / 3 + norm * (recompute == "selective")
+    norms = held(Layout(1), recompute=recompute, freeze={"vision": {"norms": True}}).activations[0]
+    assert sum(kept.values()) < sum(norms.values()) < sum(whole.values()) or recompute == "full"
+
+
+FROZEN_STAGE = {"vision": "all", "text": {"unlocked_groups": 1}}
+
+
 @pytest.mark.parametrize(
-    ("model", "layout", "recompute"),
+    ("model", "layout", "recompute", "freeze"),
     [
         *product(
             [SMALL],
             [Layout(2, tensor=2), Layout(2, tensor=2, sequence=True)],
             ["none", "selective", "full"],
+            [None],
         ),
-        (SMALL, Layout(3, tensor=3, sequence=True), "selective"),
-        (SIGLIP, Layout(2, tensor=2, sequence=True), "selective"),
-        (PE_CORE, Layout(2, tensor=2), "none"),
+        (SMALL, Layout(3, tensor=3, sequence=True), "selective", None),
+        (SIGLIP, Layout(2, tensor=2, sequence=True), "selective", None),
+        (PE_CORE, Layout(2, tensor=2), "none", None),
+        (SMALL, Layout(4, tensor=2, pipeline=2, sequence=True), "none", FROZEN_STAGE),
+        (SMALL, Layout(2, pipeline=2), "selective", FROZEN_STAGE),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_real_processes_hold_the_same(tmp_path, model, layout, recompute):
+def test_real_processes_hold_the_same(tmp_path, model, layout, recompute, freeze):
     torch.multiprocessing.start_processes(
         _count_for_real,
-        (layout, model, recompute, tmp_path),
+        (layout, model, recompute, freeze, tmp_path),
         nprocs=layout.world,
         start_method="fork",
     )
-    config = config_for(layout, recompute=recompute)
+    config = config_for(layout, recompute=recompute, freeze=freeze)
     for rank in range(layout.world):
         real = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         dry = dry_run(config, model, plan_for(config, model), rank)
         assert dataclasses.asdict(real) == dataclasses.asdict(dry)
+        if freeze is not None and rank < layout.tensor:  # nothing of the first stage is trained
+            assert (real.gradients, real.optimizer, real.saved) == (0, 0, 0)
 
 
-def _count_for_real(rank, layout, model, recompute, folder):
+def _count_for_real(rank, layout, model, recompute, freeze, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=layout.world
     )
     join_world(Launch(rank, rank, layout.world))
-    config = config_for(layout, recompute=recompute)
+    config = config_for(layout, recompute=recompute, freeze=freeze)
     found = measure_rank_memory(config, model, plan_for(config, model), make_groups(layout))
     torch.save(found, folder / f"{rank}.pt")
     close_groups()

@@ -4,9 +4,11 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from parallel_clip.config import Freeze, PartlyFrozen
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.stages.costs import ModelCosts, block_units, stage_cost
+from parallel_clip.plan.build import frozen_parts
+from parallel_clip.stages.costs import ModelCosts, backward_cost, block_units, stage_cost
 from parallel_clip.stages.padding import padding_words
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import LayerRange, Stage, whole_model
@@ -18,10 +20,11 @@ KINDS_COUNTED = ["plain", "truncated-mlp", "clipa", "oblong", "patch-dropout", "
 TIMM_KINDS = ["timm-siglip", "timm-siglip-i18n", "timm-linear", "timm-pe-core", "timm-mobile-clip"]
 
 
-def counted(model_cfg: dict, backward: bool = False) -> FlopCounterMode:
+def counted(model_cfg: dict, backward: bool = False, freeze: dict | None = None):
     """FLOPs of OpenCLIP's model in training. Attention is taken in its plain form, two products a
     pass: the backward of a fused kernel computes the scores again, and torch counts that too."""
     model = reference.build_model(model_cfg).train()
+    reference.lock_towers(model, freeze or {})
     images, tokens = image_batch(model_cfg, PAIRS), token_batch(model_cfg, PAIRS)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
@@ -69,6 +72,28 @@ def test_the_backward_costs_twice_the_forward():
     spared = architecture.costs.vision.embedding
     total = counted(model_cfg, backward=True).get_total_flops()
     assert total == PAIRS * (3 * forward - spared)
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        {"vision": "all"},
+        {"vision": {"unlocked_groups": 2}, "text": {"unlocked_groups": 1}},
+        {"vision": {"unlocked_groups": 0, "norms": True}, "text": {"unlocked_groups": 3}},
+    ],
+)
+def test_what_is_frozen_spares_its_part_of_the_backward(freeze):
+    """Where matrices alone are frozen, but for the scores of attention, both of whose factors have
+    a gradient: here up to a tenth of a block."""
+    model_cfg = small_model({"layers": 3})
+    architecture = architecture_from_json(model_cfg, "small")
+    sections = {k: how if how == "all" else PartlyFrozen(**how) for k, how in freeze.items()}
+    costs = frozen_parts(architecture, Freeze(**sections)).costs_of(architecture)
+    stage = whole_model(3, 2)
+    total = counted(model_cfg, backward=True, freeze=freeze).get_total_flops()
+    spared = 0 if "vision" in freeze else costs.vision.embedding
+    ours = PAIRS * (whole_cost(costs) + backward_cost(stage, costs) - spared)
+    assert ours == pytest.approx(total, rel=0.05 if "norms" in str(freeze) else 0.005)
 
 
 def test_a_block_whose_mlp_is_four_times_as_wide_as_it_costs_24sh2_and_4s2h():

@@ -56,7 +56,7 @@ def train_and_load(groups: Groups, task: Task, steps: int, run_dir: Path) -> lis
     loaded = empty_training(groups, config, architecture)
     for _, tensor in loaded.global_parameters():
         other = torch.full(tensor.shape, OTHER)
-        loaded.optimizer.set_weight(tensor, other)
+        loaded.set_weight(tensor, other)
         loaded.optimizer.set_moments(tensor, dict.fromkeys(MOMENTS, other), step=1)
         tensor.main_grad.zero_()
     Checkpointer(run_dir, groups).load(commit.latest(run_dir), loaded)

@@ -10,6 +10,7 @@ rule: weights of two or more dimensions, no norms and no biases.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -97,7 +98,9 @@ class TowerConfig(ABC):
     def module_class(self) -> type[nn.Module]:
         """Builds a rank's slice of the layers of a LayerRange, with the embedding and the head
         where it holds them: (this config, embed_dim, TransformerConfig of these layers, tensor
-        group, layer range). Weights are not set. The blocks are at `block.layers`, counted from 0.
+        group, layer range, number of its first layers before all that is trained). Weights are not
+        set. Those first layers are at `frozen_block.layers`, the others at `block.layers`, each
+        counted from 0.
 
         forward(x, kept) of an image tower, forward(x, tokens) of a text tower: x is what the tower
         starts from (images fp32 [b, 3, height, width]; None for texts) or the hidden states
@@ -163,6 +166,7 @@ class TransformerTower(nn.Module, ABC):
         config: TransformerConfig,
         tensor_group: ProcessGroup,
         layer_range: LayerRange,
+        leading_frozen: int = 0,
     ):
         super().__init__()
         self.tower, self.config, self.group = tower, config, tensor_group
@@ -170,11 +174,19 @@ class TransformerTower(nn.Module, ABC):
         self.tokens = SequenceLength(tower.training_tokens, tower.tokens)
         if layer_range.has_embedding:
             self.build_embedding()
-        self.block = transformer_block(
-            config, self.tokens, tower.causal, tower.layer_scale, tensor_group, self.rotation()
-        )
+        self.frozen_block = self._build_block(leading_frozen)
+        self.block = self._build_block(layer_range.layers - leading_frozen)
         if layer_range.has_head:
             self.build_head(embed_dim)
+
+    def _build_block(self, layers: int) -> nn.Module | None:
+        if layers == 0:
+            return None
+        tower, config = self.tower, copy.copy(self.config)
+        config.num_layers = layers
+        return transformer_block(
+            config, self.tokens, tower.causal, tower.layer_scale, self.group, self.rotation()
+        )
 
     @abstractmethod
     def build_embedding(self) -> None:
@@ -201,7 +213,15 @@ class TransformerTower(nn.Module, ABC):
         texts, int64 [b, s]."""
         if self.layer_range.has_embedding:
             x = self.embed(x, beside)
-        x = self.block(x, attention_mask=None)
+        if self.frozen_block is not None:
+            with torch.no_grad():
+                x = self.frozen_block(x, attention_mask=None)
+        if self.block is not None:
+            if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+                # Where its input has no gradient, megatron-core's recomputation gives none to a
+                # layer's weights either.
+                x = x if x.requires_grad else x.detach().requires_grad_()
+            x = self.block(x, attention_mask=None)
         if not self.layer_range.has_head:
             return x
         x_sbh = leave_sequence_parallel(x, self.tokens.of(self), self.config, self.group)
