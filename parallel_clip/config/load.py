@@ -128,6 +128,7 @@ def check_consistency(config: Config) -> Iterator[str]:
     if schedule.min_lr > config.optimizer.lr:
         yield f"schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
     yield from _rates_of_no_schedule(config.optimizer)
+    yield from _rates_of_what_is_locked(config)
     steps = config.train.steps
     if schedule.kind == "wsd" and steps and schedule.warmup + schedule.cooldown > steps:
         yield (
@@ -150,6 +151,26 @@ def _rates_of_no_schedule(settings: Optimizer) -> Iterator[str]:
             f"optimizer.lr is 0, and {shown} would be parts of its schedule; set optimizer.lr "
             "to the largest of them, and to 0 the one of what is to stay as it is"
         )
+
+
+def _rates_of_what_is_locked(config: Config) -> Iterator[str]:
+    """Learning rates of towers that are not trained at all."""
+    settings, freeze = config.optimizer, config.freeze
+    locked = [tower for tower in ("vision", "text") if getattr(freeze, tower) == "all"]
+    decay = settings.layer_decay
+    decays = decay if isinstance(decay, dict) else {}
+    for tower in locked:
+        for key, value in (
+            (f"lr_{tower}", getattr(settings, f"lr_{tower}")),
+            (f"layer_decay.{tower}", decays.get(tower)),
+        ):
+            if value is not None:
+                yield (
+                    f"optimizer.{key} {value:g} is for a tower that freeze.{tower} all does not "
+                    "train; leave one of both out"
+                )
+    if isinstance(decay, float | int) and len(locked) == 2:
+        yield f"optimizer.layer_decay {decay:g} is for towers, and both are frozen; leave it out"
 
 
 def _useless_caption_lines(settings: Data) -> Iterator[str]:

@@ -138,7 +138,7 @@ def make_run_plan(
     start = find_start_model(config, resume)
     config, architecture, stored = start.config, start.architecture, start.source
     check_trainable(architecture, config.model.override)
-    updates = update_words(architecture, config.optimizer)
+    updates = update_words(architecture, config.optimizer, config.freeze)
     costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
     layout_plan = make_layout_plan(costs, world_size, config)
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})

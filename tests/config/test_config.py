@@ -292,6 +292,18 @@ def test_all_problems_are_told_at_once_and_each_once():
         ({"schedule": {"min_lr": 1.0}}, "schedule.min_lr 1 is above optimizer.lr 0.0005"),
         ({"schedule": {"kind": "wsd", "warmup": 8, "cooldown": 5}}, "more than train.steps 10"),
         (
+            {"freeze": {"vision": "all"}, "optimizer": {"lr_vision": 0, "lr_text": 1}},
+            "optimizer.lr_vision 0 is for a tower that freeze.vision all does not train",
+        ),
+        (
+            {"freeze": {"text": "all"}, "optimizer": {"layer_decay": {"text": 0.5}}},
+            "optimizer.layer_decay.text 0.5 is for a tower that freeze.text all",
+        ),
+        (
+            {"freeze": {"text": "all", "vision": "all"}, "optimizer": {"layer_decay": 0.5}},
+            "optimizer.layer_decay 0.5 is for towers, and both are frozen",
+        ),
+        (
             {"optimizer": {"lr": 0, "lr_text": 1e-5, "lr_logit": 0}},
             "optimizer.lr is 0, and optimizer.lr_text 1e-05, optimizer.lr_logit 0 would be parts",
         ),

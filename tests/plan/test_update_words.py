@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel_clip.config import Optimizer
+from parallel_clip.config import Freeze, Optimizer
 from parallel_clip.errors import InputError
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.run_plan import make_run_plan
@@ -46,7 +46,18 @@ PLAIN = architecture_from_json(KINDS["plain"], "plain")
     ],
 )
 def test_one_line_where_something_is_not_as_by_default(settings, words):
-    assert update_words(PLAIN, Optimizer(**settings)) == words
+    assert update_words(PLAIN, Optimizer(**settings), Freeze()) == words
+
+
+def test_of_a_frozen_tower_nothing_is_said():
+    settings = Optimizer(layer_decay=0.5, no_decay="openclip4")
+    assert update_words(PLAIN, settings, Freeze(vision="all")) == [
+        "highest learning rates: text 0.0005 × 0.125 to 1 over 4 layer groups, "
+        "logit parameters 0.0005; "
+        "no weight decay on norms, biases, logit parameters, positional_embedding"
+    ]
+    decays = Optimizer(layer_decay={"text": 0.5})
+    assert update_words(PLAIN, decays, Freeze(text="all")) == []
 
 
 def test_a_plan_says_them_and_finds_a_pattern_without_a_match(tmp_path):
