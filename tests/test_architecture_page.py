@@ -49,4 +49,4 @@ def test_every_room_is_on_the_page():
 def test_every_page_is_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
-    assert pages <= set(re.findall(r"\((docs/\w+\.md)\)", readme))
+    assert pages <= set(re.findall(r"\((docs/[\w-]+\.md)\)", readme))
