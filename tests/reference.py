@@ -92,12 +92,12 @@ def build_model(model_cfg: dict[str, Any]) -> nn.Module:
     build = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     if "timm_model_name" not in arguments["vision_cfg"]:
         return build(**arguments)
-    changed = functools.partial(timm.create_model, **_timm_arguments(arguments["vision_cfg"]))
+    changed = functools.partial(timm.create_model, **timm_arguments(arguments["vision_cfg"]))
     with mock.patch.object(open_clip.timm_model.timm, "create_model", changed):
         return build(**arguments)
 
 
-def _timm_arguments(vision: dict[str, Any]) -> dict[str, Any]:
+def timm_arguments(vision: dict[str, Any]) -> dict[str, Any]:
     names = {"width": "embed_dim", "layers": "depth", "mlp_ratio": "mlp_ratio"}
     names |= {"patch_size": "patch_size", "image_size": "img_size"}
     given = {theirs: vision[ours] for ours, theirs in names.items() if ours in vision}

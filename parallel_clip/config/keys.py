@@ -19,6 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
+Side = Annotated[int, Field(ge=1)]
 CaptionKey = str | Annotated[dict[str, Positive], Field(min_length=1)]
 
 
@@ -40,6 +41,17 @@ class Model(ConfigSection):
         [],
         description="switches in which name may differ from what init.from says, e.g. [quick_gelu]",
     )
+    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="pixels of both sides, or [height, width], in place of those of the model; "
+        "positions of init.* are interpolated",
+    )
+    context_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a text, in place of those of the model; positions of init.* are "
+        "interpolated",
+    )
 
 
 class Init(ConfigSection):
@@ -47,6 +59,19 @@ class Init(ConfigSection):
         None,
         alias="from",
         description="run or checkpoint of any kind whose weights to start from; null: random",
+    )
+    vision: str | None = Field(
+        None,
+        description="likewise, of which the image tower alone is taken; null: that of init.from",
+    )
+    text: str | None = Field(
+        None,
+        description="likewise, of which the text tower alone is taken; null: that of init.from",
+    )
+    projection: Literal["keep", "new"] = Field(
+        "keep",
+        description="projections of init.*'s towers to features; new: random, where theirs do not "
+        "fit the model, or all where all fit",
     )
 
 
@@ -218,21 +243,21 @@ class Data(ConfigSection):
         {}, description="OpenCLIP's aug_cfg: scale, ratio, color_jitter, gray_scale..."
     )
     mean: tuple[float, float, float] | None = Field(
-        None, strict=False, description="mean of each colour; null: of `init.from`, else OpenAI's"
+        None, strict=False, description="mean of each colour; null: of `init.*`, else OpenAI's"
     )
     std: tuple[Positive, Positive, Positive] | None = Field(
-        None, strict=False, description="deviation of each; null: of `init.from`, else OpenAI's"
+        None, strict=False, description="deviation of each; null: of `init.*`, else OpenAI's"
     )
     interpolation: Literal["bicubic", "bilinear"] | None = Field(
-        None, description="how pictures are resized; null: of `init.from`, else bicubic"
+        None, description="how pictures are resized; null: of `init.*`, else bicubic"
     )
     resize_mode: Literal["shortest", "longest", "squash"] | None = Field(
-        None, description="side to fit in evaluation; null: of `init.from`, else shortest"
+        None, description="side to fit in evaluation; null: of `init.*`, else shortest"
     )
     tokenizer: str | None = Field(
         None,
         description="openclip, or a folder or SentencePiece model; null: of the model or beside "
-        "`init.from`",
+        "`init.*`",
     )
     workers: int = Field(4, ge=0, description="processes that read and decode, a rank")
     prefetch: int = Field(2, ge=1, description="batches that each worker keeps ready")

@@ -107,6 +107,12 @@ def check_consistency(config: Config) -> Iterator[str]:
     if not config.data.train:
         yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
 
+    init = config.init
+    if init.projection == "new" and (init.from_, init.vision, init.text) == (None, None, None):
+        yield (
+            "init.projection new is for weights of init.from, init.vision or init.text, and none "
+            "of these is given; leave it out"
+        )
     parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
     yield from _complaint_of(check_virtual_pipeline, parallel.pipeline, parallel.virtual_pipeline)
     if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):

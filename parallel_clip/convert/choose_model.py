@@ -13,9 +13,10 @@ from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
-from parallel_clip.model.compare import check_override, differences
-from parallel_clip.model.known_models import load_model, with_logit_defaults
+from parallel_clip.model.compare import SIZES, check_override, differences, in_words
+from parallel_clip.model.known_models import NamedModel, load_model, with_logit_defaults
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.resize_model import with_sizes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class ModelChoice:
     """What the user says of the model. name: as `model.name`, None for the source's own; override:
     the switches in which the two may differ, `name`'s winning; the options that say these, for
     messages; loss: whose logit parameters the model has; tokenizer_chosen: by another option, so
-    that it does not matter which one either names."""
+    that it does not matter which one either names; image_size and context_length: in place of
+    those of `name`, or to be those of the source."""
 
     name: str | None = None
     override: Sequence[str] = ()
@@ -31,6 +33,12 @@ class ModelChoice:
     override_option: str = "--override "
     loss: str = "infonce"
     tokenizer_chosen: bool = False
+    image_size: int | Sequence[int] | None = None
+    context_length: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int | Sequence[int] | None, int | None]:
+        return self.image_size, self.context_length
 
 
 class ChosenModel(NamedTuple):
@@ -49,7 +57,7 @@ def choose_model(choice: ModelChoice, source: SourceMetadata) -> ChosenModel:
     """
     named, own = None, source.architecture
     if choice.name is not None:
-        named = load_model(choice.name, choice.loss)
+        named = load_named(choice)
         check_override(choice.override, named.architecture, choice.override_option.rstrip(" ="))
     elif own is None:
         raise InputError(
@@ -61,9 +69,10 @@ def choose_model(choice: ModelChoice, source: SourceMetadata) -> ChosenModel:
             f"{choice.override_option}{','.join(choice.override)} is for a {choice.name_option} "
             "that differs from the checkpoint's own model; name one, or leave it out"
         )
-    if named is not None and own is not None:
-        _check_same_model(choice, named.architecture, source)
-    architecture = named.architecture if named else with_logit_parameters(own, choice.loss)
+    wanted = named.architecture if named is not None else with_sizes(own, *choice.sizes)
+    if own is not None:
+        _check_same_model(choice, wanted, source)
+    architecture = wanted if named is not None else with_logit_parameters(own, choice.loss)
     return ChosenModel(
         architecture,
         (
@@ -71,6 +80,12 @@ def choose_model(choice: ModelChoice, source: SourceMetadata) -> ChosenModel:
             (str(source.preprocess_from or source.said_by), source.preprocess),
         ),
     )
+
+
+def load_named(choice: ModelChoice) -> NamedModel:
+    """The model that is named, at the sizes that are wanted."""
+    named = load_model(choice.name, choice.loss)
+    return named._replace(architecture=with_sizes(named.architecture, *choice.sizes))
 
 
 def with_logit_parameters(architecture: Architecture, loss: str) -> Architecture:
@@ -84,15 +99,18 @@ def _check_same_model(choice: ModelChoice, named: Architecture, source: SourceMe
     differing = [d for d in differences(own, named) if not d.is_named(override)]
     if not differing:
         return
-    shown = ", ".join(f"{d.key} is {d.one!r} there and {d.other!r} here" for d in differing)
-    way_out = f"Leave {choice.name_option} out to take the checkpoint's own"
+    what, left_out = "what image size and context length make of it", "them"
+    if choice.name is not None:
+        what, left_out = f"{choice.name_option} {choice.name}", choice.name_option
+    way_out = f"Leave {left_out} out to take the checkpoint's own"
+    if all(d.key in SIZES for d in differing):
+        way_out += "; a run that begins with init.from may have another size"
     if _shapes(own) == _shapes(named):
         keys = ",".join(d.key for d in differing)
         keys = f"[{keys}]" if choice.override_option.endswith("=") else keys
         way_out += f"; where the difference is meant, {choice.override_option}{keys} says so"
     raise InputError(
-        f"{choice.name_option} {choice.name} is another model than {source.said_by} says: {shown}. "
-        f"{way_out}"
+        f"{what} is another model than {source.said_by} says: {in_words(differing)}. {way_out}"
     )
 
 

@@ -8,7 +8,7 @@ pictures: huggingface_processor.py; texts: huggingface_tokenizer_files.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from parallel_clip.convert.huggingface_names import (
     Shape,
     clip_family,
     siglip_family,
+    stored_names,
 )
 from parallel_clip.convert.huggingface_processor import (
     PREPROCESSOR_CONFIG,
@@ -39,10 +40,11 @@ from parallel_clip.convert.huggingface_processor import (
 from parallel_clip.convert.huggingface_tensors import read_ours, read_theirs
 from parallel_clip.convert.huggingface_tokenizer_files import tokenizer_of_folder
 from parallel_clip.convert.model_card import CARD
-from parallel_clip.convert.model_weights import ModelWeights, some_names
+from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.precision import PRECISIONS, rounded, written_dtype
 from parallel_clip.convert.streamed_safetensors import TensorSpec, write_safetensors
 from parallel_clip.convert.target_folder import new_folder
+from parallel_clip.convert.tensor_fit import some_names
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
@@ -52,11 +54,6 @@ from parallel_clip.model.openclip_json import architecture_from_json
 
 HUGGING_FACE_CONFIG = "config.json"
 SHARD_BYTES = 5 * 10**9  # as transformers cut for years; a tensor is never cut
-_TOWERS = ("vision_model.", "text_model.")
-
-
-def has_huggingface_names(names: Sequence[str]) -> bool:
-    return any(name.startswith(_TOWERS) for name in names)
 
 
 def is_huggingface_folder(folder: Path) -> bool:
@@ -85,7 +82,8 @@ class HuggingFaceSource:
         siglip = "timm_model_name" in model_cfg["vision_cfg"]
         file = file or find_weights(folder)
         self._tensors = open_weights(file)
-        if "logit_bias" in self._tensors.shapes() and not siglip:
+        self._stored = stored = stored_names(self._tensors.shapes(), file)
+        if "logit_bias" in stored.shapes and not siglip:
             model_cfg["init_logit_bias"] = -10.0  # as files have it that are written here
         tokenizer = tokenizer_of_folder(folder, siglip=siglip)
         model_cfg["text_cfg"] |= tokenizer.text_cfg
@@ -97,6 +95,11 @@ class HuggingFaceSource:
             notes.append(
                 f"{folder / HUGGING_FACE_CONFIG} leaves out {some_names(left_out, 6)}; the "
                 "defaults of transformers are taken"
+            )
+        if stored.prefix:
+            notes.append(
+                f"the names of the tensors in {file} begin with {stored.prefix!r}, which is left "
+                "out"
             )
         if tokenizer.note:
             notes.append(tokenizer.note)
@@ -120,10 +123,13 @@ class HuggingFaceSource:
         return dict(self._shapes)
 
     def read(self, name: str) -> Tensor:
-        return read_ours(self._lines[name], name, self._shapes, self._tensors.read)
+        def read(theirs: str) -> Tensor:
+            return self._tensors.read(self._stored.names[theirs])
+
+        return read_ours(self._lines[name], name, self._shapes, read)
 
     def _check(self, file: Path) -> None:
-        stored = self._tensors.shapes()
+        stored = self._stored.shapes
         expected = their_shapes(self._family, self._shapes)
         missing = [name for name in expected if name not in stored]
         extra = sorted(stored.keys() - expected.keys() - self._family.beside)

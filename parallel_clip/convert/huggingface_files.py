@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from parallel_clip.convert.model_weights import some_names
 from parallel_clip.convert.tensor_files import TensorFile, open_tensor_file
+from parallel_clip.convert.tensor_fit import some_names
 from parallel_clip.errors import InputError
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,13 +7,52 @@ have several tensors on either side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from parallel_clip.convert.tensor_fit import without_wrappers
+from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 
 Shape = tuple[int, ...]
+
+_TOWER = re.compile(r"(|.*?\.)(?:vision_model|text_model)\.")
+
+
+class StoredNames(NamedTuple):
+    """prefix: what stands before all names; names: the stored name of each tensor by that of
+    transformers; shapes: likewise."""
+
+    prefix: str
+    names: dict[str, str]
+    shapes: dict[str, Shape]
+
+
+def has_huggingface_names(names: Iterable[str]) -> bool:
+    return any(_TOWER.match(name) for name in names)
+
+
+def stored_names(shapes: Mapping[str, Shape], path: object) -> StoredNames:
+    """The names of a file's tensors without what wrappers of torch add and without what stands
+    before those of the towers ("module.", "clip.", "model."). A name without that stays as it is.
+
+    Raises:
+        InputError: two tensors have one name then.
+    """
+    short = without_wrappers(shapes, path)
+    prefix = next((found[1] for name in short if (found := _TOWER.match(name))), "")
+    stored = StoredNames(prefix, {}, {})
+    for name, (full, shape) in short.items():
+        theirs = name.removeprefix(prefix)
+        if theirs in stored.names:
+            raise InputError(
+                f"{path} holds two models: {full} beside {stored.names[theirs]}; save one of them "
+                "alone"
+            )
+        stored.names[theirs], stored.shapes[theirs] = full, shape
+    return stored
 
 
 class Line(NamedTuple):

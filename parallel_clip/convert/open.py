@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import META_FILE
@@ -15,11 +16,11 @@ from parallel_clip.convert.choose_model import (
 from parallel_clip.convert.huggingface import (
     HUGGING_FACE_CONFIG,
     HuggingFaceSource,
-    has_huggingface_names,
     is_huggingface_folder,
     write_huggingface,
 )
 from parallel_clip.convert.huggingface_config_writer import is_siglip
+from parallel_clip.convert.huggingface_names import has_huggingface_names
 from parallel_clip.convert.huggingface_tokenizer_files import huggingface_tokenizer
 from parallel_clip.convert.model_card import check_license, model_card
 from parallel_clip.convert.model_weights import ModelWeights
@@ -34,6 +35,7 @@ from parallel_clip.convert.openclip_optimizer import read_adamw
 from parallel_clip.convert.target_folder import check_target
 from parallel_clip.convert.target_notes import target_notes
 from parallel_clip.convert.weight_source import WeightSource
+from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 
@@ -85,10 +87,30 @@ def _open_file(file: Path, notes: tuple[str, ...] = ()) -> WeightSource:
     return HuggingFaceSource(file.parent, file)
 
 
-def open_initial_weights(source: WeightSource, architecture: Architecture) -> ModelWeights:
-    """The weights of `init.from`."""
-    # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
-    return ModelWeights(source, architecture, optional=("logit_bias",))
+class OpenedModel(NamedTuple):
+    """A checkpoint taken for a model: its weights, its preprocessing, and what to tell the user."""
+
+    source: WeightSource
+    weights: ModelWeights
+    preprocess: Preprocess
+    notes: tuple[str, ...]
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.weights.architecture
+
+
+def open_model(path: str | Path, choice: ModelChoice, *, verify: bool = True) -> OpenedModel:
+    """Open a checkpoint of any format as the model that it says, or that `choice` names.
+
+    Raises:
+        InputError: as `open_source`, `choose_model` and `ModelWeights`.
+    """
+    source = open_source(path, verify=verify)
+    architecture, settings = choose_model(choice, source.metadata)
+    weights = ModelWeights(source, architecture, option=choice.name_option)
+    preprocess, words = resolve_preprocess(architecture.vision.image_size, settings)
+    return OpenedModel(source, weights, preprocess, (*weights.notes, f"preprocessing: {words}"))
 
 
 def convert_checkpoint(
@@ -126,14 +148,11 @@ def convert_checkpoint(
         raise InputError(f"--with-optimizer is for --to run, not --to {to}")
     target, choice, optimizer = Path(target), choice or ModelChoice(), None
     check_target(target)
-    opened = open_source(source)
-    metadata = opened.metadata
-    architecture, settings = choose_model(choice, metadata)
-    weights = ModelWeights(opened, architecture, option=choice.name_option)
-    preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
+    opened = open_model(source, choice)
+    architecture, weights, preprocess = opened.architecture, opened.weights, opened.preprocess
+    content, metadata = opened.source.content, opened.source.metadata
     tokenizer = tokenizer_files(metadata, architecture)
-    notes = [*weights.notes, f"preprocessing: {preprocess_words}"]
-    notes += target_notes(architecture, metadata.folder, to)
+    notes = [*opened.notes, *target_notes(architecture, metadata.folder, to)]
     if tokenizer.files:
         notes.append(f"tokenizer: {tokenizer.name}, in {target}")
     elif tokenizer.name is not None:
@@ -142,10 +161,10 @@ def convert_checkpoint(
             f"tokenizer: the files of {tokenizer.name} are not beside the weights; {way_out}"
         )
     if optimizer_batch is not None:
-        names = weights.stored_names
-        optimizer = read_adamw(opened.content, names, opened.shapes(), metadata.path)
+        shapes = opened.source.shapes()
+        optimizer = read_adamw(content, weights.stored_names, shapes, metadata.path)
         notes.append(f"AdamW's state after step {optimizer.step:,} comes along")
-    elif (opened.content or {}).get("optimizer"):
+    elif (content or {}).get("optimizer"):
         notes.append(
             "its optimizer is left behind; --to run --with-optimizer --global-batch N takes it"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel_clip.convert.model_weights import LOGIT_PARAMETERS, count_not_finite
+from parallel_clip.convert.model_weights import count_not_finite
+from parallel_clip.convert.tensor_fit import LOGIT_PARAMETERS
 from parallel_clip.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,6 +9,7 @@ from parallel_clip.convert.huggingface_config_writer import is_siglip
 from parallel_clip.convert.model_card import CARD
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.timm_json import TRUNK_KEYS
+from parallel_clip.model.timm_trunks import trunk_size
 
 _PIPELINE_TOKENS = 64  # to which transformers' zero-shot pipeline pads the texts of SigLIP
 
@@ -31,6 +32,15 @@ def _openclip_notes(architecture: Architecture) -> Iterator[str]:
         yield (
             f"open_clip does not read vision_cfg.{', '.join(changed)} beside a trunk of timm: it "
             f"builds {vision['timm_model_name']} as it is, whose features differ from these"
+        )
+    trunk, size = vision.get("timm_model_name"), architecture.vision.image_size
+    if trunk and not changed and {*size} != {trunk_size(trunk)}:
+        side = trunk_size(trunk)
+        given = size[0] if size[0] == size[1] else size
+        yield (
+            f"open_clip builds {trunk} for {side} x {side} pixels, whatever vision_cfg.image_size "
+            f"says: load this with create_model(..., load_weights=False, force_image_size={given}) "
+            "and load_checkpoint (docs/fine-tuning.md)"
         )
 
 

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel_clip.convert.choose_model import ModelChoice, choose_model, resolve_preprocess
-from parallel_clip.convert.model_weights import ModelWeights
-from parallel_clip.convert.open import open_source
+from parallel_clip.convert.choose_model import ModelChoice
+from parallel_clip.convert.open import open_model
 from parallel_clip.data.samples.tokenizer import Tokenizer, build_tokenizer
 from parallel_clip.data.samples.transforms import Preprocess, normalize
 from parallel_clip.engine.collectives import broadcast_from_last_stage
@@ -162,13 +161,10 @@ def load_encoder(
             or no tokenizer at hand.
     """
     groups = groups or whole_model_groups()
-    source = open_source(checkpoint, verify=groups.is_rank_zero)  # once is enough
-    metadata = source.metadata
     choice = ModelChoice(model_name, override, tokenizer_chosen=tokenizer is not None)
-    architecture, settings = choose_model(choice, metadata)
-    weights = ModelWeights(source, architecture, option=choice.name_option)
-    preprocess, preprocess_words = resolve_preprocess(architecture.vision.image_size, settings)
-    for note in (*weights.notes, f"preprocessing: {preprocess_words}"):
+    opened = open_model(checkpoint, choice, verify=groups.is_rank_zero)  # once is enough
+    architecture, metadata = opened.architecture, opened.source.metadata
+    for note in opened.notes:
         say(note)
     padding = padding_words(architecture.costs, groups.layout.tensor)
     if padding is not None:
@@ -180,5 +176,5 @@ def load_encoder(
         whole = whole_model(architecture.vision.layers, architecture.text.layers)
         model = CLIPModel(architecture, options, groups.tensor, [whole])
     for parameter, tensor in global_parameters([model]):
-        load_slice(tensor, parameter, weights.read(parameter.name), groups.tensor)
-    return ModelEncoder([model.eval()], preprocess, tokenize, groups)
+        load_slice(tensor, parameter, opened.weights.read(parameter.name), groups.tensor)
+    return ModelEncoder([model.eval()], opened.preprocess, tokenize, groups)

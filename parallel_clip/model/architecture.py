@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from parallel_clip.model.parameters import Constant, Parameter, with_prefix
 from parallel_clip.model.towers.text import TextConfig
@@ -36,12 +36,16 @@ class Architecture:
     def settings(self) -> dict[str, Any]:
         """What decides the model's features, by OpenCLIP's keys ("vision_cfg.pool_type"), defaults
         filled in. Initial values and what matters in training alone are left out."""
-        settings: dict[str, Any] = {"embed_dim": self.embed_dim}
-        for section, tower in (("vision_cfg", self.vision), ("text_cfg", self.text)):
-            for key, value in tower.settings().items():
-                # OpenCLIP has one activation for both towers.
-                settings[key if key == "quick_gelu" else f"{section}.{key}"] = value
-        return settings
+        vision, text = self.tower_settings("vision"), self.tower_settings("text")
+        return {"embed_dim": self.embed_dim, **vision, **text}
+
+    def tower_settings(self, tower: Literal["vision", "text"]) -> dict[str, Any]:
+        """Those of one tower."""
+        return {
+            # OpenCLIP has one activation for both towers.
+            key if key == "quick_gelu" else f"{tower}_cfg.{key}": value
+            for key, value in getattr(self, tower).settings().items()
+        }
 
     @property
     def costs(self) -> ModelCosts:

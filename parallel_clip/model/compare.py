@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
+
+Tower = Literal["vision", "text"]
+
+# What may change while weights stay: positions are interpolated.
+SIZES = frozenset({"vision_cfg.image_size", "text_cfg.context_length"})
 
 
 class Difference(NamedTuple):
@@ -23,7 +28,23 @@ class Difference(NamedTuple):
 
 def differences(one: Architecture, other: Architecture) -> list[Difference]:
     """The settings that decide the features and differ between two models."""
-    left, right = one.settings(), other.settings()
+    return _differing(one.settings(), other.settings())
+
+
+def tower_differences(
+    one: Architecture, other: Architecture, towers: Iterable[Tower]
+) -> list[Difference]:
+    """Those of some towers alone. How wide the features are belongs to no tower."""
+    found = (_differing(one.tower_settings(t), other.tower_settings(t)) for t in towers)
+    return list({d.key: d for differing in found for d in differing}.values())
+
+
+def in_words(found: Iterable[Difference]) -> str:
+    """Differences between a checkpoint, which is the one, and what is named here."""
+    return ", ".join(f"{d.key} is {d.one!r} there and {d.other!r} here" for d in found)
+
+
+def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Difference]:
     return [
         Difference(key, left.get(key), right.get(key))
         for key in dict.fromkeys([*left, *right])

@@ -92,3 +92,15 @@ TRUNKS = {
     "vit_large_patch14_clip_224": _clip(LARGE, 14),
     "vit_large_patch14_clip_336": _clip(LARGE, 14),
 }
+
+
+def trunk_size(name: str) -> int:
+    """The side in pixels of the pictures that timm builds a trunk for."""
+    return int(name.rpartition("_")[2])
+
+
+def trunk_for_size(name: str, image_size: int | list[int]) -> str:
+    """The name by which timm builds the same trunk for pictures of another size; `name` itself
+    where it has none."""
+    other = f"{name.rpartition('_')[0]}_{image_size}"
+    return other if TRUNKS.get(other) == TRUNKS[name] else name

@@ -48,8 +48,8 @@ def describe_run(plan: RunPlan) -> str:
         )
     if plan.resume.checkpoint is not None:
         lines.append(f"  goes on from {plan.resume.checkpoint} (step {plan.resume.step})")
-    elif config.init.from_ is not None:
-        lines.append(f"  starts from {config.init.from_}")
+    elif plan.initial is not None:
+        lines.append(f"  starts from {plan.initial}")
     lines += [f"  {note}" for note in plan.notes]
     lines.append(f"  steps: {plan.steps}")
     return "\n".join(lines)

@@ -150,9 +150,11 @@ def _check_new_run(run_dir: Path, config: Config) -> None:
 
 def _check_same_run(run_dir: Path, before: Config, config: Config) -> list[str]:
     """The differences that are accepted; InputError where others are there. A `model.name` that is
-    left out is the run's own."""
+    left out is the run's own, and so are sizes that are left out with it."""
     if config.model.name is None:
-        config = config.model_copy(update={"model": before.model})
+        given = config.model.model_dump(include={"image_size", "context_length"}, exclude_none=True)
+        own = before.model.model_copy(update=given)
+        config = config.model_copy(update={"model": own})
     refused, accepted = resume_differences(before, config)
     if refused:
         heading = (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from parallel_clip.config import Config
 from parallel_clip.convert.choose_model import resolve_preprocess
+from parallel_clip.convert.initial_weights import InitialWeights
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.feeding.open import check_samples
 from parallel_clip.data.feeding.run_shards import RunShards, find_run_shards
@@ -58,7 +59,8 @@ class Reading(NamedTuple):
 class RunPlan:
     """What a run does, on which ranks, from where and how long. Data only: no open files.
 
-    tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
+    initial: where the weights of a run that begins are from, None where they are random or it goes
+    on; tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
     data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
     epoch; reading: what the order makes machines read; left_out: paths of the shards that
     `data.missing: skip` does without; prompts: of `evaluate.zero_shot`; versions: of the packages
@@ -70,6 +72,7 @@ class RunPlan:
     architecture: Architecture
     layout_plan: LayoutPlan
     resume: ResumePoint
+    initial: InitialWeights | None
     preprocess: Preprocess
     tokenizer: TokenizerSource
     tokenizer_name: str | None
@@ -136,7 +139,7 @@ def make_run_plan(
     """
     resume = find_resume_point(config)
     start = find_start_model(config, resume)
-    config, architecture, stored = start.config, start.architecture, start.source
+    config, architecture = start.config, start.architecture
     check_trainable(architecture, config.model.override)
     updates = update_words(architecture, config.optimizer, config.freeze)
     costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
@@ -148,7 +151,7 @@ def make_run_plan(
     )
     if config.data.augment == "train":
         check_augment_options(config.data.augment_options)
-    tokenizer = _tokenizer_source(config, resume, stored)
+    tokenizer = _tokenizer_source(config, resume, start.tokenizer_from)
     built_tokenizer = tokenizer.build(architecture.text)
     tokenizer_path = built_tokenizer.path
 
@@ -169,6 +172,7 @@ def make_run_plan(
         architecture,
         layout_plan,
         resume,
+        start.initial,
         preprocess,
         tokenizer,
         str(Path(tokenizer_path).absolute()) if tokenizer_path else config.data.tokenizer,

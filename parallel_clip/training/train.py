@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.config import parse_seconds
-from parallel_clip.convert.open import open_initial_weights, open_source
+from parallel_clip.convert.initial_weights import InitialReader
 from parallel_clip.data.feeding.loader import RankBatchSlice, TrainingLoader
 from parallel_clip.data.feeding.open import build_held_out_data, build_training_data
 from parallel_clip.data.feeding.run_shards import RunShards
@@ -187,14 +187,14 @@ def _set_weights(
     groups: Groups,
     tick: Callable[[], None],
 ) -> None:
-    """From the checkpoint to resume, else from `init.from`, else random. tick: called at each
+    """From the checkpoint to resume, else from `init.*`, else random. tick: called at each
     tensor, to show that this goes on."""
     if plan.resume.checkpoint is not None:
         checkpointer.load(plan.resume.checkpoint, state)
         return
-    initial, path = None, plan.config.init.from_
-    if path is not None:  # rank 0 has verified it when it planned
-        initial = open_initial_weights(open_source(path, verify=False), plan.architecture)
+    initial = None
+    if plan.initial is not None:
+        initial = InitialReader(plan.initial, plan.architecture)
     rank, size = groups.tensor_rank, groups.layout.tensor
     for parameter, tensor in state.global_parameters():
         tick()

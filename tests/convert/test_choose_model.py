@@ -100,6 +100,7 @@ def test_other_shapes_are_not_to_be_overridden(world):
     with pytest.raises(InputError, match="context_length is 13 there and 20 here") as caught:
         choose_model(ModelChoice(name), open_source(checkpoint).metadata)
     assert "--override" not in str(caught.value)
+    assert "a run that begins with init.from may have another size" in str(caught.value)
 
 
 @pytest.mark.parametrize(

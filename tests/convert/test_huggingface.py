@@ -295,6 +295,35 @@ def test_each_kind_of_file_gives_the_same_tensors(folder, tmp_path, write):
     assert same(load_file(tmp_path / "target" / WEIGHTS), STATE)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "clip.", "model.", "module.a.clip."])
+def test_what_stands_before_all_names_is_left_out(folder, tmp_path, prefix):
+    named = {f"{prefix}{name}": tensor for name, tensor in STATE.items()}
+    named[f"{prefix}vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    shards(folder, named)
+    said = prefix.replace("module.", "").replace("_orig_mod.", "")
+    notes = convert_checkpoint(folder, tmp_path / "target", "huggingface")
+    assert any(f"begin with {said!r}" in note for note in notes) == bool(said)
+    assert same(load_file(tmp_path / "target" / WEIGHTS), STATE)
+    # A file by its name, which is known by its tensors alone.
+    torch.save(named, folder / "mine.bin")
+    convert_checkpoint(folder / "mine.bin", tmp_path / "again", "huggingface")
+    assert same(load_file(tmp_path / "again" / WEIGHTS), STATE)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"classifier.weight": torch.zeros(1)}, "unknown: classifier.weight$"),
+        ({"other.vision_model.x": torch.zeros(1)}, "unknown: other.vision_model.x$"),
+        ({"logit_scale": torch.zeros(())}, "two models: logit_scale beside clip.logit_scale"),
+    ],
+)
+def test_what_has_not_the_common_prefix_is_told(folder, more, told):
+    torch.save({f"clip.{n}": t for n, t in STATE.items()} | more, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=told):
+        open_source(folder)
+
+
 def test_a_file_or_an_index_may_be_named(folder):
     shards(folder, STATE)
     one_file(folder, {n: t + 1 for n, t in STATE.items()})

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.native import write_run
-from parallel_clip.convert.open import open_source
+from parallel_clip.convert.open import convert_checkpoint, open_source
 from parallel_clip.convert.openclip import write_openclip
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
+from parallel_clip.evaluate.encoder import load_encoder
 from parallel_clip.model.openclip_json import architecture_from_json
 from tests import reference
-from tests.small_models import KINDS, image_batch, small_model, token_batch
+from tests.small_models import KINDS, distance, image_batch, small_model, token_batch
 
 MODEL = small_model({"ls_init_value": 0.3})
 PREPROCESS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
@@ -55,6 +56,26 @@ def test_there_and_back_to_the_last_bit(tmp_path, kind):
     assert run.metadata.architecture == architecture
     assert (run.metadata.preprocess, run.metadata.step) == (PREPROCESS, 0)
     assert same(to_openclip(tmp_path / "run", tmp_path / "back", model_cfg), theirs)
+
+
+def test_a_trunk_of_timm_at_a_size_that_it_has_no_name_for(tmp_path):
+    """open_clip builds it at the size of its name, and loads it as the note says."""
+    vision = {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map"}
+    vision |= {"timm_proj": None, "image_size": [64, 48]}
+    model = small_model(text={"layers": 1}, custom_text=True) | {"vision_cfg": vision}
+    reference.make_checkpoint(model, seed=1, folder=tmp_path / "x")
+    notes = convert_checkpoint(tmp_path / "x", tmp_path / "y", "openclip")
+    told = [note for note in notes if "for 384 x 384 pixels, whatever vision_cfg.image" in note]
+    assert len(told) == 1 and "force_image_size=(64, 48)" in told[0]
+    theirs = open_clip.create_model(
+        f"local-dir:{tmp_path}/y", load_weights=False, force_image_size=(64, 48)
+    ).eval()
+    open_clip.factory.load_checkpoint(theirs, str(tmp_path / "y/open_clip_model.safetensors"))
+    encoder = load_encoder(tmp_path / "y")
+    images, tokens = image_batch(model, 3), token_batch(model, 3)
+    with torch.no_grad():
+        assert distance(encoder.encode_image(images), theirs.encode_image(images, True)) < 1e-6
+        assert distance(encoder.encode_text(tokens), theirs.encode_text(tokens, True)) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
