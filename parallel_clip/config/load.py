@@ -107,6 +107,12 @@ def check_consistency(config: Config) -> Iterator[str]:
     if not config.data.train:
         yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
 
+    if config.loss.label_smoothing and config.loss.kind == "sigmoid":
+        yield (
+            f"loss.label_smoothing {config.loss.label_smoothing:g} is for loss.kind infonce: the "
+            "sigmoid loss has a target for each logit, nearly all of them 0, and no distribution "
+            "to smooth; leave it out"
+        )
     parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
     yield from _complaint_of(check_virtual_pipeline, parallel.pipeline, parallel.virtual_pipeline)
     if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):

@@ -147,9 +147,7 @@ class _LogSumExp(NamedTuple):
         return (self.highest.double() + self.sums.double().log()).sum()
 
 
-def _log_sum_exp(
-    block: _Block, kept: list[Tensor] | None
-) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
+def _log_sum_exp(block: _Block, kept: list[Tensor] | None) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
     """Of the rows [b] and of this helper's columns [N·n], over all ranks, and half the sum of this
     rank's logits among them times their targets in both directions, fp64: without smoothing, that
     of the logits of its own pairs.

@@ -1,9 +1,9 @@
 """Label smoothing of InfoNCE: a part of each target is spread over all logits that take part.
 
 Szegedy et al. (2016), "Rethinking the Inception Architecture for Computer Vision", as torch's
-`cross_entropy(label_smoothing=e)` has it: of a row's target, 1 - e goes to its pair and e / C to each
-of the C logits that take part, the pair's among them. C is B, or what duplicates leave of it. A
-logit is in a row and in a column, so it is pulled by e / C of both.
+`cross_entropy(label_smoothing=e)` has it: of a row's target, 1 - e goes to its pair and e / C to
+each of the C logits that take part, the pair's among them. C is B, or what duplicates leave of it.
+A logit is in a row and in a column, so it is pulled by e / C of both.
 
 b pairs a rank; a helper works on N·n columns.
 """

@@ -129,8 +129,7 @@ def whole_batch(case: Case, ranks: int) -> tuple[Tensor, Tensor]:
     return unit[0].to(case.dtype), unit[1].to(case.dtype)
 
 
-# Of `pairs` pairs on each of `ranks` ranks, rank by rank; 64 bits that differ in the upper ones alone
-# are told apart.
+# Of `pairs` pairs on each of `ranks` ranks, rank by rank. Some differ in their upper bits alone.
 IDENTITIES = {
     "all differ": lambda pairs, ranks: (torch.arange(pairs * ranks) - 3) << 40,
     "some": lambda pairs, ranks: (torch.arange(pairs * ranks) ** 2 % 23) << 40,

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_clip.layout import Layout
-from parallel_clip.loss import ALONE, ClipLoss, SigLipLoss
-from tests.loss.loss_cases import IDENTITIES, Answer, Case, answers, counts, whole_batch
-from tests.loss.test_exact import LAYOUTS, check, with_gradients
+from parallel_clip.loss import ClipLoss, SigLipLoss
+from tests.loss.loss_cases import IDENTITIES, Answer, Case, answers, whole_batch
+from tests.loss.test_exact import LAYOUTS, check
 
 PAIRS = 11
 # Logits kept, in tiles of a column, of some that do not divide, and streamed.
 WAYS = (("auto", "auto"), ("gather", 1), ("gather", 7), ("ring", 1), ("ring", 7), ("ring", 1000))
 SMOOTHINGS = (0.0, 0.1, 0.7)
-# Allowed beside, times the scale: where a pair's own logit is the only one that takes part, the loss
-# is 0, and what smoothing subtracts from the logit is its equal but for rounding.
+# Allowed beside, times the scale: where a pair's own logit is the only one that takes part, the
+# loss is 0, and what smoothing subtracts from the logit is its equal but for rounding.
 EPS = torch.finfo(torch.float32).eps
 
 
