@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss, SigLipLoss
-from tests.loss.loss_cases import IDENTITIES, Answer, Case, answers, whole_batch
+from tests.loss.loss_cases import IDENTITIES, Answer, Case, Sent, answers, counts, whole_batch
 from tests.loss.test_exact import LAYOUTS, check
 
 PAIRS = 11
@@ -116,6 +116,23 @@ def test_loss_and_gradients(processes, layout):
         if case.identities == "all differ":
             without = found[case._replace(identities=None)]
             assert all(map(same_bits, ranks, without)), case
+
+
+def test_identities_cost_one_message(processes):
+    """Of [b] numbers over the data group, and no product; a batch with duplicates no more."""
+    cases = [
+        Case(loss, "random", PAIRS, 32, 20.0, torch.float32, *way)
+        for loss in (ClipLoss, SigLipLoss)
+        for way in (("auto", "auto"), ("ring", 7))
+    ]
+    cases += [case._replace(identities=name) for name in ("all differ", "some") for case in cases]
+    for found in processes.run(Layout(4, tensor=2), counts, cases=cases):
+        flops, sent = zip(*found, strict=True)
+        one_more = Sent("data", "all_gather_single", (PAIRS, 1), torch.int64)
+        for number in range(4):
+            assert flops[number] == flops[number + 4] == flops[number + 8]
+            first, *others = sent[number]  # the check of shapes
+            assert sent[number + 4] == sent[number + 8] == [first, one_more, *others]
 
 
 def same_bits(one: Answer, other: Answer) -> bool:
