@@ -10,7 +10,7 @@ With more processes than cores the ratio still compares the same work. Memory is
 lives beside the inputs on rank 0, counted. Then two stages of a pipeline: the last one alone at the
 loss, and both, its features sent to the other and all gradients summed over both. Prints tables,
 writes JSON and a picture to benchmarks/results. Exit code 1 where ours misses a bar. `--quick` is
-two small sizes, and prints only.
+two small sizes, and prints only. What duplicates and label smoothing cost: loss_options.py.
 """
 
 from __future__ import annotations
@@ -51,8 +51,13 @@ STAGE_SIZES = [(256, 512), (512, 512), (1024, 512), (2048, 512), (4096, 512)]
 
 # The largest share of the peer's time: from LARGE on, and below it.
 BARS = {"stored": (0.67, 1.1), "tiled": (0.8, 1.1), "sigmoid": (1.0, 1.1)}
+BARS |= {f"{loss}, no duplicates": (1.02, 1.2) for loss in tuple(BARS)}
 PEERS = {"stored": "open_clip", "tiled": "open_clip", "streamed": "open_clip",
          "sigmoid": "open_clip sigmoid"}  # fmt: skip
+
+
+# (rank, processes, pairs, width) -> losses by name
+Losses = Callable[[int, int, int, int], dict[str, Callable[..., Tensor]]]
 
 
 class Measured(NamedTuple):
@@ -75,7 +80,7 @@ class Row:
 
     @property
     def bar(self) -> float | None:
-        if self.loss not in BARS:
+        if self.loss not in BARS or self.ratio is None:
             return None
         large = self.pairs >= LARGE[0] and self.width >= LARGE[1]
         return BARS[self.loss][0 if large else 1]
@@ -97,7 +102,7 @@ def main() -> int:
     rows: list[Row] = []
     for processes in PROCESSES[:2] if arguments.quick else PROCESSES:
         for (pairs, width), found in zip(sizes, run(processes, sizes, rounds), strict=True):
-            of_size = rows_of(processes, pairs, width, found)
+            of_size = rows_of(processes, pairs, width, found, PEERS)
             print_table(console, of_size)
             rows += of_size
     stages = run_stages(sizes if arguments.quick else STAGE_SIZES, rounds)
@@ -125,22 +130,30 @@ def main() -> int:
 # ------------------------------------------------------------------------------------ measuring
 
 
-def run(processes: int, sizes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Measured]]:
+def run(
+    processes: int, sizes: Sequence[tuple[int, int]], rounds: int, losses: Losses = losses_of
+) -> list[dict[str, Measured]]:
     """For each size, by name of the loss, what rank 0 measured."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_measure, (processes, sizes, rounds, folder), nprocs=processes)
+        arguments = processes, sizes, rounds, losses, folder
+        torch.multiprocessing.spawn(_measure, arguments, nprocs=processes)
         return pickle.loads((Path(folder) / "found.pickle").read_bytes())
 
 
 def _measure(
-    rank: int, processes: int, sizes: Sequence[tuple[int, int]], rounds: int, folder: str
+    rank: int,
+    processes: int,
+    sizes: Sequence[tuple[int, int]],
+    rounds: int,
+    losses: Losses,
+    folder: str,
 ) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of names that OpenCLIP uses
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
     )
-    found = [_measure_size(rank, processes, *size, rounds) for size in sizes]
+    found = [_measure_size(rank, processes, *size, rounds, losses) for size in sizes]
     if rank == 0:
         (Path(folder) / "found.pickle").write_bytes(pickle.dumps(found))
     dist.barrier()
@@ -198,7 +211,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def _measure_size(
-    rank: int, processes: int, pairs: int, width: int, rounds: int
+    rank: int, processes: int, pairs: int, width: int, rounds: int, losses_of: Losses
 ) -> dict[str, Measured]:
     torch.manual_seed(rank)
     features = F.normalize(torch.randn(2, pairs, width), dim=-1)
@@ -224,12 +237,14 @@ def _forward_backward(loss: Callable[..., Tensor], features: Tensor) -> None:
     loss(images, texts, scale, bias).backward()
 
 
-def rows_of(processes: int, pairs: int, width: int, found: dict[str, Measured]) -> list[Row]:
+def rows_of(
+    processes: int, pairs: int, width: int, found: dict[str, Measured], peers: dict[str, str]
+) -> list[Row]:
     rows = []
     for name, measured in found.items():
         ratio = quartiles = None
-        if name in PEERS:
-            theirs = found[PEERS[name]].seconds
+        if name in peers:
+            theirs = found[peers[name]].seconds
             ratios = [a / b for a, b in zip(measured.seconds, theirs, strict=True)]
             low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
             quartiles = low, high

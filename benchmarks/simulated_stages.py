@@ -206,9 +206,9 @@ class _Recorder:
             hook.remove()
 
     def timed(self, loss: LossFunction) -> LossFunction:
-        def run(*arguments: Any) -> Tensor:
+        def run(*arguments: Any, **options: Any) -> Tensor:
             start = time.perf_counter()
-            value = loss(*arguments)
+            value = loss(*arguments, **options)
             self._record(PipelineOp(OpKind.LOSS), start)
             return value
 
@@ -302,7 +302,9 @@ def _group_size(case: Case) -> int | None:
     return microbatch_group_size(case.microbatches, case.ranks) if case.chunks > 1 else None
 
 
-def _trivial_loss(images: Tensor, texts: Tensor, multiplier: Tensor, bias: Tensor | None) -> Tensor:
+def _trivial_loss(
+    images: Tensor, texts: Tensor, multiplier: Tensor, bias: Tensor | None, *, identities: None
+) -> Tensor:
     return multiplier * (images.sum() + texts.sum())
 
 

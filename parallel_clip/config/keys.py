@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
+Duplicates = Literal["none", "tokens"] | Annotated[str, Field(pattern="^key:.", title="key:NAME")]
 CaptionKey = str | Annotated[dict[str, Positive], Field(min_length=1)]
 
 
@@ -78,6 +79,17 @@ class Init(ConfigSection):
 class Loss(ConfigSection):
     kind: Literal["infonce", "sigmoid"] = Field(
         "infonce", description="softmax over the global batch, or one sigmoid a pair"
+    )
+    duplicates: Duplicates = Field(
+        "none",
+        description="pairs that are not each other's negatives: tokens, those with the same "
+        "caption; key:NAME, with the same value at that key of their `.json`",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="part of each target that is spread evenly over its row or column (infonce)",
     )
     exchange: Literal["auto", "gather", "ring"] = Field(
         "auto",

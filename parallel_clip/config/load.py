@@ -113,6 +113,12 @@ def check_consistency(config: Config) -> Iterator[str]:
             "init.projection new is for weights of init.from, init.vision or init.text, and none "
             "of these is given; leave it out"
         )
+    if config.loss.label_smoothing and config.loss.kind == "sigmoid":
+        yield (
+            f"loss.label_smoothing {config.loss.label_smoothing:g} is for loss.kind infonce: the "
+            "sigmoid loss has a target for each logit, nearly all of them 0, and no distribution "
+            "to smooth; leave it out"
+        )
     parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
     yield from _complaint_of(check_virtual_pipeline, parallel.pipeline, parallel.virtual_pipeline)
     if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):

@@ -73,6 +73,8 @@ def _bounds(metadata: list[Any]) -> str:
 def _phrase(annotation: Any, bounds: str = "") -> str:
     origin, members = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        if members[1].title:  # what its pattern is called
+            return members[1].title
         return _phrase(members[0], _bounds(members[1].metadata))
     if origin in (Union, types.UnionType):
         return " or ".join(_phrase(member, bounds) for member in members)

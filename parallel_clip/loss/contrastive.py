@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from parallel_clip.loss.duplicates import Duplicates, find_duplicates
 from parallel_clip.loss.exchange import LossGroups, gather
 from parallel_clip.loss.exchange_plan import Exchange, ExchangePlan, plan_exchange
 
@@ -37,11 +38,13 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class LossCall:
-    """How one call is computed: on which groups, exchanged and tiled how, with gradients or not."""
+    """How one call is computed: on which groups, exchanged and tiled how, with gradients or not,
+    and which pairs are not each other's negatives (None: all are)."""
 
     groups: LossGroups
     plan: ExchangePlan
     want_gradients: bool
+    duplicates: Duplicates | None = None
 
 
 class ContrastiveLoss(nn.Module):
@@ -99,7 +102,7 @@ class ContrastiveLoss(nn.Module):
         self.exchange, self.tile = exchange, tile
         self._expected_place = rank, world_size
         self._groups: LossGroups | None = None
-        self._checked_shape: torch.Size | None = None
+        self._checked: tuple[torch.Size, bool] | None = None
 
     def forward(
         self,
@@ -108,6 +111,7 @@ class ContrastiveLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        identities: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, fp32 and the same on every rank; DDP's mean over ranks of the gradients is the
         full-batch gradient, that of `logit_scale` and `logit_bias` included.
@@ -115,25 +119,38 @@ class ContrastiveLoss(nn.Module):
         image_features, text_features: [b, D], fp32 or bf16, of length 1, row i of each a pair.
         logit_scale: the multiplier itself; logit_bias: added to every logit. Logits and log-sum-exp
         are fp32 whatever the features are; gradients are summed in fp32 and rounded once.
+        identities: int64 [b], on every rank or on none, the same on helpers. Pairs of the global
+        batch with equal ones are not each other's negatives: the logits of one's picture with the
+        other's text take no part, neither in a softmax nor as a term of the sigmoid loss. Where all
+        differ, loss and gradients have the bits that they have without; the host waits once for
+        the device, to know it.
 
-        Ranks compare their shapes at the first call, and where this rank's has changed since: all
-        ranks change theirs at the same call.
+        Ranks compare their shapes at the first call, and where this rank's has changed since, or
+        identities come or are gone: all ranks change theirs at the same call.
 
         Raises:
             ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs or
-                another width; a group that does not hold this rank.
+                another width, or some with identities; a group that does not hold this rank.
         """
         if image_features.ndim != 2 or image_features.shape != text_features.shape:
             raise ValueError(
                 f"image_features {list(image_features.shape)} and text_features "
                 f"{list(text_features.shape)}: expected [pairs, width] twice, row i of each a pair"
             )
+        if identities is not None and (
+            identities.shape != image_features.shape[:1] or identities.dtype != torch.int64
+        ):
+            raise ValueError(
+                f"identities {list(identities.shape)} of {identities.dtype}: expected one of "
+                f"torch.int64 for each of the {len(image_features)} pairs"
+            )
         first_call = self._groups is None
         if first_call:
             self._groups = self._find_groups()
-        if image_features.shape != self._checked_shape:  # on all ranks at once: the host waits
-            _check_equal_shapes(image_features, self._groups)
-            self._checked_shape = image_features.shape
+        seen = image_features.shape, identities is not None
+        if seen != self._checked:  # on all ranks at once: the host waits
+            _check_equal_shapes(image_features, identities, self._groups)
+            self._checked = seen
         if first_call:
             _warn_if_not_normalised(image_features, text_features)
         device = image_features.device
@@ -141,8 +158,13 @@ class ContrastiveLoss(nn.Module):
         bias = None
         if logit_bias is not None:
             bias = torch.as_tensor(logit_bias, dtype=torch.float32, device=device).reshape(())
+        duplicates = None
+        if identities is not None:
+            duplicates = find_duplicates(identities.to(device), self._groups)
         want_gradients = torch.is_grad_enabled()  # always off inside of a Function
-        loss = _InAutograd.apply(image_features, text_features, scale, bias, self, want_gradients)
+        loss = _InAutograd.apply(
+            image_features, text_features, scale, bias, self, want_gradients, duplicates
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
     def plan(self, pairs: int, width: int) -> ExchangePlan:
@@ -183,10 +205,17 @@ class _InAutograd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, images, texts, scale, bias, loss: ContrastiveLoss, want_gradients: bool
+        ctx,
+        images,
+        texts,
+        scale,
+        bias,
+        loss: ContrastiveLoss,
+        want_gradients: bool,
+        duplicates: Duplicates | None,
     ) -> Tensor:
         want_gradients = want_gradients and any(ctx.needs_input_grad)
-        call = LossCall(loss._groups, loss.plan(*images.shape), want_gradients)
+        call = LossCall(loss._groups, loss.plan(*images.shape), want_gradients, duplicates)
         with torch.autocast(images.device.type, enabled=False):
             value, gradients = loss._compute(images, texts, scale, bias, call)
         if gradients is not None:
@@ -198,23 +227,27 @@ class _InAutograd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Any, ...]:
         grads = [grad * saved for saved in ctx.saved_tensors]
-        return (*grads, *[None] * (6 - len(grads)))
+        return (*grads, *[None] * (7 - len(grads)))
 
 
-def _check_equal_shapes(features: Tensor, groups: LossGroups) -> None:
+def _check_equal_shapes(features: Tensor, identities: Tensor | None, groups: LossGroups) -> None:
     """Raises ValueError where ranks hold other shapes: their collectives would not match."""
-    shapes = [tuple(features.shape)]
+    own = *features.shape, int(identities is not None)
+    everyones = [own]
     if groups.data_size > 1:
-        own = torch.tensor([features.shape], device=features.device)
-        shapes = [tuple(shape) for shape in gather(own, groups.data).tolist()]
-    if len(set(shapes)) > 1:
+        found = gather(torch.tensor([own], device=features.device), groups.data)
+        everyones = [tuple(row) for row in found.tolist()]
+    if len(set(everyones)) > 1:
+        with_identities = len({row[2] for row in everyones}) > 1
         globally = dist.get_process_group_ranks(groups.data)
         shown = ", ".join(
             f"rank {rank}: {pairs} x {width}"
-            for rank, (pairs, width) in zip(globally, shapes, strict=True)
+            + (f" {'with' if has else 'without'} identities" if with_identities else "")
+            for rank, (pairs, width, has) in zip(globally, everyones, strict=True)
         )
+        also = ", all with identities or all without" if with_identities else ""
         raise ValueError(
-            f"every rank must hold the same number of pairs, of the same width; {shown}"
+            f"every rank must hold the same number of pairs, of the same width{also}; {shown}"
         )
     if len(features) == 0:  # not before all ranks have met: others may have some, and would wait
         raise ValueError("there are no pairs: image_features is empty")

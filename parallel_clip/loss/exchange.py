@@ -78,6 +78,12 @@ class TextShards:
             return chunk
         return slice(self.ranks * chunk.start, self.ranks * chunk.stop)
 
+    def of_columns(self, values: Tensor, chunk: slice) -> Tensor:
+        """Of a value for each of the `count` texts, rank by rank, those of a chunk's columns."""
+        if self.held:
+            return values[chunk]
+        return values.view(self.ranks, -1)[:, chunk].flatten()
+
     def read(self, chunk: slice) -> Tensor:
         """The chunk's texts, fp32."""
         texts = self._all[chunk] if self.held else gather(self.own[chunk], self.group)

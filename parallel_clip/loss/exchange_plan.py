@@ -57,7 +57,9 @@ def plan_exchange(
 
 
 def peak_loss_bytes(plan: ExchangePlan, pairs: int, width: int, ranks: int, helpers: int) -> int:
-    """An upper bound of the bytes that a loss holds at once beside the features given to it."""
+    """An upper bound of the bytes that a loss holds at once beside the features given to it, with
+    duplicates and label smoothing or without: of three tiles two are logits at work, and a mask of
+    bools is a quarter of one; identities and what is counted of them are among the 16 · B."""
     global_batch = pairs * ranks
     columns = min(plan.tile, global_batch)
     numbers = 5 * pairs * width + 3 * pairs * columns + 2 * columns * width + 16 * global_batch

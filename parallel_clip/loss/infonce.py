@@ -8,18 +8,24 @@ of a text's is put together over ranks from [B] maxima and sums. With
 G = exp(z - row) + exp(z - column) - 2 (the diagonal), the gradients are dI = s/2B · G T, here, and
 dT = s/2B · Gᵀ I, summed over ranks. So only texts travel, and the block costs three matrix products
 where it is kept and four where it is computed again, tile by tile.
+
+Logits that duplicates leave out are so low that every exponential of theirs is 0. Label smoothing e
+makes the diagonal 2 (1 - e), and takes off G what it spreads (smoothing.py).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients, LossCall
+from parallel_clip.loss.duplicates import LEFT_OUT, Duplicates
 from parallel_clip.loss.exchange import LossGroups, TextShards, max_over, sum_over
+from parallel_clip.loss.smoothing import LabelSmoothing
 
 
 class ClipLoss(ContrastiveLoss):
@@ -27,25 +33,42 @@ class ClipLoss(ContrastiveLoss):
 
     Takes the place of `open_clip.ClipLoss`; arguments and result are in `ContrastiveLoss`. A
     `logit_bias` moves all logits alike: neither loss nor gradients see it.
+
+    label_smoothing: as in torch's `cross_entropy`, in both directions: this part of each target is
+    spread evenly over all logits of its row or column that take part, its pair's included.
+
+    Raises:
+        ValueError: `label_smoothing` is not in [0, 1); as `ContrastiveLoss` does.
     """
+
+    def __init__(self, *arguments: Any, label_smoothing: float = 0.0, **options: Any):
+        super().__init__(*arguments, **options)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing {label_smoothing}: expected 0 or more, below 1")
+        self.label_smoothing = label_smoothing
 
     def _compute(
         self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor, Gradients | None]:
-        groups, pairs = call.groups, len(images)
+        groups, pairs, duplicates = call.groups, len(images), call.duplicates
         mine, global_batch = groups.own_texts(pairs), pairs * groups.data_size
         images = images.float()
         scaled = images * scale
         columns = TextShards(texts[mine], groups.data, call.plan)
+        smoothing = None
+        if self.label_smoothing:
+            smoothing = LabelSmoothing(self.label_smoothing, global_batch, duplicates)
+        own_target = 1 - self.label_smoothing
+        block = _Block(scaled, columns, mine, groups, duplicates, smoothing, own_target)
 
         kept: list[Tensor] | None = [] if call.plan.stored and call.want_gradients else None
-        of_rows, of_columns, own = _log_sum_exp(scaled, columns, mine, groups, kept)
-        own, column_total = sum_over(torch.stack([own, of_columns.total()]), groups.helpers)
-        row_total = of_rows.total() - 2 * own
+        of_rows, of_columns, target = _log_sum_exp(block, kept)
+        target, column_total = sum_over(torch.stack([target, of_columns.total()]), groups.helpers)
+        row_total = of_rows.total() - 2 * target
         if not call.want_gradients:
             return (sum_over(row_total, groups.data) + column_total) / (2 * global_batch), None
 
-        grads = _unscaled_gradients(scaled, columns, mine, groups, of_rows, of_columns, kept)
+        grads = _unscaled_gradients(block, of_rows, of_columns, kept)
         image_grads, text_grads = grads
         along = (images * image_grads).sum(dtype=torch.float64)
         row_total, along = sum_over(torch.stack([row_total, along]), groups.data)
@@ -57,34 +80,60 @@ class ClipLoss(ContrastiveLoss):
         return (row_total + column_total) / (2 * global_batch), gradients
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A rank's pictures, `scaled` [b, D], with this helper's texts of all ranks.
+
+    mine: which of this rank's texts the helper works on; own_target: the part of a target that goes
+    to the pair itself.
+    """
+
+    scaled: Tensor
+    columns: TextShards
+    mine: slice
+    groups: LossGroups
+    duplicates: Duplicates | None
+    smoothing: LabelSmoothing | None
+    own_target: float
+
+    def left_out(self, part: slice) -> Tensor | None:
+        """Which logits of a chunk take no part: bool [b, columns]; None: all do."""
+        if self.duplicates is None:
+            return None
+        return self.duplicates.left_out(self.columns, part, self.mine)
+
+
 def _unscaled_gradients(
-    scaled: Tensor,
-    columns: TextShards,
-    mine: slice,
-    groups: LossGroups,
-    of_rows: _LogSumExp,
-    of_columns: _LogSumExp,
-    kept: list[Tensor] | None,
+    block: _Block, of_rows: _LogSumExp, of_columns: _LogSumExp, kept: list[Tensor] | None
 ) -> Tensor:
     """G T and Gᵀ (s I) of this rank's pictures and texts, summed over ranks, [2, b, D]. Takes the
     logits from `kept`, where they are; writes over the log-sum-exps."""
+    scaled, columns, mine = block.scaled, block.columns, block.mine
     grads = scaled.new_zeros(2, *scaled.shape)
     image_grads, text_grads = grads
     row_shares, column_shares = of_rows.sums.reciprocal_(), of_columns.sums.reciprocal_()
     for number, part in enumerate(columns.chunks()):
         chunk, at = columns.read(part), columns.columns(part)
-        logits = scaled @ chunk.t() if kept is None else kept[number]
-        block = torch.sub(logits, of_rows.highest[:, None]).exp_().mul_(row_shares[:, None])
-        block.addcmul_(logits.sub_(of_columns.highest[at]).exp_(), column_shares[at])
-        columns.own_pairs(block, part, mine).sub_(2)
-        image_grads.addmm_(block, chunk)
-        del chunk, logits  # nothing of a chunk outlives its use: they are the memory of this loss
-        if kept is not None:
-            kept[number] = None
-        columns.accumulate_text_grad(part, block, scaled, text_grads[mine])
-        del block
+        left_out = block.left_out(part) if kept is None or block.smoothing else None
+        if kept is None:
+            logits = scaled @ chunk.t()
+            if left_out is not None:
+                logits.masked_fill_(left_out, LEFT_OUT)
+        else:
+            logits, kept[number] = kept[number], None
+        grad = torch.sub(logits, of_rows.highest[:, None]).exp_().mul_(row_shares[:, None])
+        grad.addcmul_(logits.sub_(of_columns.highest[at]).exp_(), column_shares[at])
+        del logits  # nothing of a chunk outlives its use: they are the memory of this loss
+        if block.smoothing is not None:
+            block.smoothing.subtract_from(grad, columns, part, left_out)
+        del left_out
+        columns.own_pairs(grad, part, mine).sub_(2 * block.own_target)
+        image_grads.addmm_(grad, chunk)
+        del chunk
+        columns.accumulate_text_grad(part, grad, scaled, text_grads[mine])
+        del grad
     columns.finish(text_grads[mine])
-    return sum_over(grads, groups.helpers)
+    return sum_over(grads, block.groups.helpers)
 
 
 class _LogSumExp(NamedTuple):
@@ -98,23 +147,29 @@ class _LogSumExp(NamedTuple):
         return (self.highest.double() + self.sums.double().log()).sum()
 
 
-def _log_sum_exp(
-    scaled: Tensor, columns: TextShards, mine: slice, groups: LossGroups, kept: list[Tensor] | None
-) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
-    """Of the rows [b] and of this helper's columns [N·n], over all ranks, and the sum of the logits
-    of this rank's own pairs among them, fp64.
+def _log_sum_exp(block: _Block, kept: list[Tensor] | None) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
+    """Of the rows [b] and of this helper's columns [N·n], over all ranks, and half the sum of this
+    rank's logits among them times their targets in both directions, fp64: without smoothing, that
+    of the logits of its own pairs.
 
     Maxima and sums of exponentials above them are carried from chunk to chunk, so that nothing
     overflows at any multiplier. `kept` takes the logits.
     """
+    scaled, columns, mine = block.scaled, block.columns, block.mine
     row_max = scaled.new_full((len(scaled),), -torch.inf)
     row_sum = torch.zeros_like(row_max)
     column_max = scaled.new_empty(columns.count)
     column_sum = torch.empty_like(column_max)
-    own = torch.zeros((), dtype=torch.float64, device=scaled.device)
+    own, spread = torch.zeros(2, dtype=torch.float64, device=scaled.device)
     for part in columns.chunks():
         logits, at = scaled @ columns.read(part).t(), columns.columns(part)
         own += columns.own_pairs(logits, part, mine).sum(dtype=torch.float64)
+        left_out = block.left_out(part)
+        if block.smoothing is not None:
+            spread += block.smoothing.spread_over(logits, columns, part, left_out)
+        if left_out is not None:
+            logits.masked_fill_(left_out, LEFT_OUT)
+        del left_out
         new_max = torch.maximum(row_max, logits.amax(dim=1))
         above = torch.sub(logits, new_max[:, None]).exp_()
         row_sum = row_sum * torch.exp(row_max - new_max) + above.sum(dim=1)
@@ -125,8 +180,10 @@ def _log_sum_exp(
         if kept is not None:
             kept.append(logits)
         del logits, above
-    of_rows = _combine(row_max, row_sum, groups.helpers)
-    return of_rows, _combine(column_max, column_sum, groups.data), own
+    of_rows = _combine(row_max, row_sum, block.groups.helpers)
+    of_columns = _combine(column_max, column_sum, block.groups.data)
+    target = own if block.smoothing is None else block.own_target * own + spread / 2
+    return of_rows, of_columns, target
 
 
 def _combine(maxima: Tensor, sums: Tensor, group: ProcessGroup | None) -> _LogSumExp:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from parallel_clip.loss.contrastive import ContrastiveLoss, Gradients, LossCall
+from parallel_clip.loss.duplicates import LEFT_OUT
 from parallel_clip.loss.exchange import TextShards, sum_over
 
 
 class SigLipLoss(ContrastiveLoss):
-    """The sum of -log sigmoid over all pairs of the global batch, divided by its size.
+    """The sum of -log sigmoid over all pictures with all texts of the global batch, divided by its
+    size, B; also where duplicates leave some out of the sum.
 
     Takes the place of `open_clip.SigLipLoss`; arguments and result are in `ContrastiveLoss`.
     """
@@ -37,6 +39,8 @@ class SigLipLoss(ContrastiveLoss):
             logits = scaled @ chunk.t()
             if bias is not None:
                 logits += bias
+            if call.duplicates is not None:
+                logits.masked_fill_(call.duplicates.left_out(columns, part, mine), LEFT_OUT)
             columns.own_pairs(logits, part, mine).neg_()  # label +1 for pairs, -1 for others
             totals[0] += _softplus_total(logits)
             if grads is None:

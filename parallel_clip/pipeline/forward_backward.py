@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -37,8 +37,21 @@ from parallel_clip.pipeline.communicator import gradient_messages
 from parallel_clip.pipeline.inputs import StepInputs
 from parallel_clip.pipeline.logit_parameters import shared_logit_parameters
 
-# (image features [n, D], text features [n, D], multiplier, bias or None) -> loss, as in loss/
-LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+class LossFunction(Protocol):
+    """The losses of loss/, of which this room knows no more. images, texts: [n, D]; identities:
+    int64 [n], equal where pairs are not each other's negatives, or None."""
+
+    def __call__(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        /,
+        *,
+        identities: Tensor | None,
+    ) -> Tensor: ...
 
 
 class LossReport(NamedTuple):
@@ -118,13 +131,15 @@ class TwoPassStep:
         last = self.last
         if not last.stage.is_last and self.loss_pipeline_group is None:
             return
-        leaves = self._all_features().requires_grad_()
+        leaves, identities = self._all_features().requires_grad_(), self.inputs.identities
         if self.loss_pipeline_group is not None:
             logit_scale_and_bias = shared_logit_parameters([last], self.loss_pipeline_group)
         if not last.stage.is_last:  # the loss adds this rank's part on the last stage
-            self.loss(leaves[0], leaves[1], *logit_scale_and_bias)
+            self.loss(leaves[0], leaves[1], *logit_scale_and_bias, identities=identities)
             return
-        value = self.loss(leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias)
+        value = self.loss(
+            leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias, identities=identities
+        )
         leaf_grad, *self.logit_grads = torch.autograd.grad(
             value, [leaves, *self.logit_parameters], materialize_grads=True
         )

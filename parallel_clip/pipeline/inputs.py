@@ -24,6 +24,8 @@ class StepInputs:
     """The microbatches of one step.
 
     tokens: int64 [b, context] of each microbatch, on every stage.
+    identities: int64 [m · b] of all m microbatches, on every stage: equal where pairs are not each
+        other's negatives; None: the loss looks at none.
     fetch: gives the pictures of a microbatch on the device. It is called on the first stage alone,
         in the order of the schedule, which is the same on all tensor ranks: it may broadcast.
     prepare: called with the number of the microbatch that is fetched next, before the current one
@@ -35,8 +37,10 @@ class StepInputs:
         tokens: Sequence[Tensor],
         fetch: Callable[[int], Pictures],
         prepare: Callable[[int], None] = lambda number: None,
+        identities: Tensor | None = None,
     ):
         self.tokens = tokens
+        self.identities = identities
         self._fetch = fetch
         self._prepare = prepare
 

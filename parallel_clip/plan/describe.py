@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from parallel_clip.config import parse_bytes
+from parallel_clip.config import Loss, parse_bytes
 from parallel_clip.data.order.reading import machine_reading
 from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.model.architecture import parameter_table
@@ -27,7 +27,7 @@ def describe_run(plan: RunPlan) -> str:
         f"{batch.microbatches} microbatch{'es' * (batch.microbatches > 1)} × {batch.micro_batch}; "
         f"{_schedule_words(plan)}",
         f"  {config.precision}, recompute {config.recompute}",
-        f"  {config.loss.kind}: {_loss_words(plan)}",
+        f"  {config.loss.kind}{_loss_options(config.loss)}: {_loss_words(plan)}",
     ]
     lines += _frozen_lines(plan)
     padding = padding_words(plan.architecture.costs, layout.tensor)
@@ -144,6 +144,14 @@ def _frozen_lines(plan: RunPlan) -> list[str]:
             )
         lines.append(f"  freeze.{tower}: {how}")
     return lines
+
+
+def _loss_options(settings: Loss) -> str:
+    smoothing, duplicates = settings.label_smoothing, settings.duplicates
+    words = f" with label smoothing {smoothing:g}" if smoothing else ""
+    if duplicates != "none":
+        words += f"{' and' if words else ' with'} duplicates left out by {duplicates}"
+    return words
 
 
 def _loss_words(plan: RunPlan) -> str:

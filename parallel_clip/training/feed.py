@@ -1,8 +1,9 @@
 """From the loader to the device: one rank of each copy of the model reads, and broadcasts it.
 
 Tokens go to all ranks of all stages when a step begins, as texts are pooled where the end-of-text
-token is. Pictures go to the tensor ranks of the first stage, in each pass anew: their copy to the
-device begins one microbatch ahead of the schedule, as bytes, which are normalized there.
+token is, and so do the identities of pairs, as any stage may work on the loss. Pictures go to the
+tensor ranks of the first stage, in each pass anew: their copy to the device begins one microbatch
+ahead of the schedule, as bytes, which are normalized there.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class DeviceFeed:
     """Broadcasts the loader's microbatches to the ranks that share a copy of the model.
 
     loader: given where `groups.reads_data`, None on the others; dtype: of the pictures; preprocess:
-    by which pictures that come as uint8 are normalized here; None: they are already.
+    by which pictures that come as uint8 are normalized here; None: they are already; identities:
+    whether the loader's microbatches have some.
     """
 
     loader: TrainingLoader | None
@@ -61,6 +63,7 @@ class DeviceFeed:
     dtype: torch.dtype
     seed: int
     preprocess: Preprocess | None = None
+    identities: bool = False
 
     @property
     def normalizes(self) -> bool:
@@ -89,6 +92,7 @@ class DeviceFeed:
                 tokens,
                 partial(self._share_pictures, step, read, ahead),
                 partial(self._begin_copy, read, ahead),
+                self._share_identities(read) if self.identities else None,
             )
             yield StepBatch(inputs, read)
 
@@ -100,9 +104,22 @@ class DeviceFeed:
             tokens = torch.empty(pairs, context, dtype=torch.int64, device=groups.device)
         else:
             tokens = microbatch.tokens
-        if groups.pipeline_rank == 0:
-            tokens = self._broadcast(tokens, groups.tensor)
-        return self._broadcast(tokens, groups.pipeline)
+        return self._share_with_all_stages(tokens)
+
+    def _share_identities(self, read: Sequence[Microbatch]) -> Tensor:
+        """Of all pairs of the step, on every rank that shares the model."""
+        device = self.groups.device
+        if read:  # joined there: what is joined here would be in ordinary memory
+            parts = [part.identities.to(device, non_blocking=True) for part in read]
+            identities = torch.cat(parts)
+        else:
+            identities = torch.empty(self.plan.per_rank, dtype=torch.int64, device=device)
+        return self._share_with_all_stages(identities)
+
+    def _share_with_all_stages(self, tensor: Tensor) -> Tensor:
+        if self.groups.pipeline_rank == 0:
+            tensor = self._broadcast(tensor, self.groups.tensor)
+        return self._broadcast(tensor, self.groups.pipeline)
 
     def _begin_copy(
         self, read: Sequence[Microbatch], ahead: dict[int, Tensor], number: int

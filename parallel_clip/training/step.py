@@ -134,6 +134,12 @@ def nonfinite_ranks(bad_features: Sequence[tuple[float, float]]) -> str:
 def build_loss(settings: Loss, groups: Groups, on_all_stages: bool) -> ContrastiveLoss:
     """The loss over the data-parallel ranks, its work split over the tensor-parallel ranks, and
     over the stages of the pipeline too where it is `on_all_stages`."""
-    loss = ClipLoss if settings.kind == "infonce" else SigLipLoss
-    helpers = groups.model if on_all_stages else groups.tensor
-    return loss(group=groups.data, helpers=helpers, exchange=settings.exchange, tile=settings.tile)
+    ways = {
+        "group": groups.data,
+        "helpers": groups.model if on_all_stages else groups.tensor,
+        "exchange": settings.exchange,
+        "tile": settings.tile,
+    }
+    if settings.kind == "sigmoid":
+        return SigLipLoss(**ways)
+    return ClipLoss(**ways, label_smoothing=settings.label_smoothing)

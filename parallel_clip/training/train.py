@@ -149,6 +149,7 @@ def _prepare(
         DTYPES[config.precision],
         config.seed,
         plan.preprocess if config.data.normalize == "device" else None,
+        identities=config.loss.duplicates != "none",
     )
     loop = TrainingLoop(plan, groups, state, checkpointer, held_out, requests, progress, token)
     return loop, feed

@@ -26,7 +26,7 @@ SMALL = {"train": {"steps": 10}, "data": {"train": [{"shards": "a.tar"}]}}
 CONTRACT = yaml.safe_load("""
 model:    {name: null, override: []}
 init:     {from: null}
-loss:     {kind: infonce}
+loss:     {kind: infonce, duplicates: none, label_smoothing: 0.0}
 parallel: {tensor: 1, pipeline: 1, virtual_pipeline: 1, sequence: false, schedule: auto}
 batch:    {global: 32768, micro: 256}
 precision: bf16
@@ -188,6 +188,17 @@ def test_an_unknown_key_among_the_overrides(tmp_path):
         ({"parallel": {"sequence": 1}}, "parallel.sequence is 1; expected true or false"),
         ({"precision": "fp16"}, 'precision is "fp16"; expected one of fp32, bf16'),
         ({"loss": {"kind": "clip"}}, 'loss.kind is "clip"; expected one of infonce, sigmoid'),
+        *[
+            (
+                {"loss": {"duplicates": wrong}},
+                f"loss.duplicates is {shown}; expected one of none, tokens or key:NAME",
+            )
+            for wrong, shown in [("captions", '"captions"'), ("key:", '"key:"'), (None, "null")]
+        ],
+        (
+            {"loss": {"label_smoothing": 1.0}},
+            "loss.label_smoothing is 1.0; expected number ≥ 0 and < 1",
+        ),
         ({"optimizer": {"lr": -1}}, "optimizer.lr is -1; expected number ≥ 0"),
         (
             {"optimizer": {"layer_decay": {"visual": 0.5}}},
@@ -287,6 +298,10 @@ def test_all_problems_are_told_at_once_and_each_once():
                 ({}, {"caption_lines": True, "caption_key": "alt"}, "data.train.0"),
             ]
         ],
+        (
+            {"loss": {"kind": "sigmoid", "label_smoothing": 0.1}},
+            "loss.label_smoothing 0.1 is for loss.kind infonce",
+        ),
         ({"schedule": {"cooldown": 5}}, "schedule.cooldown is for schedule.kind wsd, not cosine"),
         ({"schedule": {"kind": "constant", "min_lr": 1e-5}}, "schedule.min_lr is for"),
         ({"schedule": {"min_lr": 1.0}}, "schedule.min_lr 1 is above optimizer.lr 0.0005"),
@@ -445,6 +460,14 @@ def test_what_may_not_differ_on_resume():
         "seed: 0 → 1",
         "data.train.1.weight: null → 1.0",
     ]
+
+
+def test_what_the_loss_takes_for_a_target_may_not_differ_on_resume():
+    new = merged({"loss": {"duplicates": "key:url", "label_smoothing": 0.1}})
+    refused = ['loss.duplicates: "none" → "key:url"', "loss.label_smoothing: 0.0 → 0.1"]
+    assert resume_differences(config_from_dict(SMALL), config_from_dict(new)).refused == refused
+    new["resume"] = {"allow": ["loss.duplicates", "loss.label_smoothing"]}
+    assert resume_differences(config_from_dict(SMALL), config_from_dict(new)) == ([], refused)
 
 
 def test_what_is_a_caption_may_not_differ_on_resume():

@@ -30,6 +30,7 @@ def bf16(**sections: Any) -> Settings:
 
 
 STASH = {"schedule": "stash"}
+OPTIONS = {"duplicates": "tokens", "label_smoothing": 0.1}
 SIGLIP = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": ""}
 PE_CORE = SIGLIP | {"timm_model_name": "vit_pe_core_base_patch16_224"}
 
@@ -70,6 +71,10 @@ CASES: dict[str, Case] = {
     "fed-patch-dropout": Case(settings=bf16(), vision={"patch_dropout": 0.4}, fed=True),
     "fed-tensor-pipeline-reader": Case(4, 0, bf16(), tensor=2, pipeline=2, fed=True),
     "fed-tensor-pipeline-other": Case(4, 3, bf16(), tensor=2, pipeline=2, fed=True),
+    "fed-duplicates": Case(2, 1, bf16(loss=OPTIONS), fed=True),
+    "fed-duplicates-pipeline": Case(
+        4, 3, bf16(loss=OPTIONS | {"stages": "all"}), tensor=2, pipeline=2, fed=True
+    ),
 }
 
 # Of these the kernels of one layer and microbatch are counted: none has a pipeline.

@@ -18,8 +18,10 @@ class Counted(NamedTuple):
     uploads: int = 0
 
 
-# One read, between the gradient norm and the update (training/exchange.py), in every layout.
+# One read, between the gradient norm and the update (training/exchange.py), in every layout; one
+# more where the loss asks whether a batch has duplicates (loss/duplicates.py).
 STEP = Counted(reads=1)
+STEP_WITH_DUPLICATES = Counted(reads=2)
 
 # Of a feed that reads: tokens and pictures of two microbatches, the pictures again in a second
 # pass. The patches to keep come from page-locked memory, too, which the fake world, in which it is
@@ -29,6 +31,8 @@ FEED: dict[str, Counted] = {
     "fed-bf16": Counted(uploads=6),
     "fed-patch-dropout": Counted(copies=4, uploads=6),
     "fed-tensor-pipeline-reader": Counted(uploads=4),
+    # Identities of two microbatches, too.
+    "fed-duplicates": Counted(uploads=8),
 }
 
 # Kernels of one layer of the picture tower for one microbatch: in forward, in backward and in the

@@ -51,7 +51,8 @@ def second_step(case: Case, layers: int = LAYERS) -> Watch:
     model = small_model({"layers": layers} | case.vision, {"layers": LAYERS}, **siglip)
     architecture = architecture_from_json(model, "small")
     plan = make_layout_plan(architecture.costs, case.world, config)
-    read = read_microbatches(architecture, case.microbatches) if case.fed else []
+    with_identities = config.loss.duplicates != "none"
+    read = read_microbatches(architecture, case.microbatches, with_identities) if case.fed else []
     with fake_rank(layout, case.rank) as groups:
         step = TrainStep(
             build_planned_state(config, architecture, plan, groups),
@@ -97,11 +98,16 @@ def fed_inputs(
     loader = [read, read] if groups.reads_data else None
     dtype = DTYPES[config.precision]
     preprocess = Preprocess(architecture.vision.image_size)
-    feed = DeviceFeed(loader, architecture, plan.batch, groups, dtype, config.seed, preprocess)
+    with_identities = config.loss.duplicates != "none"
+    feed = DeviceFeed(
+        loader, architecture, plan.batch, groups, dtype, config.seed, preprocess, with_identities
+    )
     return (batch.inputs for batch in feed.batches(0, 2))
 
 
-def read_microbatches(architecture: Architecture, count: int) -> list[Microbatch]:
+def read_microbatches(
+    architecture: Architecture, count: int, with_identities: bool
+) -> list[Microbatch]:
     """Real tensors in page-locked memory, as from a loader; made outside of a fake world."""
     size, context = architecture.vision.image_size, architecture.text.context_length
     return [
@@ -111,6 +117,7 @@ def read_microbatches(architecture: Architecture, count: int) -> list[Microbatch
             torch.arange(number * PAIRS, (number + 1) * PAIRS),
             addresses=[],
             bad=[],
+            identities=torch.zeros(PAIRS, dtype=torch.int64) if with_identities else None,
         ).pin_memory()
         for number in range(count)
     ]

@@ -19,7 +19,7 @@ import pytest
 
 from tests.fake_cuda import build
 from tests.fake_cuda.cases import CASES, LAYER_CASES
-from tests.fake_cuda.expected import FEED, KERNELS, STEP, Counted
+from tests.fake_cuda.expected import FEED, KERNELS, STEP, STEP_WITH_DUPLICATES, Counted
 from tests.plan.small_plans import small_plan
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,8 @@ def test_the_watch_sees_what_it_is_to_count(found):
 def test_reads_copies_and_waits(found, case, part):
     counted = found[case][part]
     counts = Counted(*(sum(counted[what].values()) for what in Counted._fields))
-    expected = STEP if part == "step" else FEED.get(case, Counted())
+    step = STEP_WITH_DUPLICATES if "duplicates" in case else STEP
+    expected = step if part == "step" else FEED.get(case, Counted())
     assert counts == expected, "\n".join(_listed(counted))
 
 

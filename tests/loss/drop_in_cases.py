@@ -58,6 +58,13 @@ def with_such_shapes(
     return [_complaint(lambda: module(features, features, 10.0)) for _ in range(2)]
 
 
+def identities_on_rank_one(groups: Groups, loss: type[nn.Module]) -> str:
+    """The error, if any, when that rank alone has identities."""
+    features = F.normalize(torch.ones(4, 8), dim=-1)
+    identities = torch.arange(4) if groups.rank == 1 else None
+    return _complaint(lambda: loss()(features, features, 10.0, identities=identities))
+
+
 def in_a_group_of_rank_zero(groups: Groups, loss: type[nn.Module]) -> str:
     """The error, if any, with a group that holds rank 0 only."""
     alone = dist.new_group([0])

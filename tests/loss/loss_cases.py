@@ -71,7 +71,8 @@ def alone_in_a_group(groups: Groups, loss: type[nn.Module], images: Tensor, text
 
 
 class Case(NamedTuple):
-    """One call of a loss; `pairs` are of each rank, `features` a key of FEATURES."""
+    """One call of a loss; `pairs` are of each rank, `features` a key of FEATURES, `identities` of
+    IDENTITIES or None, `smoothing` InfoNCE's."""
 
     loss: type[nn.Module]
     features: str
@@ -81,6 +82,18 @@ class Case(NamedTuple):
     dtype: torch.dtype
     exchange: str = "auto"
     tile: int | str = "auto"
+    identities: str | None = None
+    smoothing: float = 0.0
+
+    def build(self, groups: Groups) -> nn.Module:
+        options = {"label_smoothing": self.smoothing} if self.smoothing else {}
+        return self.loss(
+            group=groups.data,
+            helpers=groups.tensor,
+            exchange=self.exchange,
+            tile=self.tile,
+            **options,
+        )
 
 
 class Answer(NamedTuple):
@@ -116,6 +129,24 @@ def whole_batch(case: Case, ranks: int) -> tuple[Tensor, Tensor]:
     return unit[0].to(case.dtype), unit[1].to(case.dtype)
 
 
+# Of `pairs` pairs on each of `ranks` ranks, rank by rank. Some differ in their upper bits alone.
+IDENTITIES = {
+    "all differ": lambda pairs, ranks: (torch.arange(pairs * ranks) - 3) << 40,
+    "some": lambda pairs, ranks: (torch.arange(pairs * ranks) ** 2 % 23) << 40,
+    "two on other ranks": lambda pairs, ranks: torch.arange(pairs * ranks) % (pairs * ranks - 1),
+    "the same place on every rank": lambda pairs, ranks: torch.arange(pairs).repeat(ranks),
+    "a whole rank": lambda pairs, ranks: torch.arange(pairs * ranks).clamp(min=pairs - 1),
+    "all equal": lambda pairs, ranks: torch.full((pairs * ranks,), -7),
+}
+
+
+def own_identities(case: Case, groups: Groups) -> Tensor | None:
+    if case.identities is None:
+        return None
+    ranks = groups.layout.data
+    return IDENTITIES[case.identities](case.pairs, ranks).chunk(ranks)[groups.data_rank]
+
+
 FEATURES = ("random", "duplicated rows", "duplicated across ranks", "aligned", "nearly aligned")
 BIAS = -3.0
 
@@ -129,20 +160,20 @@ def _answer(groups: Groups, case: Case, twice: bool) -> Answer:
     rank, ranks = groups.data_rank, groups.layout.data
     own = [x.chunk(ranks)[rank].clone() for x in whole_batch(case, ranks)]
     with warnings.catch_warnings(action="error"):
-        loss = case.loss(
-            group=groups.data, helpers=groups.tensor, exchange=case.exchange, tile=case.tile
-        )
-        first = _call(loss, own, case.scale)
-        again = _call(loss, own, case.scale) if twice else first
+        loss, identities = case.build(groups), own_identities(case, groups)
+        first = _call(loss, own, case.scale, identities)
+        again = _call(loss, own, case.scale, identities) if twice else first
     return Answer(*first, again=all(map(torch.equal, first, again)))
 
 
-def _call(loss: nn.Module, features: list[Tensor], scale: float) -> list[Tensor]:
+def _call(
+    loss: nn.Module, features: list[Tensor], scale: float, identities: Tensor | None
+) -> list[Tensor]:
     """The loss and the gradients of pictures, texts, scale and bias."""
     arguments = [
         x.clone().requires_grad_() for x in (*features, torch.tensor(scale), torch.tensor(BIAS))
     ]
-    value = loss(*arguments)
+    value = loss(*arguments, identities=identities)
     value.backward()
     return [value.detach(), *(x.grad for x in arguments)]
 
@@ -168,9 +199,7 @@ def counts(
 def _count(groups: Groups, case: Case, gradients: bool) -> tuple[int, list[Sent]]:
     rank, ranks = groups.data_rank, groups.layout.data
     own = [x.chunk(ranks)[rank].clone() for x in whole_batch(case, ranks)]
-    loss = case.loss(
-        group=groups.data, helpers=groups.tensor, exchange=case.exchange, tile=case.tile
-    )
+    loss, identities = case.build(groups), own_identities(case, groups)
     names = {groups.data: "data", groups.tensor: "helpers"}
     sent = []
 
@@ -194,7 +223,7 @@ def _count(groups: Groups, case: Case, gradients: bool) -> tuple[int, list[Sent]
         flops,
     ):
         arguments = [*own, torch.tensor(case.scale), torch.tensor(BIAS)]
-        value = loss(*(x.requires_grad_() for x in arguments))
+        value = loss(*(x.requires_grad_() for x in arguments), identities=identities)
         if gradients:
             value.backward()
     return flops.get_total_flops(), sent

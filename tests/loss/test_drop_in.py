@@ -103,6 +103,34 @@ def test_wrong_settings(loss, arguments, words):
 
 @every_loss
 @pytest.mark.parametrize(
+    "identities", [torch.arange(5), torch.arange(6.0), torch.arange(6)[:, None]], ids=str
+)
+def test_wrong_identities(loss, identities):
+    with pytest.raises(ValueError, match="expected one of torch.int64 for each of the 6 pairs"):
+        loss()(*features(), 10.0, identities=identities)
+
+
+@every_loss
+def test_identities_alone_and_without_a_process_group(loss):
+    """A caption that three pairs share: what takes part is what a batch without them has."""
+    images, texts = features()
+    identities = torch.tensor([5, 1, 5, 2, 3, 5])
+    masked = loss()(images, texts, 10.0, identities=identities)
+    assert masked < loss()(images, texts, 10.0)
+    in_tiles = loss(tile=2)(images, texts, 10.0, identities=identities + 7)
+    assert torch.allclose(masked, in_tiles, rtol=1e-6)
+    distinct = call(lambda *given: loss()(*given, identities=torch.arange(6)), [*features(), 10.0])
+    assert same(distinct, call(loss(), [*features(), 10.0]))
+
+
+@pytest.mark.parametrize("amount", [-0.1, 1, 1.0, float("nan")])
+def test_wrong_smoothing(amount):
+    with pytest.raises(ValueError, match="label_smoothing .*: expected 0 or more, below 1"):
+        ClipLoss(label_smoothing=amount)
+
+
+@every_loss
+@pytest.mark.parametrize(
     "images, texts, words",
     [
         ((4, 8), (5, 8), r"\[4, 8\] and text_features \[5, 8\]: expected \[pairs, width\] twice"),
@@ -147,6 +175,17 @@ def test_ranks_with_other_shapes_are_named_and_none_waits(processes, loss, shape
     )
     said = f"every rank must hold the same number of pairs, of the same width; {shown}"
     assert found == [[said] * 2] * 3
+
+
+@every_loss
+def test_a_rank_without_identities_is_named_and_none_waits(processes, loss):
+    found = processes.run(Layout(3), drop_in_cases.identities_on_rank_one, loss=loss, seconds=60)
+    said = (
+        "every rank must hold the same number of pairs, of the same width, all with identities or "
+        "all without; rank 0: 4 x 8 without identities, rank 1: 4 x 8 with identities, "
+        "rank 2: 4 x 8 without identities"
+    )
+    assert found == [said] * 3
 
 
 @every_loss

@@ -94,12 +94,15 @@ def with_gradients(formula, features: tuple[Tensor, Tensor], scale: float, dtype
     return [value.detach().double(), *(zero if x is None else x.double() for x in found)]
 
 
-def check(case: Case, layout: Layout, ranks: list[Answer]) -> list[str]:
-    """What is wrong with what the ranks answered."""
+def check(
+    case: Case, layout: Layout, ranks: list[Answer], formulas: tuple, absolute: float = 0.0
+) -> list[str]:
+    """What is wrong with what the ranks answered; `formulas`: the exact one, and the plain one;
+    absolute: an error that is allowed for each unit of the scale."""
     features = whole_batch(case, layout.data)
     expected, plain = (
         with_gradients(formula, features, case.scale, dtype)
-        for formula, dtype in zip(FORMULAS[case.loss], (torch.float64, torch.float32), strict=True)
+        for formula, dtype in zip(formulas, (torch.float64, torch.float32), strict=True)
     )
     places = [layout.coordinates(rank) for rank in range(layout.world)]
     wrong = []
@@ -117,6 +120,7 @@ def check(case: Case, layout: Layout, ranks: list[Answer]) -> list[str]:
                 relative * exact.norm(),
                 2 * (theirs - exact).norm(),
                 torch.finfo(torch.float32).eps * case.scale**2 / len(features[0]),
+                torch.tensor(absolute * case.scale),
             )
             error = (ours.double() - exact).norm()
             if not error <= allowed:
@@ -140,6 +144,6 @@ def test_loss_and_gradients(processes, layout, loss):
     wrong = [
         f"{case[1:]}: {complaint}"
         for case, *ranks in zip(cases, *by_rank, strict=True)
-        for complaint in check(case, layout, ranks)
+        for complaint in check(case, layout, ranks, FORMULAS[case.loss])
     ]
     assert not wrong, f"{len(wrong)} of {len(cases)} cases\n" + "\n".join(wrong[:40])

@@ -14,8 +14,9 @@ from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.loss.contrastive import LossCall
+from parallel_clip.loss.duplicates import Duplicates, find_duplicates
 from parallel_clip.loss.exchange import LossGroups, TextShards
-from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
+from parallel_clip.loss.exchange_plan import ExchangePlan, peak_loss_bytes, plan_exchange
 from parallel_clip.plan.peak_bytes import PeakBytes
 
 FP32 = 4
@@ -42,13 +43,28 @@ def first_and_last_chunks():
         yield
 
 
-def peak_bytes(loss: str, pairs: int, ranks: int, width: int, plan: ExchangePlan, dtype) -> int:
+def peak_bytes(
+    loss: str,
+    pairs: int,
+    ranks: int,
+    width: int,
+    plan: ExchangePlan,
+    dtype,
+    options: bool = False,
+) -> int:
+    """options: with duplicates and, where the loss has it, label smoothing."""
+    build, everyones = LOSSES[loss], pairs * ranks
+    smoothing = {"label_smoothing": 0.1} if options and loss == "infonce" else {}
     with fake_rank(Layout(ranks)) as groups, first_and_last_chunks():
         images, texts = (torch.empty(pairs, width, dtype=dtype) for _ in range(2))
         scale = torch.tensor(100.0)
         with PeakBytes(images, texts, scale) as counted:
-            call = LossCall(LossGroups(groups.data), plan, want_gradients=True)
-            answer = LOSSES[loss]()._compute(images, texts, scale, scale, call)
+            duplicates = None
+            if options:
+                sizes = pairs, everyones, everyones
+                duplicates = Duplicates(*(torch.empty(n, dtype=torch.int64) for n in sizes))
+            call = LossCall(LossGroups(groups.data), plan, True, duplicates)
+            answer = build(**smoothing)._compute(images, texts, scale, scale, call)
         assert answer[1].images.shape == (pairs, width)
     return counted.peak
 
@@ -88,6 +104,26 @@ def test_kept_logits_take_no_more_than_gathered_texts(pairs, ranks):
     allowed += 2 * (pairs + width) * tile + 16 * everyones
     assert pairs * everyones <= 2 * everyones * width
     assert peak_bytes("infonce", pairs, ranks, width, plan, torch.float32) <= allowed * FP32
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("exchange, tile", [("auto", "auto"), ("gather", 512), ("ring", "auto")])
+@pytest.mark.parametrize("pairs, ranks, width", [(256, 8, 512), (1024, 64, 512), (16384, 8, 1280)])
+def test_duplicates_and_smoothing_fit_into_the_bound(pairs, ranks, width, exchange, tile, loss):
+    """Their masks are of a tile, and what they know of pairs is [B]."""
+    plan = plan_exchange(exchange, tile, pairs, width, ranks, 1)
+    peak = peak_bytes(loss, pairs, ranks, width, plan, torch.float32, options=True)
+    assert peak <= peak_loss_bytes(plan, pairs, width, ranks, 1)
+    without = peak_bytes(loss, pairs, ranks, width, plan, torch.float32)
+    tile_of_bools = pairs * min(plan.tile, pairs * ranks)
+    assert peak - without <= tile_of_bools + (10 * pairs * ranks + 8 * pairs) * FP32
+
+
+def test_finding_duplicates_takes_little():
+    identities = torch.arange(50_000) // 2
+    with PeakBytes(identities) as counted:
+        assert find_duplicates(identities, LossGroups()) is not None
+    assert counted.peak <= 8 * len(identities) * FP32
 
 
 def test_the_count_sees_what_is_alive_at_once():

@@ -152,8 +152,8 @@ def _uncounted(groups: Groups):
     """The loss, whose own graph sees the whole batch and is gone before the second pass."""
     loss = ClipLoss(group=groups.data)
 
-    def uncounted(*features: Tensor) -> Tensor:
+    def uncounted(*features: Tensor, **options: Any) -> Tensor:
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return loss(*features)
+            return loss(*features, **options)
 
     return uncounted

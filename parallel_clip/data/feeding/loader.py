@@ -91,4 +91,5 @@ def _join(pieces: list[Microbatch], pin: bool) -> Microbatch:
         joined([piece.positions for piece in pieces]),
         [address for piece in pieces for address in piece.addresses],
         [bad for piece in pieces for bad in piece.bad],
+        None if pieces[0].identities is None else joined([piece.identities for piece in pieces]),
     )

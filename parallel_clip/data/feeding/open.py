@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,7 @@ from parallel_clip.data.feeding.run_shards import RunShards
 from parallel_clip.data.feeding.training_data import TrainingData
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import PictureRule, decode_picture, label_of
+from parallel_clip.data.samples.identities import IdentityRule
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import (
     Preprocess,
@@ -38,13 +39,42 @@ _FIRST_SAMPLES = 64  # of which one must be good
 
 
 def check_samples(config: Config, shards: RunShards) -> None:
-    """`check_first_samples` of each source of training pairs and each held-out set."""
+    """`check_first_samples` of each source of training pairs and each held-out set, and that a key
+    named by `loss.duplicates` is there."""
     settings = config.data
     for rule, table in zip(_caption_rules(settings), shards.train, strict=True):
         check_first_samples(table, "captions", rule, settings.max_pixels)
     for name, table in shards.held_out.items():
         rule = CaptionRule(settings.caption_key)
         check_first_samples(table, HELD_OUT_NEEDS[name], rule, settings.max_pixels)
+    identity = IdentityRule.of(config.loss.duplicates)
+    if identity is not None and identity.key is not None:
+        _check_identity_key(shards.train, identity)
+
+
+def _check_identity_key(sources: Sequence[Sequence[ShardIndex]], rule: IdentityRule) -> None:
+    """InputError: none of the first samples of any source has a value at the rule's key."""
+    files, tried = ShardFiles(), 0
+    for shards in sources:
+        for shard, index in _first_samples(shards):
+            tried += 1
+            try:
+                if rule.value_of(files.read(shard, index)) is not None:
+                    return
+            except BadSampleError:
+                continue
+            except OSError as error:
+                raise InputError(f"{shard.path} cannot be read: {error}") from None
+    raise InputError(
+        f"loss.duplicates key:{rule.key}: none of the first {tried:,} samples has a value at "
+        f"{rule.key!r} of its .json; name a key that they have, or set loss.duplicates to tokens "
+        "or none"
+    )
+
+
+def _first_samples(shards: Sequence[ShardIndex]) -> Iterator[tuple[ShardIndex, int]]:
+    samples = ((shard, index) for shard in shards for index in range(shard.samples))
+    return islice(samples, _FIRST_SAMPLES)
 
 
 def check_first_samples(
@@ -56,8 +86,7 @@ def check_first_samples(
     single bad samples are counted when the run meets them.
     """
     files, first, tried = ShardFiles(), None, 0
-    samples = ((shard, index) for shard in shards for index in range(shard.samples))
-    for shard, index in islice(samples, _FIRST_SAMPLES):
+    for shard, index in _first_samples(shards):
         tried += 1
         try:
             sample = files.read(shard, index)
@@ -105,6 +134,7 @@ def build_training_data(
         any_caption=augment,
         captions=_caption_rules(settings),
         pictures=PictureRule(settings.max_pixels, shrink, resized),
+        identity=IdentityRule.of(config.loss.duplicates),
     )
 
 

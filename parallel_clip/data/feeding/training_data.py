@@ -18,6 +18,7 @@ from parallel_clip.data.index.shard_table import ShardTable
 from parallel_clip.data.order.sample_order import Order, SampleAddress
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import PictureRule, decode_picture, pillows_limit
+from parallel_clip.data.samples.identities import IdentityRule, identities_of_tokens
 from parallel_clip.data.samples.tokenizer import Tokenizer
 from parallel_clip.data.samples.transforms import Transform, sample_seed, seeded
 from parallel_clip.data.storage.addresses import without_signature
@@ -38,6 +39,7 @@ class Microbatch:
     positions: Tensor  # int64 [b]
     addresses: list[StoredAddress]
     bad: list[BadSample]
+    identities: Tensor | None = None  # int64 [b], equal where pairs are duplicates; None: not asked
 
     def pin_memory(self) -> "Microbatch":
         """The same in page-locked memory, from where copies to a GPU can overlap with its work."""
@@ -46,6 +48,7 @@ class Microbatch:
             images=self.images.pin_memory(),
             tokens=self.tokens.pin_memory(),
             positions=self.positions.pin_memory(),
+            identities=None if self.identities is None else self.identities.pin_memory(),
         )
 
 
@@ -53,7 +56,8 @@ class Microbatch:
 class TrainingData:
     """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
 
-    captions: of each source; any_caption: draw one of several captions, else take the first.
+    captions: of each source; any_caption: draw one of several captions, else take the first;
+    identity: what the identities of pairs are; None: they have none.
     """
 
     sources: Sequence[ShardTable]
@@ -64,6 +68,7 @@ class TrainingData:
     any_caption: bool
     captions: Sequence[CaptionRule]
     pictures: PictureRule
+    identity: IdentityRule | None = None
 
     def __post_init__(self) -> None:
         self._files = ShardFiles()
@@ -79,21 +84,32 @@ class TrainingData:
         found = self.order.of_positions(np.arange(positions.start, positions.stop))
         addresses = [SampleAddress(*map(int, address)) for address in zip(*found, strict=True)]
         pairs = map(self._pair, positions, addresses)
-        images, captions, stored, bad = zip(*pairs, strict=True)
+        images, captions, stored, bad, identities = zip(*pairs, strict=True)
+        tokens = self.tokenizer(captions)
         return Microbatch(
             default_collate(images),  # in a worker straight into the memory that it shares
-            self.tokenizer(captions),
+            tokens,
             torch.tensor(positions),
             list(stored),
             [sample for sample in bad if sample is not None],
+            self._identities(tokens, identities),
         )
+
+    def _identities(self, tokens: Tensor, of_samples: Sequence[int | None]) -> Tensor | None:
+        if self.identity is None:
+            return None
+        if self.identity.key is None:
+            return identities_of_tokens(tokens)
+        return torch.tensor(of_samples, dtype=torch.int64)
 
     def describe_position(self, source: int, shard: int, index: int) -> str:
         return f"sample {index} of {self.sources[source].paths[shard]}"
 
     def _pair(
         self, position: int, address: SampleAddress
-    ) -> tuple[Tensor, str, StoredAddress, BadSample | None]:
+    ) -> tuple[Tensor, str, StoredAddress, BadSample | None, int | None]:
+        """Picture, caption, where they are from, the bad sample that they stand in for, and the
+        identity where it is a value of the sample."""
         bad = None
         bits = partial(sample_seed, self.order.seed, position)
         for attempt in range(MAX_SUBSTITUTES + 1):
@@ -122,7 +138,10 @@ class TrainingData:
             with seeded(bits("augment")), pillows_limit(self.pictures.max_pixels):
                 image = self.transform(picture)
             stored = StoredAddress(address.source, without_signature(shard.path), sample.key)
-            return image, caption, stored, bad
+            identity = None
+            if self.identity is not None and self.identity.key is not None:
+                identity = self.identity.of_sample(sample, address)
+            return image, caption, stored, bad, identity
         raise BadDataError(
             f"{bad}; the {MAX_SUBSTITUTES} samples tried in its place are bad too; "
             "parallel-clip data check names all that are"

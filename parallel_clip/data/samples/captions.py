@@ -63,7 +63,7 @@ class CaptionRule:
             lines = [line.removesuffix("\r") for line in text.split("\n")]
             found = {"txt": lines if self.lines else [text]}
         else:
-            record = _json_of(sample)
+            record = json_of(sample)
             several = len(self._weights) > 1
             # All are looked at, whichever is drawn: whether a sample is bad depends on it alone.
             found = {key: _captions_at(sample, record, key, several) for key in self._weights}
@@ -81,7 +81,8 @@ class CaptionRule:
         return used or (captions[:1] or [""] if self.keep_empty else [])
 
 
-def _json_of(sample: StoredSample) -> Any:
+def json_of(sample: StoredSample) -> Any:
+    """What the sample's `.json` holds. Raises BadSampleError."""
     data = bytes_of(sample, "json", MAX_JSON_BYTES)
     try:
         return json.loads(data)  # bytes: UTF-8, UTF-16 or UTF-32, also with a byte-order mark
