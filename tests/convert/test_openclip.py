@@ -62,7 +62,8 @@ def test_a_trunk_of_timm_at_a_size_that_it_has_no_name_for(tmp_path):
     """open_clip builds it at the size of its name, and loads it as the note says."""
     vision = {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map"}
     vision |= {"timm_proj": None, "image_size": [64, 48]}
-    model = small_model(text={"layers": 1}, custom_text=True) | {"vision_cfg": vision}
+    text = {"layers": 1, "vocab_size": 49408}
+    model = small_model({}, text, custom_text=True) | {"vision_cfg": vision}
     reference.make_checkpoint(model, seed=1, folder=tmp_path / "x")
     notes = convert_checkpoint(tmp_path / "x", tmp_path / "y", "openclip")
     told = [note for note in notes if "for 384 x 384 pixels, whatever vision_cfg.image" in note]
