@@ -119,7 +119,7 @@ def _read_evaluation(file: Path, step: int) -> Mapping[str, Any]:
     for line in lines:
         try:
             values = json.loads(line)
-        except ValueError:  # cut off by a crash
+        except (ValueError, RecursionError):  # cut off by a crash, or damaged
             continue
         if isinstance(values, Mapping) and values.get("step") == step:
             found = values

@@ -236,7 +236,8 @@ def _open_splitter(
         # panic of `tokenizers` is not even an Exception.
         if isinstance(error, InputError | KeyboardInterrupt | SystemExit):
             raise
-        raise InputError(f"the tokenizer in {saved.path} cannot be read: {error!r}") from None
+        reason = str(error) if type(error) is Exception else repr(error)
+        raise InputError(f"the tokenizer in {saved.path} cannot be read: {reason}") from None
     return splitter
 
 
