@@ -23,13 +23,14 @@ PACKAGE = ROOT / "parallel_clip"
 # may also name one another's classes as types.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "json_file": {"errors"},
     "stages": {"errors"},
     "layout": {"errors", "stages"},
     "config": {"errors", "layout"},
     "engine": {"errors", "layout"},
-    "model": {"errors", "stages"},
+    "model": {"errors", "json_file", "stages"},
     "loss": {"errors"},
-    "data": {"errors", "config"},
+    "data": {"errors", "json_file", "config"},
     "pipeline": {"errors", "layout", "stages", "engine", "model"},
     "optimizer": {"errors", "config", "layout", "stages", "engine", "model"},
 }
@@ -37,7 +38,7 @@ BELOW_CHECKPOINT = {"errors", "layout", "stages", "engine", "model", "optimizer"
 BELOW_EVALUATE = {*MAY_IMPORT, "checkpoint", "convert"}
 MAY_IMPORT |= {
     "checkpoint": BELOW_CHECKPOINT,
-    "convert": BELOW_CHECKPOINT | {"data", "checkpoint"},
+    "convert": BELOW_CHECKPOINT | {"json_file", "data", "checkpoint"},
     "evaluate": BELOW_EVALUATE,
     "plan": BELOW_EVALUATE | {"evaluate"},
     "training": BELOW_EVALUATE | {"evaluate", "plan"},
@@ -50,6 +51,7 @@ MAY_IMPORT |= {
 # errors are told at once, and a search asks for a thousand layouts in a second.
 PURE = [
     "errors.py",
+    "json_file.py",
     "config/",
     "layout.py",
     "stages/",

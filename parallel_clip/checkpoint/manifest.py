@@ -59,7 +59,7 @@ class Manifest:
                 f"{folder} has no {MANIFEST_FILE}: it was not written to its end, or by an earlier "
                 "version of parallel_clip, which can go on with it; use another checkpoint"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}); use another checkpoint") from None
         return manifest
 

@@ -93,5 +93,5 @@ class Meta:
                     f"{FORMAT}; use the version of parallel_clip that wrote it"
                 )
             return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{folder} is not a checkpoint: {META_FILE}: {error}") from None

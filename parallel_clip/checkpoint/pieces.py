@@ -143,7 +143,7 @@ class PieceReader:
         try:
             index = json.loads((folder / INDEX_FILE).read_text())
             self._tensors = {key: _Tensor.from_json(value) for key, value in index.items()}
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{folder} is not a whole checkpoint: {INDEX_FILE}: {error!r}; use another one"
             ) from None

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parallel_clip.convert.weight_source import SourceMetadata
+from parallel_clip.data.samples.clean_text import text_cleaner
 from parallel_clip.data.samples.saved_tokenizer import has_tokenizer
+from parallel_clip.data.samples.tokenizer import check_tokenizer
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
@@ -139,11 +141,18 @@ def resolve_preprocess(
 
 
 def tokenizer_files(source: SourceMetadata, architecture: Architecture) -> TokenizerFiles:
-    """The tokenizer that a source's model takes, as far as its files are at hand."""
+    """The tokenizer that a source's model takes, as far as its files are at hand.
+
+    Raises:
+        InputError: they are damaged, or texts are to be cleaned in a way that there is not.
+    """
     named = architecture.text.tokenizer
+    if "clean" in architecture.text.tokenizer_kwargs:
+        text_cleaner(architecture.text.tokenizer_kwargs["clean"])
     if source.tokenizer == "openclip" or (source.tokenizer is None and named is None):
         return TokenizerFiles()
     path = Path(source.tokenizer) if source.tokenizer else source.folder
     if not has_tokenizer(path):
         return TokenizerFiles(named or path.name)
+    check_tokenizer(path)
     return TokenizerFiles.read(path, named)

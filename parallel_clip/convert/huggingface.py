@@ -33,9 +33,8 @@ from parallel_clip.convert.huggingface_names import (
 )
 from parallel_clip.convert.huggingface_processor import (
     PREPROCESSOR_CONFIG,
-    PROCESSOR_CONFIG,
-    preprocess_from_processor,
     processor_from_preprocess,
+    read_processor,
 )
 from parallel_clip.convert.huggingface_tensors import read_ours, read_theirs
 from parallel_clip.convert.huggingface_tokenizer_files import tokenizer_of_folder
@@ -48,6 +47,7 @@ from parallel_clip.convert.tensor_fit import some_names
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.known_models import known_name
 from parallel_clip.model.openclip_json import architecture_from_json
@@ -59,8 +59,8 @@ SHARD_BYTES = 5 * 10**9  # as transformers cut for years; a tensor is never cut
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether a folder has a `config.json` of transformers: others write files of that name."""
     try:
-        return "model_type" in json.loads((folder / HUGGING_FACE_CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_json_object(folder / HUGGING_FACE_CONFIG)
+    except InputError:
         return False
 
 
@@ -77,7 +77,7 @@ class HuggingFaceSource:
     content = None
 
     def __init__(self, folder: Path, file: Path | None = None):
-        config = _read_object(folder / HUGGING_FACE_CONFIG)
+        config = read_json_object(folder / HUGGING_FACE_CONFIG)
         model_cfg, left_out = openclip_model(config, str(folder / HUGGING_FACE_CONFIG))
         siglip = "timm_model_name" in model_cfg["vision_cfg"]
         file = file or find_weights(folder)
@@ -101,13 +101,15 @@ class HuggingFaceSource:
                 f"the names of the tensors in {file} begin with {stored.prefix!r}, which is left "
                 "out"
             )
-        if tokenizer.note:
-            notes.append(tokenizer.note)
+        notes += tokenizer.notes
         self._family = family_of(architecture)
         self._shapes: dict[str, Shape] = {p.name: p.shape for p in parameter_table(architecture)}
         self._lines = {name: line for line in self._family.lines for name in line.ours}
         self._check(file)
-        preprocess_from, preprocess = _read_preprocess(folder, architecture.vision.image_size[0])
+        image_size = architecture.vision.image_size[0]
+        preprocess_from, preprocess = read_processor(folder, image_size, siglip=siglip)
+        if preprocess_from is None and siglip:
+            notes.append(f"{folder} holds no {PREPROCESSOR_CONFIG}; SigLIP's usual one is taken")
         self.metadata = SourceMetadata(
             path=file,
             folder=folder,
@@ -169,29 +171,6 @@ def their_shapes(family: Family, our_shapes: Mapping[str, Shape]) -> dict[str, S
     for line in family.lines:
         shapes |= line.their_shapes(our_shapes)
     return shapes
-
-
-def _read_preprocess(folder: Path, image_size: int) -> tuple[Path | None, dict[str, Any] | None]:
-    """The file that says it, and OpenCLIP's preprocess_cfg; None where none does."""
-    for name in (PREPROCESSOR_CONFIG, PROCESSOR_CONFIG):
-        file = folder / name
-        if file.is_file():
-            config = _read_object(file)
-            if name == PROCESSOR_CONFIG:
-                config = config.get("image_processor")
-            if isinstance(config, Mapping):
-                return file, preprocess_from_processor(config, image_size, str(file))
-    return None, None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no JSON object")
-    return values
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -36,10 +36,12 @@ def check_model_type(config: Mapping[str, Any], where: str) -> str:
     Raises:
         InputError: it is of another model; the message says what is near.
     """
-    model_type, classes = config.get("model_type"), config.get("architectures")
-    name = classes[0] if isinstance(classes, list) and classes else model_type
+    model_type, classes = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(classes, list):
+        raise InputError(f"{where}: architectures must be a list of classes, not {classes!r}")
+    name = classes[0] if classes else model_type
     wanted = {"clip": "CLIPModel", "siglip": "SiglipModel"}
-    if model_type not in wanted:
+    if not isinstance(model_type, str) or model_type not in wanted:
         of = f"a {name} (model_type {model_type!r})" if name else "no model that it names"
         hint = ""
         if model_type == "siglip2":
@@ -47,7 +49,7 @@ def check_model_type(config: Mapping[str, Any], where: str) -> str:
         elif str(model_type).startswith(("clip_", "siglip_", "siglip2_")):
             hint = "; this is one tower alone"
         raise InputError(f"{where} is of {of}: {_NEAR}{hint}")
-    if isinstance(classes, list) and classes and wanted[model_type] not in classes:
+    if classes and wanted[model_type] not in classes:
         raise InputError(f"{where} is of a {name}: {_NEAR}; a {wanted[model_type]} is near")
     return model_type
 
@@ -87,8 +89,10 @@ def _with_defaults(
             given = {} if given is None else given
             if not isinstance(given, Mapping):
                 raise InputError(f"{where}: {key} must be a JSON object, not {given!r}")
-            legacy = config.get(f"{key}_dict")
-            if legacy_keys and isinstance(legacy, Mapping):
+            legacy = config.get(f"{key}_dict") if legacy_keys else None
+            if legacy is not None and not isinstance(legacy, Mapping):
+                raise InputError(f"{where}: {key}_dict must be a JSON object, not {legacy!r}")
+            if legacy is not None:
                 # transformers lets it overrule, with what it leaves out itself at the default.
                 given = {**given, **default, **legacy}
             left_out += [f"{key}.{name}" for name in default if name not in given]

@@ -97,6 +97,9 @@ def _shared_problems(architecture: Architecture) -> Iterator[str]:
         yield f"text_cfg.tokenizer_kwargs.clean is {clean!r}, and CLIP's own tokenizer has 'lower'"
     if text.tokenizer_kwargs.get("strip_sep_token"):
         yield "text_cfg.tokenizer_kwargs.strip_sep_token is on, which its tokenizers cannot do"
+    others = sorted(text.tokenizer_kwargs.keys() - {"clean", "strip_sep_token"})
+    if others:
+        yield f"text_cfg.tokenizer_kwargs has {', '.join(others)}, which its tokenizers cannot do"
 
 
 def _clip_config(architecture: Architecture) -> Json:

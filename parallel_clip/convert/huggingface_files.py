@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from parallel_clip.convert.tensor_files import TensorFile, open_tensor_file
 from parallel_clip.convert.tensor_fit import some_names
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # In transformers' order.
@@ -61,7 +62,7 @@ class ShardedFile:
         self._folder = index.parent
         self._shard_of = _read_index(index)
         shards = sorted({*self._shard_of.values()})
-        missing = [shard for shard in shards if not (self._folder / shard).is_file()]
+        missing = [shard for shard in shards if not os.path.isfile(self._folder / shard)]
         if missing:
             raise InputError(
                 f"{index} lists {len(shards)} shards, of which {len(missing)} are not there "
@@ -98,13 +99,10 @@ def _read_index(index: Path) -> dict[str, str]:
     Raises:
         InputError: the index is damaged, or names a file outside of its folder.
     """
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError("its weight_map is empty")
-        for shard in shards.values():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise ValueError(f"{shard!r} is no file of its folder")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is no index of shards, or damaged: {error!r}") from None
+    shards = read_json_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index} is no index of shards: it has no weight_map, or an empty one")
+    for shard in shards.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index} is no index of shards: {shard!r} is no file of its folder")
     return shards

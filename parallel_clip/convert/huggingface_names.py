@@ -83,11 +83,10 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A class of transformers: its name and model_type, the lines of its table in the order in
-    which tensors are written, and the tensors beside the parameters that files of it may hold."""
+    """A class of transformers: its name, the lines of its table in the order in which tensors are
+    written, and the tensors beside the parameters that files of it may hold."""
 
     name: str
-    model_type: str
     lines: tuple[Line, ...]
 
     beside = frozenset({f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")})
@@ -96,7 +95,7 @@ class Family:
 def clip_family(architecture: Architecture) -> Family:
     """The table of CLIPModel. A bias of the logits, which CLIPModel has no place for, is kept in
     the file under OpenCLIP's name."""
-    text = "text." if architecture.custom_text else ""
+    text = _text_prefix(architecture)
     lines = [Line(("logit_scale",), ("logit_scale",))]
     if architecture.init_logit_bias is not None:
         lines.append(Line(("logit_bias",), ("logit_bias",)))
@@ -112,12 +111,12 @@ def clip_family(architecture: Architecture) -> Family:
         *_text_tower(text, architecture.text.layers),
         Line((f"{text}text_projection",), ("text_projection.weight",), "transposed"),
     ]
-    return Family("CLIPModel", "clip", tuple(lines))
+    return Family("CLIPModel", tuple(lines))
 
 
 def siglip_family(architecture: Architecture) -> Family:
     """The table of SiglipModel. The image tower has timm's names in OpenCLIP."""
-    vision, trunk = architecture.vision, "visual.trunk"
+    vision, trunk, text = architecture.vision, "visual.trunk", _text_prefix(architecture)
     embeddings, head, pool = "vision_model.embeddings", "vision_model.head", f"{trunk}.attn_pool"
     lines = [
         Line(("logit_scale",), ("logit_scale",), "reshaped", (1,)),
@@ -140,10 +139,15 @@ def siglip_family(architecture: Architecture) -> Family:
         *_pair(f"{pool}.norm", f"{head}.layernorm"),
         *_pair(f"{pool}.mlp.fc1", f"{head}.mlp.fc1"),
         *_pair(f"{pool}.mlp.fc2", f"{head}.mlp.fc2"),
-        *_text_tower("text.", architecture.text.layers),
-        *_pair("text.text_projection", "text_model.head"),
+        *_text_tower(text, architecture.text.layers),
+        *_pair(f"{text}text_projection", "text_model.head"),
     ]
-    return Family("SiglipModel", "siglip", tuple(lines))
+    return Family("SiglipModel", tuple(lines))
+
+
+def _text_prefix(architecture: Architecture) -> str:
+    """What stands before the names of the text tower, in either of OpenCLIP's two classes."""
+    return "text." if architecture.custom_text else ""
 
 
 class _Block(NamedTuple):

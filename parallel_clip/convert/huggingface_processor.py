@@ -3,11 +3,14 @@ back."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from parallel_clip.data.samples.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 
 Json = dict[str, Any]
 
@@ -37,16 +40,44 @@ _DEFAULTS: dict[str, Json] = {
 _SHARED_DEFAULTS: Json = {"resample": 3, "rescale_factor": 1 / 255} | dict.fromkeys(_STEPS, True)
 
 
-def preprocess_from_processor(config: Mapping[str, Any], image_size: int, where: str) -> Json:
+def read_processor(
+    folder: Path, image_size: int, *, siglip: bool
+) -> tuple[Path | None, Json | None]:
+    """The file of a CLIPModel's or SiglipModel's folder that says how pictures are prepared, as
+    transformers would take it, and OpenCLIP's preprocess_cfg. Without such a file: None, and
+    SigLIP's usual preprocessing for a SiglipModel, none for a CLIPModel, whose is OpenCLIP's usual.
+
+    Raises:
+        InputError: a file is damaged, or as in `preprocess_from_processor`.
+    """
+    file = folder / PROCESSOR_CONFIG
+    config = read_json_object(file).get("image_processor") if file.exists() else None
+    if config is None:
+        file = folder / PREPROCESSOR_CONFIG
+        config = read_json_object(file) if file.exists() else None
+    if config is None and not siglip:
+        return None, None
+    if config is None:
+        file, config = None, {"size": {"height": image_size, "width": image_size}}
+    if not isinstance(config, Mapping):
+        raise InputError(f"{file}: image_processor must be a JSON object, not {config!r}")
+    return file, preprocess_from_processor(config, image_size, str(file), siglip=siglip)
+
+
+def preprocess_from_processor(
+    config: Mapping[str, Any], image_size: int, where: str, *, siglip: bool
+) -> Json:
     """OpenCLIP's preprocess_cfg of an image processor's config, for a model that takes pictures of
-    `image_size`. `where` is for messages.
+    `image_size`. siglip: the model is a SiglipModel, whose processor one without a type is; `where`
+    is for messages.
 
     Raises:
         InputError: it is another processor than CLIP's or SigLIP's, or does what OpenCLIP's
             preprocessing cannot.
     """
-    name = config.get("image_processor_type", config.get("feature_extractor_type"))
-    kind = "Siglip" if str(name).startswith("Siglip") else "CLIP"
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    is_siglip = siglip if name is None else str(name).startswith("Siglip")
+    kind = "Siglip" if is_siglip else "CLIP"
     known = {f"{kind}{end}" for end in ("ImageProcessor", "ImageProcessorFast", "FeatureExtractor")}
     if name is not None and str(name).removesuffix("Pil") not in known:
         raise InputError(
@@ -59,20 +90,37 @@ def preprocess_from_processor(config: Mapping[str, Any], image_size: int, where:
         if values[step] is not True:
             raise InputError(f"{where}: {step} must be true, as OpenCLIP's preprocessing does it")
     factor = values["rescale_factor"]
-    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
+    if not _is_number(factor) or not abs(factor * 255 - 1) <= 1e-6:
         raise InputError(f"{where}: rescale_factor must be 1/255, not {factor!r}")
     resample = values["resample"]
-    if resample not in _RESAMPLE:
+    if not _is_number(resample) or resample not in _RESAMPLE:
         raise InputError(
             f"{where}: resample {resample!r} is not supported; use 3 (bicubic) or 2 (bilinear)"
         )
     return {
         "size": image_size,
-        "mean": list(values["image_mean"]),
-        "std": list(values["image_std"]),
+        "mean": _three_numbers(values, "image_mean", where),
+        "std": _three_numbers(values, "image_std", where),
         "interpolation": _RESAMPLE[resample],
         "resize_mode": _resize_mode(values, image_size, where),
     }
+
+
+def _three_numbers(values: Json, key: str, where: str) -> list[float]:
+    """One for each colour; transformers takes a single number for all of them."""
+    given = values[key]
+    numbers = [given] * 3 if _is_number(given) else given
+    if not isinstance(numbers, list | tuple) or len(numbers) != 3:
+        raise InputError(f"{where}: {key} must be three numbers or one, not {given!r}")
+    if not all(map(_is_number, numbers)):
+        raise InputError(f"{where}: {key} must be three numbers or one, not {given!r}")
+    return list(numbers)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _resize_mode(values: Json, image_size: int, where: str) -> str:

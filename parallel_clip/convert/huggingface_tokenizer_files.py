@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import string
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
+from parallel_clip.data.samples.clean_text import text_cleaner
 from parallel_clip.data.samples.huggingface_tokenizer import as_tokenizer_json
 from parallel_clip.data.samples.saved_tokenizer import (
     SIGLIP,
@@ -20,27 +21,30 @@ from parallel_clip.data.samples.saved_tokenizer import (
     SavedTokenizer,
     find_tokenizer,
     has_tokenizer,
+    pads_left,
+    read_settings,
 )
 from parallel_clip.data.samples.sentencepiece_tokenizer import SENTENCEPIECE_TOKENIZERS
 from parallel_clip.data.samples.tokenizer import clip_vocabulary
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
-from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 from parallel_clip.model.towers.text import TextConfig
 
 Json = dict[str, Any]
 
-_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+_VOCABULARY, _MERGES, _ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+_LISTS_OF_TOKENS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 # A key of ours in the settings: what OpenCLIP's text_cfg says of the tokenizer.
 _OPENCLIP_KEY = "open_clip"
 
 
 class FolderTokenizerChoice(NamedTuple):
-    """choice: as `data.tokenizer`; text_cfg: OpenCLIP's keys that name it; note: what to tell."""
+    """choice: as `data.tokenizer`; text_cfg: OpenCLIP's keys that name it; notes: what to tell."""
 
     choice: str
     text_cfg: Json
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def tokenizer_of_folder(folder: Path, *, siglip: bool) -> FolderTokenizerChoice:
@@ -51,45 +55,69 @@ def tokenizer_of_folder(folder: Path, *, siglip: bool) -> FolderTokenizerChoice:
     """
     vocabulary = _read_vocabulary(folder)
     if vocabulary is None and not has_tokenizer(folder) and not siglip:
-        note = f"{folder} holds no tokenizer; CLIP's own is taken, as transformers would"
-        return FolderTokenizerChoice("openclip", {}, note)
-    if vocabulary is not None and _is_clips_own(vocabulary):
+        note = f"{folder} holds no tokenizer; CLIP's own is taken"
+        return FolderTokenizerChoice("openclip", {}, (note,))
+    clips_own = _clip_numbers()
+    if vocabulary == clips_own and _named_tokens(folder) <= clips_own.keys():
         return FolderTokenizerChoice("openclip", {})
-    settings = folder / TOKENIZER_CONFIG
-    own = _read_json(settings).get(_OPENCLIP_KEY) if settings.is_file() else None
+    settings, notes = read_settings(folder), []
+    if vocabulary is not None and not has_tokenizer(folder):
+        notes.append(
+            f"{folder} has {_VOCABULARY} and other tokens than CLIP's, which are not read; where "
+            "transformers is installed, AutoTokenizer.from_pretrained(FOLDER)"
+            f".save_pretrained(FOLDER) writes {TOKENIZER_JSON}, which is"
+        )
+    if not siglip and settings.get("model_input_names") != ["input_ids"] and pads_left(folder):
+        notes.append(
+            f"the tokenizer in {folder} pads on the left: transformers masks the padding, and "
+            "OpenCLIP's text tower, which the model is read as, works on it: features of texts "
+            "differ from those of transformers"
+        )
+    own = settings.get(_OPENCLIP_KEY)
     if isinstance(own, Mapping) and own.keys() <= {"hf_tokenizer_name", "tokenizer_kwargs"}:
-        return FolderTokenizerChoice(str(folder), dict(own))
-    return FolderTokenizerChoice(str(folder), {"hf_tokenizer_name": folder.resolve().name})
+        return FolderTokenizerChoice(str(folder), dict(own), tuple(notes))
+    name = folder.resolve().name
+    return FolderTokenizerChoice(str(folder), {"hf_tokenizer_name": name}, tuple(notes))
 
 
-def _is_clips_own(vocabulary: Mapping[str, int]) -> bool:
+def _clip_numbers() -> dict[str, int]:
+    """CLIP's tokens with their numbers, start and end as transformers spells them."""
     tokens, _ = clip_vocabulary()
-    return all(vocabulary.get(token) == number for number, token in enumerate(tokens))
+    return {token: number for number, token in enumerate([*tokens, _START, _END])}
 
 
 def _read_vocabulary(folder: Path) -> Mapping[str, int] | None:
-    if (folder / TOKENIZER_JSON).is_file():
-        model = _read_json(folder / TOKENIZER_JSON).get("model")
+    if (folder / TOKENIZER_JSON).exists():
+        model = read_json_object(folder / TOKENIZER_JSON).get("model")
         vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
         return vocabulary if isinstance(vocabulary, Mapping) else None
-    return _read_json(folder / _VOCABULARY) if (folder / _VOCABULARY).is_file() else None
+    return read_json_object(folder / _VOCABULARY) if (folder / _VOCABULARY).exists() else None
 
 
-def _read_json(file: Path) -> Json:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
-        return values
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
+def _named_tokens(folder: Path) -> set[str]:
+    """The tokens that a tokenizer's files add to its vocabulary, or give a role."""
+    settings = read_settings(folder)
+    listed = [settings.get(key) for key in _LISTS_OF_TOKENS]
+    listed.append([value for key, value in settings.items() if key.endswith("_token")])
+    if (folder / TOKENIZER_JSON).exists():
+        listed.append(read_json_object(folder / TOKENIZER_JSON).get("added_tokens"))
+    if (folder / _ADDED).exists():
+        listed.append([*read_json_object(folder / _ADDED)])
+    found = set()
+    for tokens in listed:
+        if isinstance(tokens, Mapping):
+            tokens = tokens.values()
+        for token in tokens if isinstance(tokens, Iterable) else ():
+            text = token.get("content") if isinstance(token, Mapping) else token
+            found |= {text} if isinstance(text, str) else set()
+    return found
 
 
 class WrittenTokenizer(NamedTuple):
-    """files by their names, none where the tokenizer's own are not at hand; note: what to tell."""
+    """files by their names, none where the tokenizer's own are not at hand; notes: what to tell."""
 
     files: dict[str, bytes]
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def huggingface_tokenizer(
@@ -98,36 +126,45 @@ def huggingface_tokenizer(
     """What AutoTokenizer needs to give a model's tokens, cut to its context length.
 
     Raises:
-        InputError: the tokenizer's files are damaged.
+        InputError: the tokenizer's files are damaged, or its cleaning of texts is none of
+            OpenCLIP's.
     """
     if tokenizer.name is None:
-        return WrittenTokenizer(_clip_files(text))
-    files, note = tokenizer.for_transformers(), None
+        return _clip_tokenizer(text)
+    files = tokenizer.for_transformers()
     if not files:
         return WrittenTokenizer({})
-    settings = json.loads(files[TOKENIZER_CONFIG]) | {"model_max_length": text.context_length}
-    if siglip:  # whose text tower works on the padding as well
-        settings |= {"model_input_names": ["input_ids"]}
-    kwargs = dict(text.tokenizer_kwargs)
+    settings = json.loads(files[TOKENIZER_CONFIG]) | {
+        "model_max_length": text.context_length,
+        "model_input_names": ["input_ids"],  # without a mask: OpenCLIP's towers work on padding
+    }
+    kwargs, notes = dict(text.tokenizer_kwargs), []
     settings[_OPENCLIP_KEY] = {"hf_tokenizer_name": tokenizer.name}
     if kwargs:
         settings[_OPENCLIP_KEY]["tokenizer_kwargs"] = kwargs
-    clean = kwargs.get("clean")
-    if clean in _NORMALIZERS:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            saved = find_tokenizer(Path(folder))
-            if not _is_sentencepieces_own(saved):
-                content = with_cleaning(as_tokenizer_json(saved), clean)
-                files[TOKENIZER_JSON] = content
-                settings |= _generic_settings(saved, content)
-            elif saved.kind != SIGLIP:  # which cleans by itself
-                note = (
-                    f"texts are not cleaned by {clean!r} in transformers, as its {saved.kind} "
-                    f"reads {saved.file.name}: clean them before, or bring a tokenizer.json"
-                )
-    return WrittenTokenizer(files | {TOKENIZER_CONFIG: _json(settings)}, note)
+    clean = kwargs.get("clean", "whitespace")  # OpenCLIP's default
+    text_cleaner(clean)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        saved = find_tokenizer(Path(folder))
+        if not _is_sentencepieces_own(saved):
+            content = with_cleaning(as_tokenizer_json(saved), clean)
+            files[TOKENIZER_JSON] = content
+            settings |= _generic_settings(saved, content)
+        elif saved.kind != SIGLIP:  # which cleans by itself
+            notes.append(
+                f"texts are not cleaned by {clean!r} in transformers, as its {saved.kind} "
+                f"reads {saved.file.name}: clean them before, or bring a tokenizer.json"
+            )
+    if saved.pads_left and not siglip:
+        notes.append(
+            "the tokenizer pads on the left, and the text tower works on the padding: call "
+            'AutoTokenizer\'s with padding="max_length", and the zero-shot pipeline with '
+            'tokenizer_kwargs={"padding": "max_length"}; padding to the longest text, as that '
+            "pipeline does for a CLIPModel, gives other features"
+        )
+    return WrittenTokenizer(files | {TOKENIZER_CONFIG: _json(settings)}, tuple(notes))
 
 
 def _generic_settings(saved: SavedTokenizer, tokenizer_json: bytes) -> Json:
@@ -147,44 +184,50 @@ def _is_sentencepieces_own(saved: SavedTokenizer) -> bool:
     return saved.is_sentencepiece and saved.kind in SENTENCEPIECE_TOKENIZERS
 
 
-def _clip_files(text: TextConfig) -> dict[str, bytes]:
-    tokens, merges = clip_vocabulary()
-    if text.vocab_size < len(tokens) + 2:
-        return {}
-    vocabulary = {token: number for number, token in enumerate([*tokens, _START, _END])}
+def _clip_tokenizer(text: TextConfig) -> WrittenTokenizer:
+    vocabulary = _clip_numbers()
+    if text.vocab_size < len(vocabulary):
+        note = (
+            f"no tokenizer is written: the model has {text.vocab_size:,} tokens, CLIP's own "
+            f"tokenizer {len(vocabulary):,}; put the files of the model's own into the folder, "
+            "without which AutoTokenizer makes one of two tokens"
+        )
+        return WrittenTokenizer({}, (note,))
+    _, merges = clip_vocabulary()
     ends = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    return {
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length}
+    files = {
         _VOCABULARY: _json(vocabulary, indent=None),
         _MERGES: "".join(f"{line}\n" for line in lines).encode(),
         SPECIAL_TOKENS: _json(ends),
-        TOKENIZER_CONFIG: _json(
-            {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, **ends}
-        ),
+        TOKENIZER_CONFIG: _json(settings | ends),
     }
+    return WrittenTokenizer(files)
 
 
 def _replaced(pattern: str, content: str) -> Json:
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
-_LOWER = [
-    {"type": "Lowercase"},
+_WHITESPACE = [
     _replaced(r"\s+", " "),
     {"type": "Strip", "strip_left": True, "strip_right": True},
 ]
+_LOWER = [{"type": "Lowercase"}, *_WHITESPACE]
 _PUNCTUATION = "".join(f"\\{mark}" for mark in string.punctuation if mark != "_")
 # OpenCLIP's cleaning of texts in the `tokenizers` library's own steps, without the repair of broken
 # encodings and of HTML.
 _NORMALIZERS: dict[str, list[Json]] = {
+    "whitespace": _WHITESPACE,
     "lower": _LOWER,
     "canonicalize": [_replaced("_", " "), _replaced(f"[{_PUNCTUATION}]", ""), *_LOWER],
 }
 
 
 def with_cleaning(tokenizer_json: bytes, clean: str) -> bytes:
-    """A tokenizer.json that cleans texts before anything else: "lower" or "canonicalize". Itself
-    where it does so already."""
+    """A tokenizer.json that cleans texts before anything else, by the name of one of OpenCLIP's
+    cleanings. Itself where it does so already."""
     content = json.loads(tokenizer_json)
     first, rest = _NORMALIZERS[clean], content.get("normalizer")
     steps = rest.get("normalizers", [rest]) if rest else []

@@ -83,17 +83,12 @@ class ModelWeights:
         """A full tensor on the CPU, in its stored precision; None where the source lacks it.
 
         Raises:
-            InputError: it is not of floating-point numbers, or not finite in fp32.
+            InputError: it cannot be taken for weights (plain_tensors.py), or is not finite in fp32.
         """
         stored = self._fit.names.get(name)
         if stored is None:
             return None
         tensor, path = self._source.read(stored), self.metadata.path
-        if not tensor.is_floating_point():
-            raise InputError(
-                f"{stored} in {path} is of {tensor.dtype}; weights have to be floating-point "
-                "numbers, not quantized ones"
-            )
         bad = count_not_finite(tensor)
         if bad and tensor.dtype == torch.float64 and torch.isfinite(tensor).all():
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
         InputError: it is none of these, or is not whole.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise InputError(
             f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
             "a checkpoint folder, or a file or folder of OpenCLIP's or Hugging Face's"
@@ -180,6 +181,6 @@ def convert_checkpoint(
         else:
             siglip = is_siglip(architecture)
             written = huggingface_tokenizer(tokenizer, architecture.text, siglip=siglip)
-            notes += filter(None, [written.note])
+            notes += written.notes
             write_huggingface(target, weights, preprocess, written.files, precision, card)
     return [*notes, f"{architecture.name} from {metadata.path} is now in {target}"]

@@ -51,7 +51,7 @@ class OpenClipSource:
         self._tensors = open_tensor_file(file)
         config = file.parent / OPENCLIP_CONFIG
         model, said_by = None, None
-        if config.is_file():
+        if config.exists():
             model, said_by = load_model(str(config)), config
         architecture = model.architecture if model else openai_architecture(self.shapes(), file)
         if architecture is not None and model is None:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from parallel_clip.convert.plain_tensors import check_plain, is_tensor
 from parallel_clip.errors import InputError
 from parallel_clip.optimizer import MOMENTS
 
@@ -69,8 +71,12 @@ def read_adamw(
         )
     global_names = {stored: name for name, stored in stored_names.items()}
     trained = [name for name in shapes if name in global_names]
-    state = optimizer["state"]
-    numbers = [list(group["params"]) for group in optimizer["param_groups"]]
+    state, numbers = optimizer["state"], _numbers(optimizer.get("param_groups"))
+    if not isinstance(state, Mapping) or numbers is None:
+        raise InputError(
+            f"the optimizer in {file} is not the state dict of one of torch's: it needs state by "
+            "the number of a parameter, and param_groups that list these numbers"
+        )
     for spared in _RULES:
         groups = [
             [name for name in trained if spared(name, shapes[name])],
@@ -87,19 +93,43 @@ def read_adamw(
             f"parameters: it has groups of {', '.join(str(len(group)) for group in numbers)}, and "
             f"moments of {len(state)}; one of a locked tower, or another optimizer, cannot be moved"
         )
-    steps = {int(state[number]["step"]) for number in numbered.values()}
-    if len(steps) != 1 or 0 in steps:
-        raise InputError(f"AdamW's steps in {file} differ between parameters: {sorted(steps)}")
-    moments = {
-        global_names[name]: {kind: state[number][kind].reshape(shapes[name]) for kind in MOMENTS}
-        for name, number in numbered.items()
-    }
+    steps = {_whole(state[number]["step"]) for number in numbered.values()}
+    if len(steps) != 1 or None in steps or 0 in steps:
+        shown = ", ".join(sorted(map(str, steps)))
+        raise InputError(f"AdamW's steps in {file} have to be one number of updates, not {shown}")
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, number in numbered.items():
+        entry = moments[global_names[name]] = {}
+        for kind in MOMENTS:
+            check_plain(state[number][kind], f"{kind} of {name} in {file}")
+            entry[kind] = state[number][kind].reshape(shapes[name])
     return AdamWState(steps.pop(), moments)
+
+
+def _numbers(groups: Any) -> list[list[int]] | None:
+    """The numbers of the parameters in each group, each once; None where it is something else."""
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        return None
+    numbers = [group.get("params") for group in groups]
+    if not all(isinstance(held, list) for held in numbers):
+        return None
+    listed = sum(numbers, [])
+    is_numbered = all(type(number) is int for number in listed) and len({*listed}) == len(listed)
+    return numbers if is_numbered else None
+
+
+def _whole(step: Any) -> int | None:
+    """A step, which is a number or a tensor of one; None where it is none."""
+    if isinstance(step, Tensor):
+        is_one = step.layout == torch.strided and step.device.type == "cpu" and step.numel() == 1
+        step = step.item() if is_one else None
+    is_whole = isinstance(step, int | float) and step == step // 1 and step >= 0
+    return int(step) if is_whole else None
 
 
 def _fits(entry: Any, shape: Shape) -> bool:
     return (
         isinstance(entry, Mapping)
         and set(entry) == {"step", *MOMENTS}
-        and all(tuple(entry[kind].shape) == shape for kind in MOMENTS)
+        and all(is_tensor(entry[kind]) and tuple(entry[kind].shape) == shape for kind in MOMENTS)
     )

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from parallel_clip.convert.plain_tensors import check_plain, is_tensor
 from parallel_clip.convert.torchscript import is_torchscript, read_torchscript
 from parallel_clip.errors import InputError
 
@@ -30,7 +31,8 @@ class TensorFile(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """InputError: it cannot be taken for weights, see plain_tensors.py."""
 
 
 def open_tensor_file(file: Path) -> TensorFile:
@@ -58,7 +60,9 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         # Opened each time: of one mapping all that was read would count as this process's memory.
         with self._opened() as opened:
-            return opened.get_tensor(name)
+            tensor = opened.get_tensor(name)
+        check_plain(tensor, f"{name} in {self._file}")
+        return tensor
 
     @contextmanager
     def _opened(self) -> Iterator[safe_open]:
@@ -89,8 +93,10 @@ class TorchFile:
     def read(self, name: str) -> Tensor:
         if self._is_mapped and self._bytes > _MAPPED_BYTES:
             self._open()
-        self._bytes += self._tensors[name].nbytes
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        check_plain(tensor, f"{name} in {self._file}")
+        self._bytes += tensor.nbytes
+        return tensor
 
     def _open(self) -> None:
         self._content, self._tensors, self._bytes = None, {}, 0  # the mapping before goes first
@@ -135,5 +141,5 @@ def _is_state_dict(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and bool(value)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+        and all(isinstance(k, str) and is_tensor(v) for k, v in value.items())
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from parallel_clip.checkpoint.commit import CHECKPOINTS, EVALUATIONS_FILE
 from parallel_clip.checkpoint.inspect import layout_words
 from parallel_clip.checkpoint.meta import Meta
+
+# Name, or name and password, before an address's host: the latter may have slashes, as S3's do.
+_LOGIN = re.compile(r"^(?:[^/@]*:.*|[^/@]*)@")
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,10 @@ def _frozen_words(how: str | dict[str, Any]) -> str:
 
 
 def short_path(path: str) -> str:
-    """The last two parts of a path or an address, without what may sign the latter: the rest says
-    where it lies, which is nobody's business once it is published."""
+    """The last two parts of a path or an address, without what may sign the latter or log in: the
+    rest says where it lies, which is nobody's business once it is published."""
+    _, is_address, rest = path.partition("://")
+    path = _LOGIN.sub("", rest) if is_address else path
     return "/".join(path.partition("?")[0].partition("#")[0].rstrip("/").split("/")[-2:])
 
 
@@ -113,7 +119,7 @@ def _read_evaluation(file: Path, step: int) -> Mapping[str, Any]:
     for line in lines:
         try:
             values = json.loads(line)
-        except ValueError:  # cut off by a crash
+        except (ValueError, RecursionError):  # cut off by a crash, or damaged
             continue
         if isinstance(values, Mapping) and values.get("step") == step:
             found = values

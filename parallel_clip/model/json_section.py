@@ -1,6 +1,6 @@
 """Reading one object of a model config, with error messages that name the key."""
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -74,7 +74,7 @@ class JsonSection:
     def number(self, name: str, default: float) -> float:
         value = self.values.get(name, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise self.error(f"{self.key(name)} must be a number, not {value!r}")
         return float(value)
 
@@ -97,7 +97,7 @@ class JsonSection:
 
     def choice(self, name: str, default: str, choices: Collection[str]) -> str:
         value = self.values.get(name, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             allowed = ", ".join(choices)
             raise self.error(f"{self.key(name)} = {value!r} is not supported; use one of {allowed}")
         return value

@@ -5,14 +5,15 @@ are in known_timm_models.py. Facts only, in three steps: sizes, variants, models
 puts them together in OpenCLIP's JSON form, key for key what OpenCLIP has in its file of that name.
 """
 
-import json
 import math
+import os.path
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.known_timm_models import TIMM_MODELS, timm_model_config
 from parallel_clip.model.openclip_json import MODEL_KEYS, architecture_from_json
@@ -44,7 +45,7 @@ def load_model(name_or_path: str, loss: str = "infonce") -> NamedModel:
     preprocess = None
     if name in known_names():
         config, preprocess = model_config(name), _preprocess_of(name)
-    elif path.suffix == ".json" or path.is_file():
+    elif path.suffix == ".json" or os.path.isfile(path):
         name, config, preprocess = _read_file(path)
     else:
         raise _unknown(name, name_or_path)
@@ -138,13 +139,11 @@ def _unknown(name: str, given: str) -> InputError:
 
 
 def _read_file(path: Path) -> tuple[str, Any, dict[str, Any] | None]:
-    """A model's name, its config, which may still be anything, and its preprocessing."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model config {str(path)!r} cannot be read as JSON: {error}") from error
+    """A model's name, its config, which under "model_cfg" may still be anything, and its
+    preprocessing."""
+    config = read_json_object(path)
     preprocess = None
-    if isinstance(config, dict) and "model_cfg" in config:
+    if "model_cfg" in config:
         config, preprocess = config["model_cfg"], config.get("preprocess_cfg")
         if preprocess is not None and not isinstance(preprocess, dict):
             raise InputError(f"{path}: preprocess_cfg must be a JSON object, not {preprocess!r}")

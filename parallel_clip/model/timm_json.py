@@ -126,7 +126,7 @@ def _read_trunk(section: JsonSection) -> Trunk:
 
 def _read_projection(section: JsonSection, trunk: Trunk, pool: str) -> str:
     given = section.values.get("timm_proj", "linear")
-    if given not in _PROJECTIONS:
+    if not isinstance(given, str | None) or given not in _PROJECTIONS:
         raise section.error(
             f"vision_cfg.timm_proj = {given!r} is not supported; use linear, none or null"
         )

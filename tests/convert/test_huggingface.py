@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
@@ -80,6 +81,7 @@ def test_features_of_a_model_of_transformers(saved, tmp_path, name):
 OURS = {kind: KINDS[kind] for kind in ("plain", "quick-gelu", "truncated-mlp", "worldwide",
         "patch-dropout", "three-heads", "timm-siglip", "timm-siglip2")}  # fmt: skip
 OURS["custom-text"] = small_model(custom_text=True)
+OURS["timm-plain-text"] = {k: v for k, v in KINDS["timm-siglip"].items() if k != "custom_text"}
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -108,6 +110,8 @@ def test_features_and_bits_of_a_model_of_openclips(tmp_path, kind):
     back = load_file(tmp_path / "back/open_clip_model.safetensors")
     if kind == "custom-text":  # of which config.json knows nothing: the names of the other class
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    if kind == "timm-plain-text":
+        back = {name.removeprefix("text."): tensor for name, tensor in back.items()}
     assert same(back, state)
 
 
@@ -203,6 +207,43 @@ def test_a_zero_shot_pipeline_just_works(tmp_path, family):
     assert again.preprocess == encoder.preprocess
     assert torch.equal(again.tokenizer(LABELS), encoder.tokenizer(LABELS))
     assert again.architecture.settings() == encoder.architecture.settings()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_features_of_texts_with_padding_on_either_side(tmp_path, monkeypatch, side):
+    """OpenCLIP's text tower works on the padding; a CLIPModel masks it, where it is told of it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = {"vocab_size": 300, "hf_tokenizer_name": "a/name", "pool_type": "eos", "eos_id": 1}
+    model_cfg = small_model(text=text)
+    source = tmp_path / "openclip"
+    state = reference.make_checkpoint(model_cfg, seed=1, folder=source)
+    make_unigram(source)
+    settings = {"pad_token": "<pad>", "padding_side": side}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(source, tmp_path / "hf", "huggingface")
+    plain = reference.build_model(model_cfg).eval()
+    plain.load_state_dict(state)
+    # open_clip opens the folder that is written for it, as this one names no class.
+    convert_checkpoint(source, tmp_path / "for open_clip", "openclip")
+    tokenizer = HFTokenizer(str(tmp_path / "for open_clip"), context_length=13)
+    model = AutoModel.from_pretrained(tmp_path / "hf")
+    texts = ["a dog", "photo of a  dog", " dog\nphoto"]
+    inputs = AutoProcessor.from_pretrained(tmp_path / "hf")(
+        text=texts, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = plain.encode_text(tokenizer(texts))
+        found = model.get_text_features(**inputs)
+    assert distance(getattr(found, "pooler_output", found), expected) < 1e-5
+
+
+def test_a_folder_of_siglip_without_a_processor_says_what_is_taken(tmp_path):
+    save(CONFIGS["siglip"], tmp_path / "hf")
+    make_unigram(tmp_path / "hf")
+    said = convert_checkpoint(tmp_path / "hf", tmp_path / "target", "openclip")
+    assert any("holds no preprocessor_config.json; SigLIP's usual one is taken" in s for s in said)
+    settings = json.loads((tmp_path / "target/open_clip_config.json").read_text())["preprocess_cfg"]
+    assert (settings["mean"], settings["resize_mode"]) == ([0.5] * 3, "squash")
 
 
 def test_a_folder_ready_to_publish(tmp_path):
@@ -426,7 +467,7 @@ def an_index_of_other_folders(folder):
 
 def a_broken_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {')
-    return "index.json is no index of shards, or damaged"
+    return "index.json cannot be read as JSON"
 
 
 def no_weights(folder):
@@ -479,6 +520,41 @@ def of_whole_numbers(folder):
     return "is of torch.int8"
 
 
+def of_a_sparse_tensor(folder):
+    name = "text_projection.weight"
+    torch.save(STATE | {name: STATE[name].to_sparse()}, folder / "pytorch_model.bin")
+    return "text_projection.weight in .*pytorch_model.bin is stored as torch.sparse_coo"
+
+
+def an_index_with_nothing(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    return "index.json is no index of shards: it has no weight_map"
+
+
+def an_index_of_a_name_that_is_too_long(folder):
+    weight_map = dict.fromkeys(STATE, "x" * 300)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return "1 shards, of which 1 are not there"
+
+
+def a_deep_index(folder):
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    return "index.json cannot be read as JSON: it is nested"
+
+
+def a_deep_config(folder):
+    one_file(folder, STATE)
+    (folder / "config.json").write_text("[" * 100_000)
+    return "config.json cannot be read as JSON: it is nested"
+
+
+def a_config_that_is_a_folder(folder):
+    one_file(folder, STATE)
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "preprocessor_config.json").mkdir()
+    return "preprocessor_config.json cannot be read: Is a directory"
+
+
 def another_architecture(folder):
     one_file(folder, STATE)
     (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
@@ -504,6 +580,8 @@ DAMAGES = [
     an_index_of_other_folders, a_broken_index, no_weights, a_pickle_with_code,
     shapes_of_another_model, half_a_model, more_than_a_model, something_else, two_scales,
     not_finite, of_whole_numbers, another_architecture, a_config_that_is_no_json, another_processor,
+    of_a_sparse_tensor, an_index_with_nothing, an_index_of_a_name_that_is_too_long, a_deep_index,
+    a_deep_config, a_config_that_is_a_folder,
 ]  # fmt: skip
 
 

@@ -120,6 +120,23 @@ OTHERS = {
     ),
     "no model": ({"hidden_size": 3}, "of no model that it names"),
     "a list": (clip_config() | {"text_config": [1]}, "text_config must be a JSON object"),
+    "an old list": (
+        clip_config() | {"text_config_dict": [1]},
+        r"text_config_dict must be a JSON object, not \[1\]",
+    ),
+    "a list of types": (clip_config() | {"model_type": ["clip"]}, r"model_type \['clip'\]"),
+    "classes that are no list": (
+        clip_config() | {"architectures": {"CLIPModel": 1}},
+        "architectures must be a list of classes",
+    ),
+    "a list of activations": (
+        clip_config({"hidden_act": ["gelu"]}),
+        r"text_config.hidden_act = \['gelu'\]",
+    ),
+    "a number beyond all": (
+        clip_config() | {"logit_scale_init_value": 10**400},
+        "logit_scale_init_value must be a number",
+    ),
     "one QuickGELU": (
         clip_config(vision={"hidden_act": "gelu"}),
         "vision_config.hidden_act is gelu .*text_config.hidden_act quick_gelu",
@@ -158,6 +175,10 @@ UNSPEAKABLE = {
     "cleaning": (
         small_model(text={"tokenizer_kwargs": {"clean": "whitespace"}}),
         "clean is 'whitespace', and CLIP's own tokenizer has 'lower'",
+    ),
+    "an option of the tokenizer": (
+        small_model(text={"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"language": "de"}}),
+        "tokenizer_kwargs has language",
     ),
     "a projection of pictures": (KINDS["timm-linear"], "timm_proj is not 'none'"),
     "PE-Core": (KINDS["timm-pe-core"], "vit_pe_core_base_patch16_224 is no trunk of SigLIP's"),

@@ -144,6 +144,17 @@ def test_tables_stay_tables():
         ("demo/", "demo"),
         ("/a/b/c.tar", "b/c.tar"),
         ("https://u:p@host/d/{0..9}.tar?sig=1#x", "d/{0..9}.tar"),
+        # Nothing that logs in or signs, wherever it stands.
+        ("https://u:pass@host/9.tar", "host/9.tar"),
+        ("https://pass@host/9.tar", "host/9.tar"),
+        ("https://u:pa#s?s@host:80/9.tar", "host:80/9.tar"),
+        ("s3://KEY:pa/s/s@bucket/{0..9}.tar", "bucket/{0..9}.tar"),
+        ("simplecache::https://u:pass@host/9.tar", "host/9.tar"),
+        ("zip://a.tar::https://u:pass@host/9.zip", "host/9.zip"),
+        ("https://host/9.tar?sig=1&url=https://u:p@h/x", "host/9.tar"),
+        ("https://host/9.tar#sig=1", "host/9.tar"),
+        ("s3://bucket/9.tar", "bucket/9.tar"),
+        ("hf://datasets/me/name@main/9.tar", "name@main/9.tar"),
     ],
 )
 def test_a_path_tells_no_more_than_its_end(path, shown):

@@ -214,7 +214,7 @@ def broken_config(folder):
         (pickle_cut_short, "no torch file of plain tensors"),
         (no_tensors, "no state dict of tensors"),
         (hugging_face, "config.json is of a bert .* CLIPModel and SiglipModel"),
-        (broken_config, "open_clip_config.json' cannot be read as JSON"),
+        (broken_config, "open_clip_config.json cannot be read as JSON"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(tmp_path, make, message):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import zipfile
 
 import open_clip
@@ -101,6 +102,53 @@ def test_a_damaged_file_is_named(tmp_path, state, container, damage):
     with pytest.raises(InputError, match=name):
         file = open_tensor_file(tmp_path / name)
         assert file.shapes() and all(file.read(n) is not None for n in state)
+
+
+def packed(dtype: str, count: int) -> bytes:
+    """A safetensors file of a tensor of such a dtype, whose numbers take `count` bytes."""
+    header = json.dumps({"a": {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, count]}})
+    return struct.pack("<Q", len(header)) + header.encode() + bytes(count)
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+NOT_PLAIN = {
+    "sparse": (lambda: torch.eye(4).to_sparse(), "a in .*x.pt is stored as torch.sparse_coo"),
+    "sparse rows": (
+        lambda: torch.eye(4).to_sparse_csr(),
+        "a in .*x.pt is stored as torch.sparse_csr",
+    ),
+    "on meta": (lambda: torch.eye(4, device="meta"), "a in .*x.pt is on the device 'meta'"),
+    "whole": (lambda: torch.eye(4).int(), "a in .*x.pt is of torch.int32; .* not quantized"),
+    "complex": (lambda: torch.eye(4).to(torch.complex64), "a in .*x.pt is of torch.complex64"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
+        "a in .*x.pt is of torch.qint8",
+    ),
+    "nested": (nested, "x.pt holds no state dict"),
+    "F4": (lambda: packed("F4", 8), "a in .*x.safetensors is of torch.float4_e2m1fn_x2"),
+    "F6": (lambda: packed("F6_E2M3", 12), "x.safetensors is not a safetensors file.* F6_E2M3"),
+    "E8M0": (lambda: packed("F8_E8M0", 16), "a in .*x.safetensors is of torch.float8_e8m0fnu"),
+    "U16": (lambda: packed("U16", 32), "a in .*x.safetensors is of torch.uint16"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about such tensors
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_what_is_no_plain_tensor_of_numbers_is_named(tmp_path, kind):
+    make, told = NOT_PLAIN[kind]
+    content = make()
+    name = "x.safetensors" if isinstance(content, bytes) else "x.pt"
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save({"a": content}, tmp_path / name)
+    with pytest.raises(InputError, match=told):
+        file = open_tensor_file(tmp_path / name)
+        assert file.shapes() == {"a": (4, 4)}
+        file.read("a")
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])

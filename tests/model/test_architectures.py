@@ -55,6 +55,9 @@ TIMM = [path for path in CONFIG_FILES if has_timm_vit(read(path))]
 OTHERS = [path for path in CONFIG_FILES if path not in [*PLAIN, *TIMM]]
 
 
+SIGLIP = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map"}
+
+
 def small(vision: dict | None = None, text: dict | None = None, **model) -> dict:
     return {
         "embed_dim": 32,
@@ -267,6 +270,11 @@ def test_presence_of_hf_model_name_chooses_custom_text_names():
         (small(vision={"act_kwargs": {"approximate": "tanh"}}, quick_gelu=True), "quick_gelu"),
         (small(text={"pool_type": "eos", "eos_id": 49408}), "eos_id 49408"),
         (small(text={"hf_tokenizer_name": 3}), "hf_tokenizer_name must be a text"),
+        (small(vision={"pool_type": ["tok"]}), r"pool_type = \['tok'\] is not supported"),
+        (small(text={"proj_type": {}}), "proj_type = {} is not supported"),
+        (small(vision=SIGLIP | {"timm_proj": []}), r"timm_proj = \[\] is not supported"),
+        (small(vision=SIGLIP | {"timm_pool": {}}), "timm_pool = {} is not supported"),
+        (small(init_logit_scale=10**400), "init_logit_scale must be a number"),
         ([], "must be a JSON object"),
         ({"embed_dim": 32, "vision_cfg": [], "text_cfg": {}}, "vision_cfg must be a JSON object"),
     ],

@@ -19,7 +19,7 @@ def text_cleaner(kind: str) -> Callable[[str], str]:
     Raises:
         InputError: there is no cleaning of that name.
     """
-    if kind not in _CLEANERS:
+    if not isinstance(kind, str) or kind not in _CLEANERS:
         raise InputError(
             f"text_cfg.tokenizer_kwargs.clean of the model is {kind!r}: "
             f"expected one of {', '.join(_CLEANERS)}"

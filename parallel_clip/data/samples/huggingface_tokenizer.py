@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from parallel_clip.data.samples.sentencepiece_model import (
     SentencePieceModel,
 )
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "cls", "mask")
 
@@ -32,19 +32,12 @@ _SPECIAL = ("bos", "eos", "unk", "sep", "cls", "mask")
 class HuggingFaceTokenizer:
     """The tokenizer of tokenizer.json, of BERT's vocab.txt, or of T5's spiece.model.
 
-    size: of the vocabulary.
-
-    Raises:
-        InputError: a file is damaged.
+    size: of the vocabulary. On a damaged file the library raises nearly anything, which
+    `FolderTokenizer` turns into InputError.
     """
 
     def __init__(self, saved: SavedTokenizer, context_length: int):
-        try:
-            self._tokenizer = _load(saved)
-        except InputError:
-            raise
-        except Exception as error:  # the library raises plain Exception on a damaged file
-            raise InputError(f"the tokenizer in {saved.path} cannot be read: {error}") from None
+        self._tokenizer = _load(saved)
         pads = [p for p in saved.pad_tokens if self._tokenizer.token_to_id(p) is not None]
         _make_special(self._tokenizer, *map(saved.special_token, _SPECIAL), *pads[:1])
         self._tokenizer.enable_truncation(context_length, direction=saved.truncation_side)
@@ -92,7 +85,7 @@ def _load(saved: SavedTokenizer) -> tokenizers.Tokenizer:
 def _t5_from_json(saved: SavedTokenizer) -> tokenizers.Tokenizer:
     """T5Tokenizer takes the vocabulary, the added tokens and the map of characters from
     tokenizer.json and has the rest itself: files of transformers 4.57 miss the first space."""
-    stored = json.loads(saved.file.read_text("utf-8"))
+    stored = read_json_object(saved.file)
     added = [
         AddedToken(**{key: value for key, value in token.items() if key != "id"})
         for token in stored.get("added_tokens", [])

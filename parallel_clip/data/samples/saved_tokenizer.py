@@ -7,7 +7,7 @@ nothing describes is taken for SigLIP's or SigLIP 2's, as OpenCLIP imports those
 
 from __future__ import annotations
 
-import json
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from parallel_clip.data.samples.sentencepiece_model import SentencePieceModel
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import read_json_object
 
 TOKENIZER_JSON, BERT_VOCABULARY = "tokenizer.json", "vocab.txt"
 SPECIAL_TOKENS, TOKENIZER_CONFIG = "special_tokens_map.json", "tokenizer_config.json"
@@ -43,6 +44,10 @@ _PADDED_LEFT = {
 }
 
 
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_SIDES = ("left", "right")
+
+
 @dataclass(frozen=True)
 class SavedTokenizer:
     """A tokenizer on disk.
@@ -50,6 +55,9 @@ class SavedTokenizer:
     path: the folder, or the SentencePiece model itself; file: its vocabulary; kind: the class in
     transformers, without "Fast", None where nothing names one; settings: those of its files and,
     for a model that nothing describes, those that it is taken to have; is_assumed: it is such one.
+
+    Raises:
+        InputError: a special token or a side is none.
     """
 
     path: Path
@@ -57,6 +65,15 @@ class SavedTokenizer:
     kind: str | None
     settings: Mapping[str, Any]
     is_assumed: bool = False
+
+    def __post_init__(self) -> None:
+        for kind in _SPECIAL:
+            token = self.special_token(kind)
+            if token is not None and not isinstance(token, str):
+                raise InputError(f"{self.path}: {kind}_token must be a text, not {token!r}")
+        _padding_side(self.path, self.settings, self.kind)
+        if self.truncation_side not in _SIDES:
+            raise InputError(f"{self.path}: truncation_side must be left or right")
 
     @property
     def is_sentencepiece(self) -> bool:
@@ -72,8 +89,7 @@ class SavedTokenizer:
 
     @property
     def pads_left(self) -> bool:
-        usual = "left" if self.kind in _PADDED_LEFT else "right"
-        return self.settings.get("padding_side", usual) == "left"
+        return _padding_side(self.path, self.settings, self.kind) == "left"
 
     @property
     def truncation_side(self) -> str:
@@ -95,7 +111,8 @@ class SavedTokenizer:
 def has_tokenizer(path: Path) -> bool:
     """Whether `path` is a folder with a tokenizer, or a file, taken for a SentencePiece model."""
     names = (TOKENIZER_JSON, BERT_VOCABULARY, *SENTENCEPIECE_FILES.values())
-    return path.is_file() or any((path / name).is_file() for name in names)
+    # Path.is_file raises for a name that is too long; a model config may name anything.
+    return os.path.isfile(path) or any(os.path.isfile(path / name) for name in names)
 
 
 def find_tokenizer(path: Path) -> SavedTokenizer:
@@ -137,6 +154,23 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return merge_settings(*(_json(folder / n) for n in (SPECIAL_TOKENS, TOKENIZER_CONFIG)))
 
 
+def pads_left(folder: Path) -> bool:
+    """Whether the tokenizer in a folder puts padding before a text.
+
+    Raises:
+        InputError: its settings cannot be read.
+    """
+    settings = read_settings(folder)
+    return _padding_side(folder, settings, _kind(folder, settings)) == "left"
+
+
+def _padding_side(path: Path, settings: Mapping[str, Any], kind: str | None) -> str:
+    side = settings.get("padding_side", "left" if kind in _PADDED_LEFT else "right")
+    if side not in _SIDES:
+        raise InputError(f"{path}: padding_side must be left or right, not {side!r}")
+    return side
+
+
 def merge_settings(special: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Of both files, the second in rank where it lists the tokens, as newer files do."""
     config = dict(config)
@@ -144,17 +178,17 @@ def merge_settings(special: Mapping[str, Any], config: Mapping[str, Any]) -> dic
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
+    return read_json_object(file) if file.exists() else {}
 
 
 def _kind(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    named = (settings.get("tokenizer_class") or "").removesuffix("Fast") or None
-    model_type = _json(folder / "config.json").get("model_type")
+    named = settings.get("tokenizer_class") or ""
+    if not isinstance(named, str):
+        raise InputError(
+            f"{folder / TOKENIZER_CONFIG}: tokenizer_class must be a text, not {named!r}"
+        )
+    named = named.removesuffix("Fast") or None
+    model_type = str(_json(folder / "config.json").get("model_type"))  # it may be any tool's
     # Folders of SigLIP 2 name GemmaTokenizer, which transformers overrules: the text is lowered.
     if named is None or model_type == "siglip2":
         return _CLASS_OF_MODEL_TYPE.get(model_type, named)

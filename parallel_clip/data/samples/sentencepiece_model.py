@@ -13,11 +13,16 @@ CONTROL, USER_DEFINED = 3, 4  # of SentencePiece.Type
 _LARGE_FILE_POINTER = b"version https://git-lfs"
 
 
+class MissingLibraryError(InputError):
+    """What reads SentencePiece models is not installed."""
+
+
 class SentencePieceModel:
     """What a .model file says. Needs the extra `sentencepiece` of this package.
 
     Raises:
-        InputError: the libraries are not installed, or the file is no SentencePiece model.
+        MissingLibraryError: the libraries are not installed.
+        InputError: the file is no SentencePiece model.
     """
 
     def __init__(self, file: Path):
@@ -26,7 +31,7 @@ class SentencePieceModel:
             # The second needs protobuf, which the first does not ask for.
             from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
         except ImportError as error:
-            raise InputError(
+            raise MissingLibraryError(
                 f"{file} is read with the libraries sentencepiece and protobuf ({error}); "
                 'pip install "parallel_clip[sentencepiece]", or sentencepiece and protobuf'
             ) from None

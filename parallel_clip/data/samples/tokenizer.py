@@ -21,10 +21,15 @@ from parallel_clip.data.samples.clean_text import text_cleaner
 from parallel_clip.data.samples.huggingface_tokenizer import HuggingFaceTokenizer
 from parallel_clip.data.samples.saved_tokenizer import (
     SIGLIP,
+    SavedTokenizer,
     find_tokenizer,
     has_tokenizer,
 )
-from parallel_clip.data.samples.sentencepiece_tokenizer import SENTENCEPIECE_TOKENIZERS
+from parallel_clip.data.samples.sentencepiece_model import MissingLibraryError
+from parallel_clip.data.samples.sentencepiece_tokenizer import (
+    SENTENCEPIECE_TOKENIZERS,
+    SentencePieceTokenizer,
+)
 from parallel_clip.errors import InputError
 
 _CLIP_WORDS = regex.compile(
@@ -160,8 +165,7 @@ class FolderTokenizer:
         self.context_length = context_length
         self._clean = text_cleaner(clean)
         self._saved = saved = find_tokenizer(path)
-        kind = SENTENCEPIECE_TOKENIZERS.get(saved.kind) if saved.is_sentencepiece else None
-        self._splitter = (kind or HuggingFaceTokenizer)(saved, context_length)
+        self._splitter = _open_splitter(saved, context_length)
         self._pad = self._special_token("pad", *saved.pad_tokens)
         self._stripped = self._special_token("sep", "[SEP]", "</s>") if strip_sep_token else None
         self.vocab_size = self._splitter.size
@@ -205,6 +209,36 @@ class FolderTokenizer:
     def _has_only_sentinels_above(self, vocabulary: int) -> bool:
         above = range(vocabulary, self._splitter.size)
         return bool(above) and all(_SENTINEL.fullmatch(self._splitter.token(n)) for n in above)
+
+
+def check_tokenizer(path: Path) -> None:
+    """Read the files of a tokenizer and split a text with it. Where SentencePiece would have to
+    and is not installed, its model is not read.
+
+    Raises:
+        InputError: there is none in `path`, or it is damaged.
+    """
+    try:
+        _open_splitter(find_tokenizer(path), context_length=77)
+    except MissingLibraryError:
+        pass
+
+
+def _open_splitter(
+    saved: SavedTokenizer, context_length: int
+) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+    kind = SENTENCEPIECE_TOKENIZERS.get(saved.kind) if saved.is_sentencepiece else None
+    try:
+        splitter = (kind or HuggingFaceTokenizer)(saved, context_length)
+        splitter.encode("a photo of a dog")  # some damage shows only here
+    except BaseException as error:
+        # Of damaged files, and settings of wrong types, the libraries make nearly anything; a
+        # panic of `tokenizers` is not even an Exception.
+        if isinstance(error, InputError | KeyboardInterrupt | SystemExit):
+            raise
+        reason = str(error) if type(error) is Exception else repr(error)
+        raise InputError(f"the tokenizer in {saved.path} cannot be read: {reason}") from None
+    return splitter
 
 
 def _folder_of(name: str, beside: Path | None) -> Path:

@@ -21,6 +21,7 @@ from parallel_clip.data.samples.saved_tokenizer import (
     merge_settings,
 )
 from parallel_clip.errors import InputError
+from parallel_clip.json_file import parse_json_object
 
 _FILES = (
     TOKENIZER_JSON,
@@ -110,19 +111,18 @@ class TokenizerFiles:
         return dict(self.files) | {TOKENIZER_CONFIG: _json_bytes(settings)}
 
     def _settings(self) -> dict[str, Any]:
-        read = []
-        for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG):
-            try:
-                read.append(dict(json.loads(self.files.get(name, b"{}"))))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{name} of the tokenizer cannot be read: {error}") from None
-        return merge_settings(*read)
+        names = (SPECIAL_TOKENS, TOKENIZER_CONFIG)
+        return merge_settings(*(_object_of(self.files, name) for name in names))
 
 
 def _names_another_kind(files: Mapping[str, bytes], saved: SavedTokenizer) -> bool:
     """Whether something else than the files that travel has decided on the class."""
-    named = json.loads(files.get(TOKENIZER_CONFIG, b"{}")).get("tokenizer_class") or ""
+    named = _object_of(files, TOKENIZER_CONFIG).get("tokenizer_class") or ""
     return saved.kind is not None and named.removesuffix("Fast") != saved.kind
+
+
+def _object_of(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return parse_json_object(files.get(name, b"{}"), f"{name} of the tokenizer")
 
 
 def _json_bytes(settings: Mapping[str, Any]) -> bytes:

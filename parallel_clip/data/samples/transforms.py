@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class Preprocess:
                 merged[key] = _numbers(f"preprocess_cfg.{key}", three, 3)
             elif key in _CHOICES and value not in _CHOICES[key]:
                 raise InputError(f"preprocess_cfg.{key} is {value!r}: expected {_CHOICES[key]}")
+            elif key == "fill_color" and not (type(value) is int and 0 <= value <= 255):
+                raise InputError(f"preprocess_cfg.{key} is {value!r}: expected 0 to 255")
             elif key not in (*_CHOICES, "fill_color"):
                 raise InputError(f"preprocess_cfg.{key} is not supported; remove it")
         if min(merged.get("std", OPENAI_STD)) <= 0:
@@ -284,9 +287,11 @@ def _to_tensor(preprocess: Preprocess, normalized: bool) -> list[Callable]:
 def _numbers(key: str, value: Any, count: int) -> tuple[float, ...]:
     is_of_length = isinstance(value, list | tuple) and len(value) == count
     if not is_of_length or not all(map(_is_number, value)):
-        raise InputError(f"{key} is {value!r}: expected {count} numbers")
+        raise InputError(f"{key} is {value!r}: expected {count} numbers, all finite")
     return tuple(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a finite one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max

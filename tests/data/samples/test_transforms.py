@@ -181,6 +181,13 @@ def test_preprocess_defaults_and_ranks():
         {"resize_mode": "crop"},
         {"image_size": 8},
         {"crop_pct": 0.9},
+        {"mean": [float("nan"), 0, 0]},
+        {"std": [1, 1, float("inf")]},
+        {"mean": [10**400, 0, 0]},
+        {"interpolation": ["bicubic"]},
+        {"fill_color": "x"},
+        {"fill_color": 256},
+        {"fill_color": [0, 0, 0]},
     ],
 )
 def test_settings_that_are_wrong(settings):
