@@ -32,6 +32,8 @@ def differences(one: Architecture, other: Architecture) -> list[Difference]:
 
 
 DROP_PATH = "vision_cfg.timm_drop_path"
+# As an override has it. It matters in training alone, whoever names the model.
+DROP_PATH_NAMES = frozenset({DROP_PATH, "timm_drop_path"})
 
 
 def check_override(names: Collection[str], architecture: Architecture, option: str) -> None:

@@ -14,7 +14,7 @@ from parallel_clip.convert.open import open_initial_weights, open_source
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.compare import DROP_PATH, differences
+from parallel_clip.model.compare import DROP_PATH, DROP_PATH_NAMES, differences
 from parallel_clip.model.known_models import known_name, load_model
 from parallel_clip.plan.resume import MODEL_FILE, ResumePoint
 
@@ -80,7 +80,7 @@ def check_trainable(architecture: Architecture, override: Sequence[str]) -> None
         InputError: it has stochastic depth, and `model.override` does not say to train without.
     """
     rate = getattr(architecture.vision, "drop_path", 0)
-    if rate and not {DROP_PATH, DROP_PATH.rpartition(".")[2]} & set(override):
+    if rate and DROP_PATH_NAMES.isdisjoint(override):
         raise InputError(
             f"{architecture.name} is trained with {DROP_PATH} {rate:g} (stochastic depth), which "
             "is not built here; model.override=[timm_drop_path] trains it without"
