@@ -92,3 +92,8 @@ TRUNKS = {
     "vit_large_patch14_clip_224": _clip(LARGE, 14),
     "vit_large_patch14_clip_336": _clip(LARGE, 14),
 }
+
+
+def trunk_size(name: str) -> int:
+    """The side in pixels of the pictures that timm builds a trunk for."""
+    return int(name.rpartition("_")[2])
