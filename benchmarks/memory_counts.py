@@ -31,7 +31,7 @@ class Counts:
         self._activations: dict[Any, tuple[dict[str, int], ...]] = {}
 
     def stages(self, layout: Layout) -> tuple[Stage, ...]:
-        return partition(self.architecture.costs, layout.pipeline)
+        return partition(self.architecture.costs.on_tensor_ranks(layout.tensor), layout.pipeline)
 
     def held(self, layout: Layout, recompute: str, number: int = 0) -> RankMemory:
         """What the first tensor rank of a stage holds; one data rank, no virtual stages."""

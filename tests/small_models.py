@@ -106,6 +106,15 @@ KINDS |= {
         {"timm_pool": "token", "timm_proj": None, "patch_dropout": 0.4},
         {"no_causal_mask": True},
     ),
+    "timm-pe-core-token": timm_model(
+        "vit_pe_core_base_patch16_224", {"timm_pool": "token", "timm_proj": "linear"}, {}
+    ),
+    # Its pool attends to the patches alone, that of PE-Core to the class token, too.
+    "timm-clip-map": timm_model(
+        "vit_large_patch14_clip_224",
+        {"timm_pool": "map", "timm_proj": None, "patch_dropout": 0.4},
+        {},
+    ),
 }
 
 

@@ -15,7 +15,13 @@ from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
-from parallel_clip.model.compare import SIZES, check_override, differences, in_words
+from parallel_clip.model.compare import (
+    DROP_PATH_NAMES,
+    SIZES,
+    check_override,
+    differences,
+    in_words,
+)
 from parallel_clip.model.known_models import NamedModel, load_model, with_logit_defaults
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.resize_model import with_sizes
@@ -66,9 +72,9 @@ def choose_model(choice: ModelChoice, source: SourceMetadata) -> ChosenModel:
             f"{source.path} does not say which model it is of: it has no open_clip_config.json "
             f"beside it; add {choice.name_option} NAME"
         )
-    elif choice.override:
+    elif of_features := [name for name in choice.override if name not in DROP_PATH_NAMES]:
         raise InputError(
-            f"{choice.override_option}{','.join(choice.override)} is for a {choice.name_option} "
+            f"{choice.override_option}{','.join(of_features)} is for a {choice.name_option} "
             "that differs from the checkpoint's own model; name one, or leave it out"
         )
     wanted = named.architecture if named is not None else with_sizes(own, *choice.sizes)

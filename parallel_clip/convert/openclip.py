@@ -21,7 +21,7 @@ from parallel_clip.convert.tensor_files import open_tensor_file
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
 from parallel_clip.errors import InputError
-from parallel_clip.model.architecture import parameter_table
+from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.known_models import load_model
 
 OPENCLIP_CONFIG = "open_clip_config.json"
@@ -123,7 +123,7 @@ def write_openclip(
         InputError: `target` is not a new or empty folder, or a weight does not fit the precision.
     """
     settings = {
-        "model_cfg": tokenizer.named_in(weights.architecture.json),
+        "model_cfg": tokenizer.named_in(_model_cfg(weights.architecture)),
         "preprocess_cfg": preprocess,
     }
     tokenizer_files = tokenizer.for_transformers()
@@ -143,3 +143,12 @@ def write_openclip(
             (folder / CARD).write_text(card, encoding="utf-8")
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
+
+
+def _model_cfg(architecture: Architecture) -> dict[str, Any]:
+    """With the size of its pictures: without one, open_clip prepares them for 224 x 224 pixels,
+    whatever the size of a trunk of timm."""
+    height, width = architecture.vision.image_size
+    vision = dict(architecture.json["vision_cfg"])
+    vision.setdefault("image_size", height if height == width else [height, width])
+    return architecture.json | {"vision_cfg": vision}

@@ -53,6 +53,8 @@ def _differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Differ
 
 
 DROP_PATH = "vision_cfg.timm_drop_path"
+# As an override has it. It matters in training alone, whoever names the model.
+DROP_PATH_NAMES = frozenset({DROP_PATH, "timm_drop_path"})
 
 
 def check_override(names: Collection[str], architecture: Architecture, option: str) -> None:

@@ -87,6 +87,13 @@ class JsonSection:
             raise self.error(f"{self.key(name)} {value} must be at least 0 and below 1")
         return value
 
+    def mlp_width(self, width: int, default_ratio: float = 4.0) -> int:
+        """Channels of the MLPs of a tower of so many, by OpenCLIP's and timm's rounding."""
+        ratio = self.number("mlp_ratio", default_ratio)
+        if not 1 <= width * ratio < math.inf:
+            raise self.error(f"{self.key('mlp_ratio')} {ratio} leaves no MLP at width {width}")
+        return int(width * ratio)
+
     def flag(self, name: str) -> bool:
         value = self.values.get(name)
         if value is None:  # OpenCLIP asks only whether it is true

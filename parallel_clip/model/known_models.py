@@ -99,6 +99,8 @@ _PREPROCESS: dict[str, dict[str, Any]] = {
 _NOT_BUILT = {
     "coca": ("a CoCa model, with a captioning decoder", "ViT-L-14"),
     "eva": ("an EVA model", "PE-Core-L-14-336"),
+    "mobileclip-b": ("a model with an image tower of a convolutional stem and a ViT", "ViT-B-16"),
+    "mobileclip2-b": ("a model with an image tower of a convolutional stem and a ViT", "ViT-B-16"),
     "mobileclip": ("a model with a FastViT image tower", "MobileCLIP2-L-14"),
     "vitamin": ("a ViTamin model", "ViT-L-14"),
     "rn": ("a ResNet", "ViT-B-32"),

@@ -130,7 +130,7 @@ def _read_vision(section: JsonSection, quick_gelu: bool) -> VisionConfig:
         width=width,
         layers=section.integer("layers", 12),
         heads=heads,
-        mlp_width=_mlp_width(section, width),
+        mlp_width=section.mlp_width(width),
         image_size=section.pair("image_size", 224),
         patch_size=section.pair("patch_size", 16),
         pool=section.choice("pool_type", "tok", ("tok", "avg")),
@@ -165,7 +165,7 @@ def _read_text(section: JsonSection, quick_gelu: bool, embed_dim: int) -> TextCo
         width=width,
         layers=section.integer("layers", 12),
         heads=heads,
-        mlp_width=_mlp_width(section, width),
+        mlp_width=section.mlp_width(width),
         context_length=section.integer("context_length", 77),
         vocab_size=section.integer("vocab_size", 49408),
         pool=section.choice("pool_type", "argmax", ("argmax", "last", "eos", "first")),
@@ -183,14 +183,6 @@ def _read_text(section: JsonSection, quick_gelu: bool, embed_dim: int) -> TextCo
             f"text_cfg.eos_id {text.eos_id} lies outside text_cfg.vocab_size {text.vocab_size}"
         )
     return text
-
-
-def _mlp_width(section: JsonSection, width: int) -> int:
-    ratio = section.number("mlp_ratio", 4.0)
-    mlp_width = int(width * ratio)
-    if mlp_width < 1:
-        raise section.error(f"{section.key('mlp_ratio')} {ratio} leaves no MLP at width {width}")
-    return mlp_width
 
 
 def _activation(section: JsonSection, quick_gelu: bool) -> Activation:

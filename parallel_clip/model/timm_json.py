@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from parallel_clip.model.json_section import JsonSection, SectionKeys
-from parallel_clip.model.timm_trunks import TRUNKS, Trunk
+from parallel_clip.model.timm_trunks import TRUNKS, Trunk, trunk_size
 from parallel_clip.model.towers.attention_pool import AttentionPoolConfig
 from parallel_clip.model.towers.timm_vision import TimmVisionConfig
 from parallel_clip.model.towers.transformer import ImageTowerConfig
@@ -19,14 +19,35 @@ TIMM_VISION_KEYS = SectionKeys(
         "patch_dropout".split()
     )
     | set(TRUNK_KEYS),
-    # OpenCLIP reads them for its own tower alone.
-    without_effect=frozenset(
-        "timm_model_pretrained ls_init_value no_ln_pre final_ln_after_pool pool_type "
-        "pos_embed_type attentional_pool attn_pooler_queries attn_pooler_heads output_tokens "
-        "block_type qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn "
-        "scale_fc".split()
+    # Beside keys that do change the trunk they would look as if they did.
+    unsupported=dict.fromkeys(
+        "ls_init_value no_ln_pre final_ln_after_pool pool_type pos_embed_type attentional_pool "
+        "output_tokens block_type qk_norm scaled_cosine_attn scale_heads scale_attn_inner "
+        "scale_attn scale_fc".split(),
+        "a switch of OpenCLIP's own tower, which is not read beside timm_model_name: leave it out",
     ),
+    # OpenCLIP sets the first itself, and reads the others beside attentional_pool.
+    without_effect=frozenset({"timm_model_pretrained", "attn_pooler_queries", "attn_pooler_heads"}),
+    off_values={"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"},
 )
+# What timm has and is not built here, by the beginning of its name, with what is near; another name
+# is near by its spelling.
+_NOT_BUILT = {
+    "fastvit": ("a FastViT", "vit_large_patch14_clip_224"),
+    "vit_base_mci": (
+        "a vision transformer with a convolutional stem",
+        "vit_base_patch16_clip_224",
+    ),
+    "naflexvit": (
+        "a NaFlex vision transformer, of any picture size",
+        "vit_base_patch16_siglip_256",
+    ),
+    "eva": ("an EVA vision transformer", "vit_pe_core_large_patch14_336"),
+    "vitamin": ("a ViTamin", "vit_large_patch14_clip_224"),
+    "convnext": ("a ConvNeXt", "vit_base_patch32_clip_224"),
+    "resnet": ("a ResNet", "vit_base_patch32_clip_224"),
+    "swin": ("a Swin transformer", "vit_base_patch16_clip_224"),
+}
 _PROJECTIONS = {"linear": "linear", "none": "none", "": "head", None: "head"}
 
 
@@ -53,16 +74,21 @@ def read_timm_vision(section: JsonSection, embed_dim: int) -> TimmVisionConfig:
             "vision_cfg.timm_pool = 'token' needs a class token, which "
             f"{section.values['timm_model_name']} has not; use map"
         )
-    mlp_ratio = section.number("mlp_ratio", size.mlp_ratio)
+    mlp_width = section.mlp_width(width, size.mlp_ratio)
+    if trunk.rotary and section.options("act_kwargs"):
+        raise section.error(
+            f"vision_cfg.act_kwargs {section.values['act_kwargs']}: timm builds "
+            f"{section.values['timm_model_name']} with exact GELU alone; leave it out"
+        )
     activation = section.gelu("act_kwargs", trunk.activation)
     pool = None
     if pool_name == "map":
-        pool_ratio = trunk.pool_mlp_ratio or mlp_ratio
+        pool_ratio = trunk.pool_mlp_ratio
         pool = AttentionPoolConfig(
             width,
             heads=trunk.pool_heads or heads,
-            mlp_width=int(width * pool_ratio),
-            activation="gelu" if trunk.rotary else activation,
+            mlp_width=mlp_width if pool_ratio is None else int(width * pool_ratio),
+            activation=activation,
         )
         if width % pool.heads:
             raise section.error(
@@ -84,8 +110,8 @@ def read_timm_vision(section: JsonSection, embed_dim: int) -> TimmVisionConfig:
         width=width,
         layers=section.integer("layers", size.layers),
         heads=heads,
-        mlp_width=int(width * mlp_ratio),
-        image_size=section.pair("image_size", 224),
+        mlp_width=mlp_width,
+        image_size=section.pair("image_size", trunk_size(section.values["timm_model_name"])),
         patch_size=section.pair("patch_size", trunk.patch_size),
         layer_scale=None,
         activation=activation,
@@ -117,10 +143,12 @@ def _read_trunk(section: JsonSection) -> Trunk:
     name = section.optional_text("timm_model_name")
     if name in TRUNKS:
         return TRUNKS[name]
-    near = get_close_matches(name, TRUNKS, n=1, cutoff=0)[0]
+    found = (_NOT_BUILT[begin] for begin in _NOT_BUILT if name.startswith(begin))
+    what, near = next(found, (None, get_close_matches(name, TRUNKS, n=1, cutoff=0)[0]))
     raise section.error(
-        f"vision_cfg.timm_model_name = {name!r} is not built here; the nearest that is: {near}. "
-        "There are the vision transformers of SigLIP, SigLIP 2, PE-Core and MobileCLIP2-L-14"
+        f"vision_cfg.timm_model_name = {name!r} is {f'{what}, which is ' if what else ''}not built "
+        f"here; the nearest that is: {near}. There are the vision transformers of SigLIP, SigLIP "
+        "2, PE-Core and MobileCLIP2-L-14"
     )
 
 
@@ -133,10 +161,11 @@ def _read_projection(section: JsonSection, trunk: Trunk, pool: str) -> str:
     projection = _PROJECTIONS[given]
     if projection != "linear":
         return projection
-    if pool != trunk.pool:
+    if pool == "map" and trunk.pool != "map":
         raise section.error(
-            f"vision_cfg.timm_pool = {pool!r} with timm_proj linear: OpenCLIP keeps the trunk's "
-            f"own pool then, which is {trunk.pool}"
+            f"vision_cfg.timm_pool = 'map' with timm_proj linear: timm cannot give "
+            f"{section.values['timm_model_name']} attention pooling after it is built, as OpenCLIP "
+            "would have it do; use timm_proj none or null, or timm_pool token"
         )
     if section.number("timm_drop", 0.0):
         raise section.error(

@@ -109,7 +109,9 @@ def _gigabytes(size: float) -> str:
 
 def _tower_line(plan: RunPlan, name: str) -> str:
     tower, tensor = getattr(plan.architecture, name), plan.layout.tensor
-    uneven = tower.heads % tensor or tower.mlp_width % tensor
+    split = tower.costs(plan.architecture.embed_dim).split_units
+    *shares, last = (f"{units_per_rank(u.count, tensor)} of {u.count} {u.name}" for u in split)
+    uneven = any(units.count % tensor for units in split)
     stages = plan.layout_plan.stages
     if len(stages) == 1:
         layers = f"layers 0 to {tower.layers - 1} of width {tower.width} on every rank"
@@ -117,9 +119,8 @@ def _tower_line(plan: RunPlan, name: str) -> str:
         dealt = ", ".join(str(getattr(stage, name).layers) for stage in stages)
         layers = f"{tower.layers} layers of width {tower.width} on the stages: {dealt}"
     return (
-        f"  {name}: {layers}; {units_per_rank(tower.heads, tensor)} of {tower.heads} heads and "
-        f"{units_per_rank(tower.mlp_width, tensor)} of {tower.mlp_width} MLP channels on each "
-        f"tensor rank{', or fewer' if uneven else ''}; {tower.tokens} tokens"
+        f"  {name}: {layers}; {', '.join(shares)} and {last} on each tensor rank"
+        f"{', or fewer' if uneven else ''}; {tower.tokens} tokens"
     )
 
 

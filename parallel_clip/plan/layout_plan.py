@@ -93,8 +93,8 @@ def make_layout_plan(costs: ModelCosts, world: int, config: Config) -> LayoutPla
     check_model(parallel.tensor, costs, parallel.pad)
     sizes = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     layout = Layout(world, *sizes, parallel.sequence)
-    padded = costs.padded(layout.tensor)
-    stages = partition(padded, layout.pipeline, layout.virtual_pipeline, parallel.stages)
+    on_ranks = costs.on_tensor_ranks(layout.tensor)
+    stages = partition(on_ranks, layout.pipeline, layout.virtual_pipeline, parallel.stages)
     batch_plan = plan_batch(layout, batch.global_, batch.micro)
     check_microbatches(layout, batch_plan)
     stash = choose_stash(parallel, batch_plan.microbatches)

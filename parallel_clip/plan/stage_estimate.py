@@ -21,8 +21,8 @@ from parallel_clip.stages.stage import Stage
 @dataclass(frozen=True)
 class StageEstimate:
     """One pipeline rank: its stages, what it holds for one microbatch, and the bytes of activations
-    and pictures that it holds at its fullest in a step; `flops`: forward, for one pair, padding
-    included; `work`: forward and backward."""
+    and pictures that it holds at its fullest in a step; `flops`: forward, for one pair, of all its
+    tensor ranks together, padding included; `work`: forward and backward."""
 
     chunks: list[Stage]
     held: RankMemory
@@ -48,21 +48,21 @@ def estimate_step(
     plan: LayoutPlan, costs: ModelCosts, memory: Sequence[RankMemory]
 ) -> StepEstimate:
     """Estimate a step. memory: what each pipeline rank holds, from `count_stages`."""
-    found, padded = [], costs.padded(plan.layout.tensor)
+    found, on_ranks = [], costs.on_tensor_ranks(plan.layout.tensor)
     for rank, held in enumerate(memory):
         chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
         peaks = peak_memory(plan, rank, plan.stash, held)
-        flops = sum(stage_cost(stage, padded) for stage in chunks)
-        work = flops + sum(backward_cost(stage, padded) for stage in chunks)
+        flops = sum(stage_cost(stage, on_ranks) for stage in chunks)
+        work = flops + sum(backward_cost(stage, on_ranks) for stage in chunks)
         found.append(StageEstimate(chunks, held, *peaks, flops, work))
     return StepEstimate(found, step_timeline(plan, costs).bubble)
 
 
 def step_timeline(plan: LayoutPlan, costs: ModelCosts) -> Timeline:
     """A step in FLOPs: the work of each stage; messages and the loss take no time."""
-    padded, pairs = costs.padded(plan.layout.tensor), plan.batch.micro_batch
+    on_ranks, pairs = costs.on_tensor_ranks(plan.layout.tensor), plan.batch.micro_batch
     forward, backward, again = (
-        [pairs * cost(stage, padded) for stage in plan.stages]
+        [pairs * cost(stage, on_ranks) for stage in plan.stages]
         for cost in (stage_cost, backward_cost, second_forward_cost)
     )
     return simulate(plan.orders(plan.stash), Costs(forward, backward, forward_again=again))

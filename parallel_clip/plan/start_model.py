@@ -22,7 +22,12 @@ from parallel_clip.convert.open import open_source
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.compare import DROP_PATH, check_override, differences
+from parallel_clip.model.compare import (
+    DROP_PATH,
+    DROP_PATH_NAMES,
+    check_override,
+    differences,
+)
 from parallel_clip.model.known_models import known_name, load_model
 from parallel_clip.model.resize_model import with_sizes
 from parallel_clip.plan.resume import MODEL_FILE, ResumePoint
@@ -66,15 +71,11 @@ def check_trainable(architecture: Architecture, override: Sequence[str]) -> None
         InputError: it has stochastic depth, and `model.override` does not say to train without.
     """
     rate = getattr(architecture.vision, "drop_path", 0)
-    if rate and not _is_drop_path(override):
+    if rate and DROP_PATH_NAMES.isdisjoint(override):
         raise InputError(
             f"{architecture.name} is trained with {DROP_PATH} {rate:g} (stochastic depth), which "
             "is not built here; model.override=[timm_drop_path] trains it without"
         )
-
-
-def _is_drop_path(override: Sequence[str]) -> bool:
-    return bool({DROP_PATH, DROP_PATH.rpartition(".")[2]} & set(override))
 
 
 # -------------------------------------------------------------------------------- a run that begins
@@ -168,7 +169,7 @@ def _resized(base: _Base, config: Config) -> Architecture:
 def _check_override(config: Config, base: _Base, sources: Sequence[InitialSource]) -> None:
     override = config.model.override
     check_override(override, base.architecture, "model.override")
-    of_features = [name for name in override if not _is_drop_path([name])]
+    of_features = [name for name in override if name not in DROP_PATH_NAMES]
     if of_features and base.name is None and [source.key for source in sources] == ["init.from"]:
         raise InputError(
             f"model.override={','.join(of_features)} is for a model.name that differs from the "

@@ -92,6 +92,15 @@ class TowerCosts:
             head_units=tuple(units.padded(tensor) for units in self.head_units),
         )
 
+    def on_tensor_ranks(self, tensor: int) -> TowerCosts:
+        """What `tensor` ranks compute together: beside padding, the embedding and the unsplit part
+        of the head as often as there are ranks, as each of them computes these whole."""
+        return replace(
+            self.padded(tensor),
+            embedding=tensor * self.embedding,
+            unsplit_head=tensor * self.unsplit_head,
+        )
+
     def of(self, held: LayerRange) -> int:
         """FLOPs of one stage's part of the tower, forward."""
         return (
@@ -136,6 +145,11 @@ class ModelCosts:
     def padded(self, tensor: int) -> ModelCosts:
         """As `TowerCosts.padded`, of both towers."""
         return replace(self, vision=self.vision.padded(tensor), text=self.text.padded(tensor))
+
+    def on_tensor_ranks(self, tensor: int) -> ModelCosts:
+        """As `TowerCosts.on_tensor_ranks`, of both towers: by what stages compare."""
+        vision, text = (tower.on_tensor_ranks(tensor) for tower in (self.vision, self.text))
+        return replace(self, vision=vision, text=text)
 
 
 def block_units(

@@ -124,6 +124,16 @@ def test_a_tokenizer_that_is_chosen_overrules_what_either_names(world):
     choose_model(ModelChoice(name, tokenizer_chosen=True), open_source(checkpoint).metadata)
 
 
+def test_stochastic_depth_can_be_left_out_of_a_model_that_nobody_names(tmp_path):
+    """It is no difference between two models, but what a run may do without."""
+    reference.make_checkpoint(small_model(), seed=1, folder=tmp_path / "checkpoint")
+    source = open_source(tmp_path / "checkpoint").metadata
+    for override in (["timm_drop_path"], ["vision_cfg.timm_drop_path"]):
+        assert choose_model(ModelChoice(None, override), source).architecture == source.architecture
+    with pytest.raises(InputError, match="override quick_gelu is for"):
+        choose_model(ModelChoice(None, ["timm_drop_path", "quick_gelu"]), source)
+
+
 def test_a_model_that_nobody_names_is_asked_for(tmp_path):
     reference.make_checkpoint(small_model(), seed=1, folder=tmp_path / "checkpoint")
     (tmp_path / "checkpoint/open_clip_config.json").unlink()

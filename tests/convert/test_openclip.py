@@ -98,6 +98,16 @@ def test_open_clip_loads_it_with_the_same_features(tmp_path, original, form):
     assert same(dict(pairs(weights_of(target))), original)
 
 
+def test_the_size_of_pictures_is_written(tmp_path):
+    """open_clip's default is 224 for every trunk; this one is built for 384."""
+    vision = {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map"}
+    model_cfg = small_model({}, {}, custom_text=True) | {"vision_cfg": vision | {"layers": 1}}
+    save_file(reference.random_weights(model_cfg, seed=1), tmp_path / "weights.safetensors")
+    to_openclip(tmp_path / "weights.safetensors", tmp_path / "written", model_cfg)
+    settings = json.loads((tmp_path / "written/open_clip_config.json").read_text())
+    assert settings["model_cfg"]["vision_cfg"] == model_cfg["vision_cfg"] | {"image_size": 384}
+
+
 def pairs(weights: ModelWeights):
     for name in reference.build_model(MODEL).state_dict():
         yield name, weights.read(name)

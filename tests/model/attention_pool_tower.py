@@ -43,8 +43,8 @@ class AttentionPoolConfig(ImageTowerConfig):
     norm_eps: float = 1e-6
 
     @property
-    def tokens(self) -> int:
-        return self.patches
+    def class_tokens(self) -> int:
+        return 0
 
     def parameters(self, embed_dim: int) -> Iterator[Parameter]:
         width, normal = self.width, Normal(self.width**-0.5)

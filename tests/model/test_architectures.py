@@ -337,6 +337,7 @@ def test_unknown_name_names_the_nearest():
         ("coca_ViT-L-14", "CoCa.*ViT-L-14"),
         ("EVA02-L-14-336", "EVA.*PE-Core-L-14-336"),
         ("MobileCLIP2-S3", "FastViT.*MobileCLIP2-L-14"),
+        ("MobileCLIP2-B", "convolutional stem.*ViT-B-16"),
         ("ViT-SO400M-16-SigLIP2-naflex", "NaFlex.*SigLIP2"),
         ("HTSAT-tiny", "audio"),
         ("RN50x4", "ResNet"),

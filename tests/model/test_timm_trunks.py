@@ -1,7 +1,7 @@
 """Our facts about timm's trunks against what timm builds, and initial values and decay against
 OpenCLIP with timm."""
 
-import re
+from dataclasses import fields
 
 import open_clip
 import pytest
@@ -13,18 +13,19 @@ from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.timm_json import TIMM_VISION_KEYS
 from parallel_clip.model.timm_trunks import TRUNKS
 from tests.reference import build_model, decayed
 from tests.small_models import KINDS, small_model, timm_model
 
 
 def with_trunk(name: str, **vision) -> dict:
-    """A model with a trunk as timm has it, and a text tower of its width."""
+    """A model with a trunk as timm has it, of pictures of its own size, and a text tower of its
+    width."""
     width = TRUNKS[name].size.width
     config = small_model({}, {"width": width, "proj_type": "none"}, embed_dim=width)
-    size = int(re.search(r"_(\d+)$", name)[1])
     given = {"timm_model_name": name, "timm_pool": TRUNKS[name].pool, "timm_proj": "none"}
-    return config | {"vision_cfg": given | {"image_size": size} | vision}
+    return config | {"vision_cfg": given | vision}
 
 
 @pytest.mark.parametrize("name", TRUNKS)
@@ -36,6 +37,7 @@ def test_facts_are_timms(name):
     attention = block.attn
     assert (len(theirs.blocks), theirs.embed_dim) == (ours.layers, ours.width)
     assert (attention.num_heads, block.mlp.fc1.out_features) == (ours.heads, ours.mlp_width)
+    assert theirs.patch_embed.img_size == ours.image_size
     assert theirs.patch_embed.grid_size == ours.grid
     assert (theirs.pos_embed.shape[1], theirs.patch_embed.proj.kernel_size) == (
         ours.tokens,
@@ -139,10 +141,32 @@ def test_decay_is_open_clips(kind):
     ("vision", "message"),
     [
         ({"timm_model_name": "vit_base_patch16_224"}, "not built here; the nearest"),
+        ({"timm_model_name": "fastvit_mci2"}, "FastViT.* vit_large_patch14_clip_224"),
+        ({"timm_model_name": "vit_base_mci_224"}, "convolutional.*vit_base_patch16_clip_224"),
+        ({"timm_model_name": "naflexvit_so400m_patch16_siglip"}, "NaFlex.*base_patch16_siglip_256"),
+        ({"timm_model_name": "eva02_base_patch16_clip_224"}, "EVA.* vit_pe_core_large"),
         ({"timm_pool": "avg"}, "timm_pool = 'avg' is not supported"),
         ({"timm_pool": None}, "timm_pool = None is not supported"),
         ({"timm_pool": "token"}, "needs a class token"),
         ({"timm_proj": "mlp"}, "timm_proj = 'mlp'"),
+        ({"timm_proj": ["linear"]}, r"timm_proj = \['linear'\]"),
+        ({"timm_proj": {}}, "timm_proj = {}"),
+        ({"timm_pool": ["map"]}, r"timm_pool = \['map'\]"),
+        ({"timm_proj": False}, "timm_proj = False"),
+        (
+            {"timm_model_name": "vit_base_patch16_clip_224", "timm_proj": "linear"},
+            "timm cannot give vit_base_patch16_clip_224 attention pooling after it is built",
+        ),
+        ({"mlp_ratio": -1}, "mlp_ratio -1.0 leaves no MLP at width 48"),
+        ({"mlp_ratio": 0}, "mlp_ratio 0.0 leaves no MLP"),
+        ({"mlp_ratio": 1e308}, r"mlp_ratio 1e\+308 leaves no MLP"),
+        (
+            {
+                "timm_model_name": "vit_pe_core_base_patch16_224",
+                "act_kwargs": {"approximate": "none"},
+            },
+            "builds vit_pe_core_base_patch16_224 with exact GELU alone",
+        ),
         ({"timm_proj": "linear", "timm_drop": 0.1}, "timm_drop"),
         ({"width": 50}, "width 50 cannot be cut"),
         ({"timm_model_name": "vit_pe_core_base_patch16_224", "head_width": 6}, "multiple of 4"),
@@ -167,6 +191,21 @@ def test_wrong_configs_are_named(vision, message):
     )
     with pytest.raises(InputError, match=message):
         architecture_from_json(config, "wrong")
+
+
+@pytest.mark.parametrize("name", TIMM_VISION_KEYS.unsupported)
+def test_switches_of_openclips_own_tower_are_refused_beside_a_trunk(name):
+    config = KINDS["timm-siglip"]
+
+    def with_switch(value):
+        return architecture_from_json(
+            config | {"vision_cfg": config["vision_cfg"] | {name: value}}, "x"
+        )
+
+    default = next(f.default for f in fields(open_clip.CLIPVisionCfg) if f.name == name)
+    assert with_switch(default) == with_switch(None) == architecture_from_json(config, "x")
+    with pytest.raises(InputError, match=f"vision_cfg.{name} = 0.1 .*OpenCLIP's own tower"):
+        with_switch(0.1)
 
 
 def test_timm_without_a_name_is_openclips_own_tower():

@@ -72,6 +72,6 @@ def test_stages_are_balanced_by_the_work_of_a_rank_padding_included():
     costs = load_architecture("ViT-B-32").costs
     parallel = {"tensor": 8, "pad": True, "pipeline": 3}
     plan = make_layout_plan(costs, 24, config(parallel=parallel))
-    assert plan.stages == partition(costs.padded(8), 3) != partition(costs, 3)
+    assert plan.stages == partition(costs.on_tensor_ranks(8), 3) != partition(costs, 3)
     divided = make_layout_plan(costs, 12, config(parallel=parallel | {"tensor": 4}))
-    assert divided.stages == partition(costs, 3)
+    assert divided.stages == partition(costs.on_tensor_ranks(4), 3)

@@ -6,8 +6,11 @@ import pytest
 
 from parallel_clip.config import load_config
 from parallel_clip.model.known_models import load_architecture
+from parallel_clip.plan.describe import describe_run
 from parallel_clip.plan.report import dry_run_report
 from tests.launcher import run, succeed
+from tests.plan.small_plans import small_plan
+from tests.small_models import KINDS
 from tests.small_world import make_world
 
 
@@ -72,6 +75,19 @@ def test_padding_is_told_where_there_is_some(config):
     assert "2 of 4 heads and 43 of 128 MLP channels on each tensor rank, or fewer" in report
     divided = dry_run_report(load_config(config, [*batch, "parallel.tensor=2"]), 2)
     assert "parallel.pad" not in divided and "or fewer" not in divided
+
+
+def test_what_a_rank_holds_of_an_attention_pool_is_told(tmp_path):
+    """Of PE-Core's 8 heads, where the tower's 12 are split evenly."""
+    model = KINDS["timm-pe-core"]
+    vision = model["vision_cfg"] | {"head_width": 4}
+    text = model["text_cfg"] | {"vocab_size": 49408}
+    model = model | {"vision_cfg": vision, "text_cfg": text}
+    plan = small_plan(tmp_path, 1, model=model, tensor=3, pad=True)
+    assert (
+        "4 of 12 heads, 64 of 192 MLP channels, 3 of 8 heads of the pool and 64 of 192 MLP "
+        "channels of the pool on each tensor rank, or fewer; 16 tokens" in describe_run(plan)
+    )
 
 
 def test_one_stage_needs_no_table(config):

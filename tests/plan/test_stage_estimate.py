@@ -29,12 +29,16 @@ def test_the_stages_of_a_pipeline_are_the_whole_model(tmp_path):
     assert sum(stage.held.saved for stage in found) == pytest.approx(alone.held.saved, rel=0.06)
 
 
-def test_the_work_of_a_rank_counts_its_padding(tmp_path):
+def test_the_work_of_a_rank_counts_its_padding_and_what_it_computes_whole(tmp_path):
     plan = small_plan(tmp_path, 4, pipeline=3, tensor=3, pad=True, dry_run=True)
-    padded = plan.architecture.costs.padded(3)
-    assert padded != plan.architecture.costs
-    flops = [stage_cost(stage, padded) for stage in plan.layout_plan.stages]
+    on_ranks, padded = (
+        getattr(plan.architecture.costs, kind)(3) for kind in ("on_tensor_ranks", "padded")
+    )
+    flops = [stage_cost(stage, on_ranks) for stage in plan.layout_plan.stages]
     assert [estimate.flops for estimate in estimates(plan)] == flops
+    first = plan.layout_plan.stages[0]
+    assert flops[0] == stage_cost(first, padded) + 2 * padded.vision.embedding
+    assert padded.total > plan.architecture.costs.total
     timeline = step_timeline(plan.layout_plan, plan.architecture.costs)
     assert timeline.total >= 4 * 3 * PAIRS * max(flops)
 

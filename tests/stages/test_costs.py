@@ -1,11 +1,15 @@
 """FLOPs of the parts of a model against torch's own count over OpenCLIP's model."""
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel_clip.config import Freeze, PartlyFrozen
+from parallel_clip.engine.fake_world import fake_rank
+from parallel_clip.layout import Layout
 from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.stages.costs import ModelCosts, backward_cost, block_units, stage_cost
@@ -13,11 +17,19 @@ from parallel_clip.stages.padding import padding_words
 from parallel_clip.stages.partition import partition
 from parallel_clip.stages.stage import LayerRange, Stage, whole_model
 from tests import reference
+from tests.ranks import unsplit_model
 from tests.small_models import KINDS, image_batch, small_model, token_batch
 
 PAIRS = 2
 KINDS_COUNTED = ["plain", "truncated-mlp", "clipa", "oblong", "patch-dropout", "six-heads"]
-TIMM_KINDS = ["timm-siglip", "timm-siglip-i18n", "timm-linear", "timm-pe-core", "timm-mobile-clip"]
+TIMM_KINDS = [
+    "timm-siglip",
+    "timm-siglip-i18n",
+    "timm-linear",
+    "timm-pe-core",
+    "timm-mobile-clip",
+    "timm-clip-map",
+]
 
 
 def counted(model_cfg: dict, backward: bool = False, freeze: dict | None = None):
@@ -161,6 +173,26 @@ def test_padding_costs_what_a_model_of_so_many_heads_and_channels_would(name, te
         assert with_padding.head == tower.head + of_pool
         assert with_padding.embedding == tower.embedding
         assert (with_padding == tower) == (not any(u.count % tensor for u in tower.split_units))
+
+
+@pytest.mark.parametrize("kind", ["plain", "timm-linear", "timm-clip-map"])
+@pytest.mark.parametrize("tensor", [1, 2, 3])
+def test_tensor_ranks_together_compute_what_torch_counts_on_one_of_them(kind, tensor):
+    """Padding, and embeddings and projections, which every rank computes whole, included."""
+    architecture = architecture_from_json(KINDS[kind], kind)
+    vision = architecture.vision
+    images, tokens = image_batch(KINDS[kind], PAIRS), token_batch(KINDS[kind], PAIRS)
+    kept = torch.arange(vision.patches_kept).expand(PAIRS, -1) if vision.patch_dropout else None
+    with fake_rank(Layout(tensor, tensor=tensor)) as groups:
+        model = unsplit_model(architecture, ModelOptions(), groups.tensor)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images, tokens, kept)
+    costs = architecture.costs.on_tensor_ranks(tensor)
+    of_pool = [units for units in costs.vision.head_units if units.name == "heads of the pool"]
+    # The pool's query, of one token whatever the number of pictures, is not counted here.
+    query = sum(2 * vision.width * units.count * vision.pool.head_width for units in of_pool)
+    assert tensor * counter.get_total_flops() == PAIRS * whole_cost(costs) + query
+    assert tensor > 1 or costs == architecture.costs
 
 
 def test_padding_in_words():

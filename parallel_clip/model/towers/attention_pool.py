@@ -1,4 +1,4 @@
-"""Attention pooling: one learned query attends to all tokens, and an MLP follows. Heads and MLP are
+"""Attention pooling: one learned query attends to tokens, and an MLP follows. Heads and MLP are
 split over the tensor-parallel ranks.
 
 The "MAP" head of Zhai et al., "Scaling Vision Transformers" (arXiv 2106.04560), with the parameter

@@ -57,7 +57,8 @@ class TimmVisionConfig(ImageTowerConfig):
     takes the class token; projection: "head", timm's own classifier with its bias, "linear",
     OpenCLIP's layer behind the trunk, with a bias where `projection_bias` says so, or "none";
     rotary: None where there are no rotary positions; drop_path: stochastic depth in training, which
-    is not built; eva: initial values of timm's Eva class.
+    is not built; eva: of timm's Eva class, whose initial values are its own and whose pool attends
+    to the class token, too, as that of VisionTransformer does not.
     """
 
     class_token: bool
@@ -66,7 +67,6 @@ class TimmVisionConfig(ImageTowerConfig):
     projection: Literal["head", "linear", "none"]
     projection_bias: bool
     rotary: RotaryGrid | None
-    patch_dropout: float
     drop_path: float
     eva: bool
 
@@ -85,17 +85,13 @@ class TimmVisionConfig(ImageTowerConfig):
         }
 
     @property
-    def patches_kept(self) -> int:
-        """By timm's rounding."""
-        return max(1, int(self.patches * (1 - self.patch_dropout)))
+    def class_tokens(self) -> int:
+        return int(self.class_token)
 
     @property
-    def tokens(self) -> int:
-        return self.class_token + self.patches
-
-    @property
-    def training_tokens(self) -> int:
-        return self.class_token + self.patches_kept
+    def tokens_before_pool(self) -> int:
+        """First tokens to which the attention pool does not attend."""
+        return 0 if self.eva else self.class_tokens
 
     def parameters(self, embed_dim: int) -> Iterator[Parameter]:
         yield from with_prefix("trunk.", "", self._trunk_parameters(embed_dim))
@@ -145,7 +141,9 @@ class TimmVisionConfig(ImageTowerConfig):
 
     def costs(self, embed_dim: int) -> TowerCosts:
         head = 0 if self.projection == "none" else 2 * self.width * embed_dim
-        pool = () if self.pool is None else self.pool.units(self.training_tokens)
+        pool = ()
+        if self.pool is not None:
+            pool = self.pool.units(self.training_tokens - self.tokens_before_pool)
         return self.tower_costs(self.patch_flops, head, pool)
 
     @property
@@ -180,7 +178,7 @@ class TimmVisionTower(TransformerTower):
         if vision.rotary is None:
             return None
         angles = vision.rotary.angles(vision.grid, vision.head_width)
-        return Rotation(angles, tokens_before=int(vision.class_token))
+        return Rotation(angles, tokens_before=vision.class_tokens)
 
     def embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
         patches = self.patch_embedding(images.to(self.config.params_dtype))
@@ -200,5 +198,5 @@ class TimmVisionTower(TransformerTower):
         if self.pool is None:  # the norm is per token: only the pooled one needs it
             x_bh = self.post_norm(x_sbh[0].clone())  # a view would keep every token for backward
         else:
-            x_bh = self.pool(self.post_norm(x_sbh))
+            x_bh = self.pool(self.post_norm(x_sbh[self.tower.tokens_before_pool :]))
         return x_bh if self.projection is None else self.projection(x_bh)

@@ -120,11 +120,13 @@ class TowerConfig(ABC):
 class ImageTowerConfig(TowerConfig):
     """An image tower that works on patches: what others ask of it beside TowerConfig.
 
-    Sizes in pixels are (height, width).
+    Sizes in pixels are (height, width). patch_dropout: the part of the patches, 0 to below 1, that
+    is left out in training.
     """
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
+    patch_dropout: float = 0.0
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
@@ -145,9 +147,22 @@ class ImageTowerConfig(TowerConfig):
 
     @property
     def patches_kept(self) -> int:
-        """Patches of a picture that pass through the blocks in training; where they are fewer than
-        `patches`, the tower is told which (patch dropout)."""
-        return self.patches
+        """Patches of a picture that pass through the blocks in training, by the rounding of
+        OpenCLIP and timm; where they are fewer than `patches`, the tower is told which."""
+        return max(1, int(self.patches * (1 - self.patch_dropout)))
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before the patches: one, or none."""
+        return 1
+
+    @property
+    def tokens(self) -> int:
+        return self.class_tokens + self.patches
+
+    @property
+    def training_tokens(self) -> int:
+        return self.class_tokens + self.patches_kept
 
     @property
     def patch_flops(self) -> int:

@@ -38,7 +38,6 @@ class VisionConfig(ImageTowerConfig):
     pool: Literal["tok", "avg"]
     final_norm_after_pool: bool
     pre_norm: bool
-    patch_dropout: float
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
@@ -46,19 +45,6 @@ class VisionConfig(ImageTowerConfig):
             "final_ln_after_pool": self.final_norm_after_pool,
             "no_ln_pre": not self.pre_norm,
         }
-
-    @property
-    def patches_kept(self) -> int:
-        """By OpenCLIP's rounding."""
-        return max(1, int(self.patches * (1 - self.patch_dropout)))
-
-    @property
-    def tokens(self) -> int:
-        return 1 + self.patches
-
-    @property
-    def training_tokens(self) -> int:
-        return 1 + self.patches_kept
 
     def parameters(self, embed_dim: int) -> Iterator[Parameter]:
         width, patch_size = self.width, self.patch_size
