@@ -18,7 +18,7 @@ from parallel_clip.model.openclip_json import architecture_from_json
 from tests import reference
 from tests.small_models import image_batch, small_model
 
-MODEL = small_model()
+MODEL = small_model(text={"vocab_size": 49408})  # for which CLIP's tokenizer is
 WEIGHTS, AVERAGES = (reference.random_weights(MODEL, seed=seed) for seed in (1, 2))
 NOT_TRAINED = "visual.conv1.weight"
 
@@ -37,6 +37,7 @@ def trained_run(folder, averages=AVERAGES):
     )  # fmt: skip
     tensors = {f"weight:{name}": tensor for name, tensor in WEIGHTS.items()}
     tensors |= {f"ema:{name}": tensor for name, tensor in averages.items() if name != NOT_TRAINED}
+    folder.mkdir()
     unfinished = commit.begin(folder, 3)
     pieces = (Piece(key, tensor, tuple(tensor.shape)) for key, tensor in tensors.items())
     entries, files = write_pieces(unfinished, 0, pieces)
