@@ -23,6 +23,7 @@ LAYOUTS = {
     "data2-whole-bf16": (Layout(2), "bf16", False),
     "data2-tensor2-zero-bf16": (Layout(4, tensor=2, sequence=True), "bf16", True),
     "data2-pipeline2-virtual2-bf16": (Layout(4, pipeline=2, virtual_pipeline=2), "bf16", True),
+    "pipeline2-frozen-fp32": (Layout(2, pipeline=2), "fp32", True),  # the first stage has none
 }
 
 
@@ -33,6 +34,8 @@ def task(name: str) -> Task:
         "parallel": {"distributed_optimizer": zero},
         "ema": {"decay": 0.6, "every": 2},
     }
+    if "frozen" in name:
+        settings["freeze"] = {"vision": "all", "text": {"unlocked_groups": 1}}
     images, tokens = image_batch(MODEL, 8), token_batch(MODEL, 8)
     return Task(MODEL, reference.random_weights(MODEL, seed=3), images, tokens, settings)
 

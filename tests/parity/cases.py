@@ -206,6 +206,10 @@ def grid() -> list[Case]:
         )
     ]
     cases.append(Case(data=2, microbatches=2, precision="bf16", ema_every=3))
+    cases += [
+        Case("uneven", pipeline=pipeline, microbatches=2, freeze={"vision": "all"}, ema_every=1)
+        for pipeline in (1, 2)
+    ]
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 
