@@ -180,6 +180,7 @@ def _add_evaluate(parent) -> None:
         kind.add_argument("--batch", type=_positive, default=64, help="encoded at once (64)")
         kind.add_argument("--workers", type=_count, default=4, help="processes that decode (4)")
         kind.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+        kind.add_argument("--ema", action="store_true", help="the averages of the weights")
         kind.add_argument(
             "--tensor", type=_positive, default=1, metavar="T", help="ranks that share the model"
         )
@@ -205,6 +206,18 @@ def _add_convert(parent) -> None:
         help="licence of the weights for the model card, such as apache-2.0 (default: none named)",
     )
     _add_model(parser)
+    parser.add_argument(
+        "--ema", action="store_true", help="the averages of the weights (ema.decay of the run)"
+    )
+    parser.add_argument(
+        "--mix",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("CHECKPOINT", "SHARE"),
+        help="the weighted mean with this checkpoint of the same model, which has this share of "
+        "it, such as 0.5 or 1/3, and SOURCE what is left; may be given several times",
+    )
     parser.add_argument(
         "--with-optimizer",
         action="store_true",

@@ -94,6 +94,8 @@ def convert(options: argparse.Namespace, launch: Launch) -> None:
         ModelChoice(options.model, options.override),
         options.global_batch,
         options.license,
+        options.ema,
+        options.mix,
     )
     print("\n".join(said))
 
@@ -229,6 +231,7 @@ def _open_evaluation(options: argparse.Namespace, launch: Launch, need: str):
         override=options.override,
         tokenizer=options.tokenizer,
         precision=options.precision,
+        ema=options.ema,
         say=print_nothing if options.json == "-" else print,
     )
     return encoder, data, groups.data

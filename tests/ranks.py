@@ -73,6 +73,8 @@ def loaded_training(
             weights[parameter.name], parameter.placement, groups.tensor_rank, groups.layout.tensor
         )
         built.set_weight(tensor, part)
+    if built.average is not None:
+        built.average.start()
     return built
 
 

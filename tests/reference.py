@@ -50,10 +50,12 @@ class Batch(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """One record a step (loss, grad_norm, logit_scale, logit_bias, lr) and the final weights."""
+    """One record a step (loss, grad_norm, logit_scale, logit_bias, lr), the final weights, and
+    their average where one was asked for."""
 
     steps: list[dict[str, float | None]]
     weights: dict[str, Tensor]
+    averages: dict[str, Tensor] = {}
 
 
 class FedPatchDropout(nn.Module):
@@ -257,6 +259,7 @@ def reference_run(
     freeze: dict[str, Any] | None = None,
     unlock_after: int | None = None,
     save: tuple[int, Path] | None = None,
+    ema: tuple[float, int] | None = None,
     groups_of: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None,
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
@@ -265,7 +268,8 @@ def reference_run(
     [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`, for the first
     `unlock_after` steps, if given. `save`: after so many steps write the file that open_clip_train
     does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in "amp_bf16" fp32
-    under autocast, as in OpenCLIP's trainer. `groups_of`: parameter groups, of the model and
+    under autocast, as in OpenCLIP's trainer. `ema`: a decay, and after how many steps each the
+    average of the weights decays by it. `groups_of`: parameter groups, of the model and
     `weight_decay`, with the learning rate of each in parts of the step's as "lr_scale".
     """
     model = build_model(model_cfg)
@@ -288,6 +292,7 @@ def reference_run(
         groups = groups_of(model, weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
+    averages = {n: p.detach().clone() for n, p in named.items()} if ema is not None else {}
     records: list[dict[str, float | None]] = []
     for step in range(steps):
         if step == unlock_after:
@@ -315,11 +320,15 @@ def reference_run(
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
+            if ema is not None and (step + 1) % ema[1] == 0:
+                for name, parameter in named.items():
+                    averages[name] = ema[0] * averages[name] + (1 - ema[0]) * parameter
         if save is not None and step + 1 == save[0]:
             state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
             content = {"epoch": 1, "name": "run", "state_dict": state}
             torch.save(content | {"optimizer": optimizer.state_dict()}, save[1])
-    return Reference(records, {n: v.detach().float() for n, v in model.state_dict().items()})
+    weights = {n: v.detach().float() for n, v in model.state_dict().items()}
+    return Reference(records, weights, averages)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

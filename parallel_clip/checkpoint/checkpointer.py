@@ -30,6 +30,7 @@ from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import LeaseLostError, SaveFailedError
 from parallel_clip.model.parameters import Parameter, fill_slice
+from parallel_clip.optimizer import AVERAGE
 from parallel_clip.optimizer.train_state import TrainState
 
 T = TypeVar("T")
@@ -125,10 +126,12 @@ class Checkpointer:
         self.longest_save = max(self.longest_save, time.monotonic() - write.began)
 
     def load(self, folder: Path, state: TrainState) -> Meta:
-        """Fill a rank's weights, masters and moments from a checkpoint of any run and layout.
+        """Fill a rank's weights, masters, moments and averages from a checkpoint of any run and
+        layout.
 
         Tensors without moments there (of a conversion, or frozen so far) begin to be trained: the
-        optimizer's are left as they are.
+        optimizer's are left as they are. Averages that are not there start from the weights; those
+        that the state does not keep are left out.
 
         Raises:
             InputError: the checkpoint is damaged.
@@ -144,10 +147,17 @@ class Checkpointer:
                 kind: self._read_local(reader, f"{kind}:{parameter.name}", parameter)
                 for kind in kinds
             }
-            state.set_weight(tensor, values.pop("weight"))
+            weight = values.pop("weight")
+            state.set_weight(tensor, weight)
             updates = meta.updates_of(parameter.name)
             if values and updates > 0:
                 state.optimizer.set_moments(tensor, values, updates)
+            if state.average is not None and tensor.requires_grad:
+                key = f"{AVERAGE}:{parameter.name}"
+                average = self._read_local(reader, key, parameter) if key in reader else weight
+                state.average.set(tensor, average)
+        if state.average is not None and not meta.has_averages:
+            self._say(f"{folder} has no averages of weights: they start from its weights")
         return meta
 
     def verify(self, folder: Path) -> None:

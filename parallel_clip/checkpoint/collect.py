@@ -1,8 +1,8 @@
-"""Collect a rank's pieces of fp32 masters and Adam's moments into host memory."""
+"""Collect a rank's pieces of fp32 masters, Adam's moments and averages into host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from parallel_clip.checkpoint.pieces import KINDS, Piece, host_copy
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.parameters import Parameter
-from parallel_clip.optimizer import MOMENTS
-from parallel_clip.optimizer.adamw import MegatronAdamW
+from parallel_clip.optimizer import AVERAGE
 from parallel_clip.optimizer.train_state import TrainState
 
 
@@ -26,40 +25,45 @@ def collect_pieces(state: TrainState, groups: Groups) -> Iterator[Piece]:
     for number, (parameter, tensor) in enumerate(state.global_parameters()):
         if parameter.placement.axis is None and groups.tensor_rank != 0:
             continue
-        to = number % groups.layout.data  # as in FrozenWeights
+        to, kinds = number % groups.layout.data, KINDS[:1]  # as in FrozenWeights
         if tensor.requires_grad:
-            values = _gather_state(tensor, state.optimizer, groups, to)
+            kinds = KINDS if state.average is None else (*KINDS, AVERAGE)
+            values = _gather_state(tensor, state, kinds, groups, to)
         else:
             values = state.frozen_weights.value(tensor)[None] if groups.data_rank == to else None
         if values is not None:
-            yield from _cut(parameter, values, groups)
+            yield from _cut(parameter, kinds, values, groups)
 
 
 def _gather_state(
-    tensor: nn.Parameter, optimizer: MegatronAdamW, groups: Groups, to: int
+    tensor: nn.Parameter, state: TrainState, kinds: Sequence[str], groups: Groups, to: int
 ) -> Tensor | None:
-    """Master and moments of a rank's tensor, fp32 [3, *shape], on data rank `to`; elsewhere None.
+    """Master, moments and average of a rank's tensor, fp32 [kinds, *shape], on data rank `to`;
+    elsewhere None.
 
     Zeros stand for moments before the first step.
     """
-    own = optimizer.owned_state(tensor)
-    state = torch.zeros(len(KINDS), tensor.numel(), device=tensor.device)
+    own = state.optimizer.owned_state(tensor)
+    rows = torch.zeros(len(kinds), tensor.numel(), device=tensor.device)
     if own is not None:
-        state[0, own.start : own.stop] = own.master
-        if own.moments is not None:
-            for row, kind in enumerate(MOMENTS, start=1):
-                state[row, own.start : own.stop] = own.moments[kind]
-    if optimizer.splits_state and groups.layout.data > 1:
+        parts = {"weight": own.master} | (own.moments or {})
+        if AVERAGE in kinds:
+            parts[AVERAGE] = state.average.of(tensor)
+        for row, kind in zip(rows, kinds, strict=True):
+            if kind in parts:
+                row[own.start : own.stop] = parts[kind]
+    if state.optimizer.splits_state and groups.layout.data > 1:
         # Each element has one owner, so the sum puts the parts together.
-        dist.reduce(state, dist.get_global_rank(groups.data, to), group=groups.data)
-    return state.view(len(KINDS), *tensor.shape) if groups.data_rank == to else None
+        dist.reduce(rows, dist.get_global_rank(groups.data, to), group=groups.data)
+    return rows.view(len(kinds), *tensor.shape) if groups.data_rank == to else None
 
 
-def _cut(parameter: Parameter, state: Tensor, groups: Groups) -> Iterator[Piece]:
-    """The pieces of `state` [3, *local shape], this tensor rank's part of a tensor; [1, ...] where
-    it has a weight alone."""
+def _cut(
+    parameter: Parameter, kinds: Sequence[str], state: Tensor, groups: Groups
+) -> Iterator[Piece]:
+    """The pieces of `state` [kinds, *local shape], this tensor rank's part of a tensor."""
     axis = parameter.placement.axis
-    for kind, values in zip(KINDS, state, strict=False):
+    for kind, values in zip(kinds, state, strict=True):
         key = f"{kind}:{parameter.name}"
         if axis is None:
             yield Piece(key, host_copy(values), parameter.shape)

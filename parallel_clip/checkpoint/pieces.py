@@ -1,6 +1,7 @@
 """The files of one checkpoint: tensors cut into pieces along an axis, and how to read any range.
 
-Knows nothing of models or ranks. Tensors are named `KIND:NAME`, KIND one of `KINDS`.
+Knows nothing of models or ranks. Tensors are named `KIND:NAME`, KIND one of `KINDS`, or `AVERAGE`
+where averages are kept.
 """
 
 from __future__ import annotations
@@ -155,6 +156,9 @@ class PieceReader:
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._tensor(key).shape

@@ -5,6 +5,7 @@ from parallel_clip.config.keys import (
     Config,
     Data,
     DataSource,
+    Ema,
     Freeze,
     LearningRateSchedule,
     Loss,
@@ -17,13 +18,14 @@ from parallel_clip.config.keys import (
     parse_seconds,
 )
 from parallel_clip.config.load import config_from_dict, load_config
-from parallel_clip.config.resume import resume_differences
+from parallel_clip.config.resume import is_allowed, resume_differences
 
 __all__ = [
     "BadSteps",
     "Config",
     "Data",
     "DataSource",
+    "Ema",
     "Freeze",
     "Optimizer",
     "Parallel",
@@ -36,5 +38,6 @@ __all__ = [
     "parse_seconds",
     "config_from_dict",
     "load_config",
+    "is_allowed",
     "resume_differences",
 ]

@@ -214,6 +214,17 @@ class LearningRateSchedule(ConfigSection):
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end (cosine, wsd)")
 
 
+class Ema(ConfigSection):
+    decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep an exponential moving average of the weights: decay × average + "
+        "(1 - decay) × weight, fp32; null: none",
+    )
+    every: int = Field(1, ge=1, description="updates of the weights between those of the average")
+
+
 class DataSource(ConfigSection):
     shards: Shards = Field(description="WebDataset shards: a brace pattern, or several")
     samples: int | None = Field(None, ge=1, description="use only the first so many; null: all")
@@ -394,6 +405,7 @@ class Evaluate(ConfigSection):
     loss: Shards | None = Field(None, description="held-out shards for the loss")
     retrieval: Shards | None = Field(None, description="held-out shards for recall")
     zero_shot: ZeroShot | None = Field(None, description="held-out shards for classification")
+    ema: bool = Field(False, description="evaluate the averages of `ema.decay`, not the weights")
     batch: int = Field(64, ge=1, description="pictures or texts that one rank encodes at once")
     workers: int | None = Field(
         None,
@@ -425,6 +437,7 @@ class Config(ConfigSection):
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     schedule: LearningRateSchedule = LearningRateSchedule()
+    ema: Ema = Ema()
     data: Data = Data()
     freeze: Freeze = Freeze()
     checkpoint: Checkpoint = Checkpoint()

@@ -147,6 +147,10 @@ def check_consistency(config: Config) -> Iterator[str]:
             f"schedule.warmup {schedule.warmup} + schedule.cooldown {schedule.cooldown} are more "
             f"than train.steps {steps}; shorten one, or train longer"
         )
+    if config.ema.decay is None and config.ema.every != 1:
+        yield f"ema.every {config.ema.every} is for an average of the weights; give ema.decay, too"
+    if config.ema.decay is None and evaluate.ema:
+        yield "evaluate.ema is for an average of the weights, and there is none; give ema.decay"
     if evaluate.every and not (evaluate.loss or evaluate.retrieval or evaluate.zero_shot):
         yield (
             f"evaluate.every {evaluate.every} has nothing to evaluate; give evaluate.loss, "

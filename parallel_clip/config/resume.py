@@ -62,9 +62,15 @@ def resume_differences(saved: Config, new: Config) -> Differences:
         longer = key.startswith("train.") and None not in (old, now) and now > old
         if old == now or key.startswith(_FREE) or longer and constant:
             continue
-        allowed = any(_is_below(key, name) for name in new.resume.allow)
-        (found.accepted if allowed else found.refused).append(f"{key}: {show(old)} → {show(now)}")
+        (found.accepted if is_allowed(key, new) else found.refused).append(
+            f"{key}: {show(old)} → {show(now)}"
+        )
     return found
+
+
+def is_allowed(key: str, config: Config) -> bool:
+    """Whether `resume.allow` names a key, or a section that it is in."""
+    return any(_is_below(key, name) for name in config.resume.allow)
 
 
 def check_allowed(names: Sequence[str]) -> Iterator[str]:

@@ -122,6 +122,26 @@ def _check_same_model(choice: ModelChoice, named: Architecture, source: SourceMe
     )
 
 
+def check_mixed_model(
+    choice: ModelChoice, architecture: Architecture, source: SourceMetadata, other: SourceMetadata
+) -> None:
+    """See that `other`, whose weights are to be averaged with those of `source`, is of its model.
+
+    Raises:
+        InputError: what it says of its model differs in a switch that is not overridden.
+    """
+    if other.architecture is None:
+        return
+    found = differences(other.architecture, architecture)
+    differing = [d for d in found if not d.is_named(choice.override)]
+    if differing:
+        shown = ", ".join(f"{d.key} is {d.one!r} there and {d.other!r} here" for d in differing)
+        raise InputError(
+            f"--mix: {other.said_by} says another model than {choice.name or source.said_by}: "
+            f"{shown}. Only weights of one model can be averaged"
+        )
+
+
 def _shapes(architecture: Architecture) -> set[tuple[str, tuple[int, ...]]]:
     """What weights have to fit, but for the bias of the logits."""
     table = parameter_table(architecture)

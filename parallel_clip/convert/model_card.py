@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import yaml
 
 from parallel_clip import __version__
 from parallel_clip.convert.huggingface_config_writer import is_siglip
-from parallel_clip.convert.training_facts import TrainingFacts
+from parallel_clip.convert.training_facts import MixedFacts, TrainingFacts
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
@@ -57,12 +57,14 @@ def model_card(
     to: str,
     training: TrainingFacts | None = None,
     license_name: str | None = None,
+    mixed: Sequence[MixedFacts] = (),
 ) -> str:
     """The text of the card.
 
     tokenizer: its name, None for CLIP's own; to: huggingface or openclip, whose libraries load the
     folder; training: None where nothing is known of it; license_name: None where the user has not
-    named one, and then the card names none.
+    named one, and then the card names none; mixed: the checkpoints that the weights are the mean
+    of, instead of `training`.
     """
     header = {
         "library_name": _LIBRARIES[to],
@@ -92,7 +94,7 @@ def model_card(
         f"{'' if to == 'huggingface' else ' (then `hf-hub:` for `local-dir:`)'}:",
         _USE[to],
         "## Training",
-        *_training_parts(training),
+        *(_mixed_parts(mixed) if mixed else _training_parts(training)),
         "## Licence",
         f"{license_name}, as stated by who converted it."
         if license_name
@@ -110,6 +112,19 @@ def _training_parts(training: TrainingFacts | None) -> Iterator[str]:
     if training.figures:
         yield "Evaluated on held-out data at this step:"
         yield _table((what, f"{value:.6g}") for what, value in training.figures)
+
+
+def _mixed_parts(mixed: Sequence[MixedFacts]) -> Iterator[str]:
+    yield (
+        "The weights are the weighted mean of those of several checkpoints, as in "
+        "[WiSE-FT](https://arxiv.org/abs/2109.01903) and "
+        "[model soups](https://arxiv.org/abs/2203.05482); so is `logit_scale`, a logarithm."
+    )
+    yield _table((facts.name, f"{facts.share:.4g}") for facts in mixed)
+    for facts in mixed:
+        yield f"### {facts.name}"
+        # Not its figures: they are not those of the mean.
+        yield from _training_parts(facts.training and TrainingFacts(facts.training.rows))
 
 
 def _vision_words(architecture: Architecture) -> str:

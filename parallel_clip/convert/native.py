@@ -26,24 +26,36 @@ from parallel_clip.convert.training_facts import read_training_facts
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.samples.saved_tokenizer import has_tokenizer
 from parallel_clip.data.samples.tokenizer_files import TokenizerFiles
+from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.optimizer import AVERAGE
 
 _FILE_BYTES = 32 << 20  # of pieces: a conversion holds few tensors
 
 
 class CheckpointSource:
-    """The weights (fp32 masters) of one of our checkpoints.
+    """The weights (fp32 masters) of one of our checkpoints, or their averages.
 
-    verify: hash all of its files first; InputError where one is not what was written.
+    verify: hash all of its files first. averages: read those of `ema.decay`; what is not trained
+    has none, and its weights are read.
+
+    Raises:
+        InputError: a file is not what was written, or averages are not there.
     """
 
     content = None
 
-    def __init__(self, folder: Path, verify: bool = True):
+    def __init__(self, folder: Path, verify: bool = True, averages: bool = False):
         if verify:
             Manifest.read(folder).verify(folder)
         meta = Meta.read(folder)
+        if averages and not meta.has_averages:
+            raise InputError(
+                f"{folder} has no averages of weights, as its run was without ema.decay; leave "
+                "--ema out"
+            )
+        self._averages = averages
         self._reader = PieceReader(folder)
         self.metadata = SourceMetadata(
             path=folder,
@@ -53,7 +65,8 @@ class CheckpointSource:
             tokenizer=str(folder) if has_tokenizer(folder) else meta.tokenizer,
             said_by=folder / META_FILE,
             step=meta.step,
-            training=read_training_facts(folder, meta),
+            has_averages=meta.has_averages,
+            training=read_training_facts(folder, meta, averages),
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -61,7 +74,10 @@ class CheckpointSource:
         return {key.removeprefix("weight:"): self._reader.shape(key) for key in keys}
 
     def read(self, name: str) -> Tensor:
-        tensor = self._reader.read(f"weight:{name}")
+        key = f"{AVERAGE}:{name}"
+        if not (self._averages and key in self._reader):
+            key = f"weight:{name}"
+        tensor = self._reader.read(key)
         self._reader.close_files()
         return tensor
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os.path
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ from parallel_clip.checkpoint import commit
 from parallel_clip.checkpoint.meta import META_FILE
 from parallel_clip.convert.choose_model import (
     ModelChoice,
+    check_mixed_model,
     choose_model,
     resolve_preprocess,
     tokenizer_files,
@@ -23,6 +26,7 @@ from parallel_clip.convert.huggingface import (
 from parallel_clip.convert.huggingface_config_writer import is_siglip
 from parallel_clip.convert.huggingface_names import has_huggingface_names
 from parallel_clip.convert.huggingface_tokenizer_files import huggingface_tokenizer
+from parallel_clip.convert.mix import MixedPart, MixedSource, read_shares
 from parallel_clip.convert.model_card import check_license, model_card
 from parallel_clip.convert.model_weights import ModelWeights
 from parallel_clip.convert.native import CheckpointSource, write_run
@@ -41,14 +45,15 @@ from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 
 
-def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
+def open_source(path: str | Path, *, verify: bool = True, averages: bool = False) -> WeightSource:
     """Open a run folder (its latest checkpoint), a checkpoint folder, a file or folder of
     OpenCLIP's or of Hugging Face's (CLIPModel, SiglipModel), or a file of OpenAI's.
 
-    verify: hash all files of a checkpoint of ours before anything is taken from it.
+    verify: hash all files of a checkpoint of ours before anything is taken from it; averages: take
+    the averages of its weights (`ema.decay`).
 
     Raises:
-        InputError: it is none of these, or is not whole.
+        InputError: it is none of these, is not whole, or has no averages.
     """
     path = Path(path)
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
@@ -56,11 +61,18 @@ def open_source(path: str | Path, *, verify: bool = True) -> WeightSource:
             f"checkpoint {path} does not exist (paths start from {Path.cwd()}); give a run folder, "
             "a checkpoint folder, or a file or folder of OpenCLIP's or Hugging Face's"
         )
+    folder = None
+    if path.is_dir():
+        folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
+    if folder is not None:
+        return CheckpointSource(folder, verify, averages)
+    if averages:
+        raise InputError(
+            f"{path} has no averages of weights: only runs with ema.decay, and their checkpoints, "
+            "have them; leave --ema out"
+        )
     if not path.is_dir():
         return _open_file(path)
-    folder = commit.latest(path) or (path if (path / META_FILE).is_file() else None)
-    if folder is not None:
-        return CheckpointSource(folder, verify)
     if is_huggingface_folder(path) and not is_openclip_folder(path):
         return HuggingFaceSource(path)
     file, notes = find_openclip_file(path)
@@ -101,13 +113,17 @@ class OpenedModel(NamedTuple):
         return self.weights.architecture
 
 
-def open_model(path: str | Path, choice: ModelChoice, *, verify: bool = True) -> OpenedModel:
+def open_model(
+    path: str | Path, choice: ModelChoice, *, verify: bool = True, averages: bool = False
+) -> OpenedModel:
     """Open a checkpoint of any format as the model that it says, or that `choice` names.
+
+    verify and averages: as in `open_source`.
 
     Raises:
         InputError: as `open_source`, `choose_model` and `ModelWeights`.
     """
-    source = open_source(path, verify=verify)
+    source = open_source(path, verify=verify, averages=averages)
     architecture, settings = choose_model(choice, source.metadata)
     weights = ModelWeights(source, architecture, option=choice.name_option)
     preprocess, words = resolve_preprocess(architecture.vision.image_size, settings)
@@ -123,18 +139,23 @@ def convert_checkpoint(
     choice: ModelChoice | None = None,
     optimizer_batch: int | None = None,
     license_name: str | None = None,
+    ema: bool = False,
+    mix: Sequence[tuple[str | Path, str | float]] = (),
 ) -> list[str]:
     """Write the model of `source` to the new or empty folder `target`, in another format.
 
     to: openclip, huggingface or run. precision: fp32, bf16 or fp16, not for run; also_bin: the
     pickled file as well, for openclip. choice: of another model than the source's own.
     optimizer_batch: carry AdamW's state of open_clip_train to a run, which has seen batches of so
-    many pairs. license_name: for the model card, which names none without. Returns what to tell the
-    user, a line each.
+    many pairs. license_name: for the model card, which names none without. ema: the averages of its
+    weights (`ema.decay`). mix: the mean with other checkpoints of the same model, each with its
+    share of the result, such as 0.5 or "1/3": `source` has what is left, which may be nothing; with
+    `ema` those that have averages give these, too. Returns what to tell the user, a line each.
 
     Raises:
-        InputError: no checkpoint, one of another architecture or damaged, a target that holds
-            something, or options that do not go together. Nothing is written then.
+        InputError: no checkpoint, one of another architecture or damaged, or without averages, a
+            target that holds something, or options that do not go together. Nothing is written
+            then.
     """
     if to == "run" and (also_bin or precision != "fp32"):
         raise InputError("--to run keeps fp32 weights; leave --bin and --precision out")
@@ -147,9 +168,19 @@ def convert_checkpoint(
         )
     if to != "run" and optimizer_batch is not None:
         raise InputError(f"--with-optimizer is for --to run, not --to {to}")
+    if mix and optimizer_batch is not None:
+        raise InputError(
+            "--with-optimizer goes on from the weights of SOURCE, not from a mean; leave --mix out"
+        )
+    shares = read_shares([share for _, share in mix])
     target, choice, optimizer = Path(target), choice or ModelChoice(), None
     check_target(target)
-    opened = open_model(source, choice)
+    opened = open_model(source, choice, averages=ema)
+    parts = [MixedPart(Path(source), shares[0], opened.weights, ema)]
+    for (path, _), share in zip(mix, shares[1:], strict=True):
+        parts.append(_open_part(Path(path), share, opened.weights, choice, ema))
+    if mix:
+        opened = _mean_of(opened, parts)
     architecture, weights, preprocess = opened.architecture, opened.weights, opened.preprocess
     content, metadata = opened.source.content, opened.source.metadata
     tokenizer = tokenizer_files(metadata, architecture)
@@ -174,7 +205,14 @@ def convert_checkpoint(
         write_run(target, weights, settings, tokenizer, optimizer, optimizer_batch or 0)
     else:
         card = model_card(
-            architecture, preprocess, tokenizer.name, precision, to, metadata.training, license_name
+            architecture,
+            preprocess,
+            tokenizer.name,
+            precision,
+            to,
+            metadata.training,
+            license_name,
+            [part.facts for part in parts] if mix else [],
         )
         if to == "openclip":
             write_openclip(target, weights, settings, tokenizer, precision, also_bin, card)
@@ -184,3 +222,24 @@ def convert_checkpoint(
             notes += written.notes
             write_huggingface(target, weights, preprocess, written.files, precision, card)
     return [*notes, f"{architecture.name} from {metadata.path} is now in {target}"]
+
+
+def _open_part(
+    path: Path, share: Fraction, first: ModelWeights, choice: ModelChoice, ema: bool
+) -> MixedPart:
+    """A checkpoint to be averaged with `first`, whose model it has to be of."""
+    opened = open_source(path)
+    averages = ema and opened.metadata.has_averages
+    if averages:
+        opened = open_source(path, verify=False, averages=True)
+    check_mixed_model(choice, first.architecture, first.metadata, opened.metadata)
+    weights = ModelWeights(opened, first.architecture, option=choice.name_option)
+    return MixedPart(path, share, weights, averages)
+
+
+def _mean_of(opened: OpenedModel, parts: Sequence[MixedPart]) -> OpenedModel:
+    """The mean of `parts`, of which `opened` is the first, in its place."""
+    source = MixedSource(parts, opened.preprocess)
+    weights = ModelWeights(source, opened.architecture)
+    notes = (*opened.notes, *source.metadata.notes)
+    return OpenedModel(source, weights, opened.preprocess, notes)

@@ -25,15 +25,29 @@ class TrainingFacts:
     figures: tuple[tuple[str, float], ...] = ()
 
 
-def read_training_facts(folder: Path, meta: Meta) -> TrainingFacts | None:
+@dataclass(frozen=True)
+class MixedFacts:
+    """One of the checkpoints of which a model is the mean: what it is called, its share, from 0 to
+    1, and what is known of its training."""
+
+    name: str
+    share: float
+    training: TrainingFacts | None
+
+
+def read_training_facts(folder: Path, meta: Meta, averages: bool = False) -> TrainingFacts | None:
     """The facts of a checkpoint folder, and of the run folder that it lies in; None where none was
-    trained."""
+    trained. averages: of the averages of its weights."""
     if meta.step == 0:
         return None
     results = {}
     if folder.parent.name == CHECKPOINTS:
-        results = _read_evaluation(folder.parent.parent / EVALUATIONS_FILE, meta.step)
-    return TrainingFacts(tuple(_rows(meta)), tuple(_figures(results)))
+        log = folder.parent.parent / EVALUATIONS_FILE
+        results = _read_evaluation(log, meta.step, averages)
+    rows = tuple(_rows(meta))
+    if averages:
+        rows += (("weights", _average_words((meta.config or {})["ema"])),)
+    return TrainingFacts(rows, tuple(_figures(results)))
 
 
 def _rows(meta: Meta) -> Iterator[tuple[str, str]]:
@@ -101,6 +115,11 @@ def _frozen_words(how: str | dict[str, Any]) -> str:
     return f"all but the last {how['unlocked_groups']} of its layer groups{norms}"
 
 
+def _average_words(ema: Mapping[str, Any]) -> str:
+    every = f", {ema['every']:,} optimizer steps apart" if ema["every"] > 1 else ""
+    return f"exponential moving average of decay {ema['decay']:g}{every}"
+
+
 def short_path(path: str) -> str:
     """The last two parts of a path or an address, without what may sign the latter or log in: the
     rest says where it lies, which is nobody's business once it is published."""
@@ -109,8 +128,9 @@ def short_path(path: str) -> str:
     return "/".join(path.partition("?")[0].partition("#")[0].rstrip("/").split("/")[-2:])
 
 
-def _read_evaluation(file: Path, step: int) -> Mapping[str, Any]:
-    """The last evaluation of a step; empty where there is none."""
+def _read_evaluation(file: Path, step: int, averages: bool) -> Mapping[str, Any]:
+    """The last evaluation of a step, of the weights or of their averages; empty where there is
+    none."""
     found: Mapping[str, Any] = {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -121,7 +141,9 @@ def _read_evaluation(file: Path, step: int) -> Mapping[str, Any]:
             values = json.loads(line)
         except (ValueError, RecursionError):  # cut off by a crash, or damaged
             continue
-        if isinstance(values, Mapping) and values.get("step") == step:
+        if not isinstance(values, Mapping) or values.get("step") != step:
+            continue
+        if values.get("ema", False) == averages:
             found = values
     return found
 

@@ -24,7 +24,8 @@ class SourceMetadata:
     path: the file or checkpoint folder; folder: where tokenizer files may lie; architecture;
     preprocess: OpenCLIP's preprocess_cfg; tokenizer: as `data.tokenizer`; said_by: what says all
     this, for messages; preprocess_from: what says the preprocessing, where that is another file;
-    step: optimizer steps done; training: what is known of it; notes: what a user should be told.
+    step: optimizer steps done; has_averages: whether averages of weights are beside them; training:
+    what is known of it; notes: what a user should be told.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class SourceMetadata:
     said_by: Path | None = None
     preprocess_from: Path | None = None
     step: int | None = None
+    has_averages: bool = False
     training: TrainingFacts | None = None
     notes: tuple[str, ...] = ()
 

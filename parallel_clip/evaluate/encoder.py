@@ -146,6 +146,7 @@ def load_encoder(
     override: Sequence[str] = (),
     tokenizer: str | None = None,
     precision: str = "fp32",
+    ema: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> ModelEncoder:
     """Load a checkpoint of any format, without pipeline stages; every tensor rank its slice. Where
@@ -154,15 +155,17 @@ def load_encoder(
     checkpoint: as in `open_source`. groups: None for a whole model in this process. model_name:
     needed where the checkpoint does not say which model it is (a bare OpenCLIP state dict);
     override: the switches in which it may differ from what the checkpoint says. tokenizer: as
-    `data.tokenizer`. precision: fp32 or bf16. say: told what is used, and where that is from.
+    `data.tokenizer`. precision: fp32 or bf16. ema: the averages of its weights (`ema.decay`). say:
+    told what is used, and where that is from.
 
     Raises:
-        InputError: no checkpoint, one of another architecture or with weights that are not finite,
-            or no tokenizer at hand.
+        InputError: no checkpoint, one of another architecture, without averages or with weights
+            that are not finite, or no tokenizer at hand.
     """
     groups = groups or whole_model_groups()
     choice = ModelChoice(model_name, override, tokenizer_chosen=tokenizer is not None)
-    opened = open_model(checkpoint, choice, verify=groups.is_rank_zero)  # once is enough
+    # Verified once is enough.
+    opened = open_model(checkpoint, choice, verify=groups.is_rank_zero, averages=ema)
     architecture, metadata = opened.architecture, opened.source.metadata
     for note in opened.notes:
         say(note)

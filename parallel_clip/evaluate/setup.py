@@ -36,6 +36,7 @@ def open_evaluation(
     override: Sequence[str] = (),
     tokenizer: str | None = None,
     precision: str = "fp32",
+    ema: bool = False,
     say: Print = print,
 ) -> tuple[ModelEncoder, EvaluationData]:
     """The encoder of a checkpoint, and this data-parallel rank's part of the shards. Called by all
@@ -53,6 +54,7 @@ def open_evaluation(
             override=override,
             tokenizer=tokenizer,
             precision=precision,
+            ema=ema,
             say=say if groups.is_rank_zero else print_nothing,
         )
     )

@@ -1,4 +1,7 @@
-"""A rank's training state: model chunks, data-parallel wrapping, AdamW."""
+"""A rank's training state: model chunks, data-parallel wrapping, AdamW, average of weights."""
 
 # What Adam keeps of a parameter beside its fp32 master; the names are torch's.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# What checkpoints call the average of a weight.
+AVERAGE = "ema"

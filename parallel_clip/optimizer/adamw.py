@@ -158,6 +158,17 @@ class MegatronAdamW:
             owned.master.copy_(value.reshape(-1)[owned.start : owned.stop])
 
     @torch.no_grad()
+    def copy_masters_to_weights(self) -> None:
+        """Set the model's tensors from the masters, as an update does. Called by all data ranks."""
+        for tensor in chain.from_iterable(ddp.module.parameters() for ddp in self.wrapped):
+            owned = self.owned_state(tensor)
+            if owned is not None:
+                tensor.view(-1)[owned.start : owned.stop].copy_(owned.master)
+        if self.splits_state:
+            for ddp in self.wrapped:
+                ddp.start_param_sync()
+
+    @torch.no_grad()
     def set_moments(self, tensor: nn.Parameter, moments: dict[str, Tensor], step: int) -> None:
         """Set Adam's moments (fp32, of the tensor's shape) as they were after `step` steps."""
         owned = self.owned_state(tensor)

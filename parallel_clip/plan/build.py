@@ -40,6 +40,7 @@ def build_planned_state(
         distributed_optimizer=config.parallel.distributed_optimizer,
         frozen=frozen_parts(architecture, config.freeze),
         trained_since=trained_since,
+        ema=config.ema,
     )
 
 

@@ -39,6 +39,9 @@ def describe_run(plan: RunPlan) -> str:
             "  optimizer state "
             + ("split over the data-parallel ranks" if split else "whole on every data rank")
         )
+    if config.ema.decay is not None:
+        every = f", after every {config.ema.every} updates" if config.ema.every > 1 else ""
+        lines.append(f"  averages of the weights: decay {config.ema.decay:g}{every}")
     if config.parallel.sequence and layout.tensor == 1:
         lines.append("  parallel.sequence changes nothing at parallel.tensor 1")
     elif config.parallel.sequence:

@@ -20,6 +20,7 @@ from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
 from parallel_clip.optimizer.adamw import MegatronAdamW
+from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.pipeline.orders import peak_graphs
 from parallel_clip.plan.build import build_planned_state, frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan
@@ -31,11 +32,11 @@ class RankMemory:
     """What one rank holds, in bytes but for `parameters`, which are counted.
 
     `weights` are those of the forward pass; `optimizer` the fp32 masters, where the weights are not
-    fp32 themselves, and both of Adam's moments. `replicated` is the part of all these that every
-    tensor rank holds in full. `activations`: what the forward pass of one microbatch keeps for its
-    backward pass, for each stage that the rank holds by part of the model; the loss, which sees the
-    whole batch, is not in it. `pictures`: those of one microbatch, on the first stage alone;
-    `keeps_pictures`: whether its backward pass needs them.
+    fp32 themselves, and both of Adam's moments; `averages` those of `ema.decay`. `replicated` is
+    the part of all these that every tensor rank holds in full. `activations`: what the forward pass
+    of one microbatch keeps for its backward pass, for each stage that the rank holds by part of the
+    model; the loss, which sees the whole batch, is not in it. `pictures`: those of one microbatch,
+    on the first stage alone; `keeps_pictures`: whether its backward pass needs them.
     """
 
     parameters: int
@@ -46,11 +47,12 @@ class RankMemory:
     activations: tuple[dict[str, int], ...]
     pictures: int = 0
     keeps_pictures: bool = True
+    averages: int = 0
 
     @property
     def state(self) -> int:
         """All that stays from step to step."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.averages
 
     @property
     def saved(self) -> int:
@@ -109,10 +111,12 @@ def measure_rank_memory(
         optimizer=_bytes_of(_optimizer_state(optimizer, weights), besides=weights),
         replicated=sum(weight.nbytes for weight in whole)
         + sum(weight.main_grad.nbytes for weight in whole if weight.requires_grad)
-        + _bytes_of(_optimizer_state(optimizer, whole), besides=weights),
+        + _bytes_of(_optimizer_state(optimizer, whole), besides=weights)
+        + _bytes_of(_averages(state, whole)),
         activations=tuple(saved_activations(chunk, pairs, groups.device) for chunk in state.chunks),
         pictures=pictures,
         keeps_pictures=not frozen_parts(architecture, config.freeze).vision.layers.embedding,
+        averages=_bytes_of(_averages(state, weights)),
     )
 
 
@@ -146,6 +150,11 @@ def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Ite
         if owned is not None:
             yield owned.master
             yield from owned.moments.values()
+
+
+def _averages(state: TrainState, weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    if state.average is not None:
+        yield from filter(lambda part: part is not None, map(state.average.of, weights))
 
 
 def _bytes_of(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:

@@ -82,6 +82,7 @@ def _memory_lines(estimates: list[StageEstimate]) -> list[str]:
         "weights": held.weights,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
+        **({"averages of the weights": held.averages} if held.averages else {}),
         f"saved activations of {kept:.3g} microbatch{'es' * (kept != 1)}": fullest.peak_activations,
     }
     if fullest.peak_pictures:

@@ -14,7 +14,13 @@ from parallel_clip.checkpoint.commit import EVALUATIONS_FILE
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
 from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.checkpoint.pieces import PIECE_SUFFIX
-from parallel_clip.config import Config, config_from_dict, load_config, resume_differences
+from parallel_clip.config import (
+    Config,
+    config_from_dict,
+    is_allowed,
+    load_config,
+    resume_differences,
+)
 from parallel_clip.data.index.shard_list import ListedShard, describe_differences, read_list
 from parallel_clip.errors import InputError
 
@@ -96,6 +102,11 @@ def find_resume_point(
             f"{folder} was converted from a run whose batch was {meta.position // meta.step:,} "
             f"pairs, and batch.global is {config.batch.global_:,}; set it to that, or begin a new "
             f"run from the weights: init.from={run_dir}"
+        )
+    if meta.config is None and config.ema.decay is not None and not is_allowed("ema.decay", config):
+        raise InputError(
+            f"{folder} is of a conversion and has no averages of weights for ema.decay "
+            f"{config.ema.decay:g}; resume.allow=[ema] starts them from its weights"
         )
     manifest_hash = durable.hash_file(folder / MANIFEST_FILE).hash
     is_evaluated = _is_evaluated(run_dir / EVALUATIONS_FILE, meta.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -78,7 +79,8 @@ class TrainingLoop:
         self.timer = StepTimer()
         self.recent_steps = deque([0.0], maxlen=20)  # seconds
         own = sum(tensor.numel() for _, tensor in state.global_parameters())
-        self.first_save_seconds = 12 * own / groups.layout.data / 1e8  # by size, at 100 MB/s
+        saved = 12 if state.average is None else 16  # bytes of a parameter
+        self.first_save_seconds = saved * own / groups.layout.data / 1e8  # at 100 MB/s
         self.log: RunLog | None = None
         if groups.is_rank_zero:
             self.log = RunLog(
@@ -183,6 +185,8 @@ class TrainingLoop:
         self.told_flags = told[:, len(counts) + 1 :]
         if record.complaint is None:
             self.updates += 1
+            if self.state.average is not None:
+                self.state.average.after_update(self.updates)
             self.policy.count_good(record.grad_norm)
         else:
             self.policy.count_bad(step, record.complaint)
@@ -228,13 +232,19 @@ class TrainingLoop:
             ahead=self.groups.layout.pipeline,
             tick=self.progress.mark_again,
         )
-        try:
+        of_averages = self.config.evaluate.ema
+        if of_averages:
+            self.state.average.exchange_with_weights()
+        results = None
+        with suppress(EvaluationInterrupted):
             results = self.held_out.evaluate(batches)
-        except EvaluationInterrupted:
-            return False
-        if self.log is not None:
-            self.log.write_evaluation(step, results)
-        return True
+        # Any other error ends the run, and may be this rank's alone: nothing is put back, as that
+        # takes all ranks.
+        if of_averages:
+            self.state.average.exchange_with_weights()
+        if results is not None and self.log is not None:
+            self.log.write_evaluation(step, results, of_averages)
+        return results is not None
 
     def _meta(self, step: int) -> Meta:
         plan = self.plan
@@ -246,6 +256,7 @@ class TrainingLoop:
             bad_samples=self.samples.bad_samples,
             source_samples=tuple(self.samples.source_samples),
             data=plan.data_fingerprint,
+            has_averages=self.state.average is not None,
             updates=self.updates,
             frozen=tuple(sorted(plan.frozen.names)),
             trained_since=plan.trained_since,

@@ -141,8 +141,10 @@ class RunLog:
             print(f"step {step} is left out: {record.complaint}", flush=True)
         print(self._progress_line(step, record, means, bad_samples), flush=True)
 
-    def write_evaluation(self, step: int, results: dict) -> None:
-        self._evaluations.write({"step": step, **results})
+    def write_evaluation(self, step: int, results: dict, of_averages: bool = False) -> None:
+        """of_averages: of `ema.decay`, which the line then says."""
+        said = {"ema": True} if of_averages else {}
+        self._evaluations.write({"step": step, **said, **results})
         figures = dict(_flat(results))
         with suppress(OSError):
             for name, value in figures.items():
@@ -153,7 +155,8 @@ class RunLog:
             for name, value in figures.items()
             if name.endswith(("loss", "recall@1", "top1"))
         )
-        print(f"held out at step {step}: {shown}", flush=True)
+        of = " of the averages" if of_averages else ""
+        print(f"held out at step {step}{of}: {shown}", flush=True)
 
     def close(self) -> None:
         with suppress(OSError):

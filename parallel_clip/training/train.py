@@ -204,3 +204,5 @@ def _set_weights(
             whole = initial_value(parameter, plan.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)
         state.set_weight(tensor, part)
+    if state.average is not None:
+        state.average.start()

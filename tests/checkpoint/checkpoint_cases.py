@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -47,7 +47,7 @@ def load_and_save(groups: Groups, task: Task, sources: dict[str, Path], target: 
 
 def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bool]:
     """Records of steps 3 and 4, of a run without a break and of one that was saved and loaded
-    before them, and whether both have the same bits in weights, masters and moments."""
+    before them, and whether both have the same bits in weights, masters, moments and averages."""
     whole = _loaded(groups, task)
     expected = _train(groups, task, whole, 4)[2:]
 
@@ -56,7 +56,7 @@ def interrupt(groups: Groups, task: Task, run_dir: Path) -> tuple[list, list, bo
     _save(groups, task, first, 2, run_dir)
     second = _empty(groups, task)
     Checkpointer(run_dir, groups).load(commit.latest(run_dir), second)
-    records = _train(groups, task, second, 2)
+    records = _train(groups, task, second, 2, first=3)
     equal = all(map(torch.equal, _state(whole), _state(second)))
     return records, expected, equal
 
@@ -68,7 +68,7 @@ def collect_and_go_on(groups: Groups, task: Task) -> list[tuple[str, bool, bool]
     _train(groups, task, state, 1)
     held = list(collect_pieces(state, groups))
     before = [piece.values.clone() for piece in held]
-    _train(groups, task, state, 1)
+    _train(groups, task, state, 1, first=2)
     now = collect_pieces(state, groups)
     return [
         (piece.key, torch.equal(piece.values, values), not torch.equal(values, after.values))
@@ -106,18 +106,27 @@ def _empty(groups: Groups, task: Task) -> TrainState:
     built = empty_training(groups, config, architecture_from_json(task.model_cfg, "small"))
     for _, tensor in built.global_parameters():
         built.set_weight(tensor, torch.full(tensor.shape, 7.0))
+        if built.average is not None:
+            built.average.set(tensor, torch.full(tensor.shape, 8.0))
     return built
 
 
-def _train(groups: Groups, task: Task, built: TrainState, steps: int) -> list[dict]:
+def _train(groups: Groups, task: Task, built: TrainState, steps: int, first: int = 1) -> list[dict]:
+    """Steps from the `first` on, counted from 1."""
     dtype = DTYPES[task.settings.get("precision", "fp32")]
     batch = own_microbatches(groups, task.images.to(dtype), task.tokens, 2)
     step = TrainStep(built, ClipLoss(group=groups.data), 0, groups.pipeline)
-    return [asdict(step(batch, LR).record) for _ in range(steps)]
+    records = []
+    for number in range(first, first + steps):
+        records.append(asdict(step(batch, LR).record))
+        if built.average is not None:
+            built.average.after_update(number)
+    return records
 
 
 def _save(groups: Groups, task: Task, built: TrainState, step: int, run_dir: Path) -> None:
     meta = Meta(step, step * len(task.images), 0, "small", task.model_cfg, {}, updates=step)
+    meta = replace(meta, has_averages=built.average is not None)
     if groups.is_rank_zero:
         run_dir.mkdir(exist_ok=True)
     Checkpointer(run_dir, groups).save(meta, built)
@@ -128,11 +137,13 @@ def _tensors(built: TrainState) -> dict[str, Tensor]:
 
 
 def _state(built: TrainState) -> list[Tensor]:
-    """Weights, and what this rank owns of masters and moments."""
+    """Weights, and what this rank owns of masters, moments and averages."""
     tensors = []
     for _, tensor in built.global_parameters():
         owned = built.optimizer.owned_state(tensor)
         tensors.append(tensor)
         if owned is not None:
             tensors += [owned.master, *owned.moments.values()]
+        if owned is not None and built.average is not None:
+            tensors.append(built.average.of(tensor))
     return tensors

@@ -23,7 +23,8 @@ from tests.training.step_cases import Task
 STEPS, BATCH = 3, 8
 MODEL = small_model({"ls_init_value": 0.3})  # its vocabulary of 101 is padded at tensor 2 and 4
 TABLE = parameter_table(architecture_from_json(MODEL, "small"))
-KEYS = {f"{kind}:{p.name}" for kind in ("weight", "exp_avg", "exp_avg_sq") for p in TABLE}
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+WITHOUT_AVERAGES = ("one", "data2-whole", "pipeline3")
 
 LAYOUTS = {
     # name: layout, precision, ZeRO-1
@@ -47,8 +48,15 @@ def task(name: str) -> Task:
     _, precision, zero = LAYOUTS[name]
     parallel = {"distributed_optimizer": zero, "pad": name.endswith("padded")}
     settings = {"precision": precision, "parallel": parallel}
+    if name not in WITHOUT_AVERAGES:
+        settings["ema"] = {"decay": 0.5, "every": 2}
     images, tokens = image_batch(MODEL, BATCH), token_batch(MODEL, BATCH)
     return Task(MODEL, reference.random_weights(MODEL, seed=3), images, tokens, settings)
+
+
+def keys(name: str) -> set[str]:
+    kinds = KINDS if name in WITHOUT_AVERAGES else (*KINDS, "ema")
+    return {f"{kind}:{p.name}" for kind in kinds for p in TABLE}
 
 
 def whole_model(layout: Layout, ranks: list[dict]) -> dict[str, torch.Tensor]:
@@ -79,7 +87,7 @@ def saved(processes, tmp_path_factory):
 def test_a_checkpoint_holds_the_model(saved, name):
     folder, model = saved[name]
     content = read_all(folder)
-    assert content.keys() == KEYS
+    assert content.keys() == keys(name)
     for parameter in TABLE:
         weight = content[f"weight:{parameter.name}"]
         assert weight.dtype == torch.float32 and weight.shape == parameter.shape
@@ -110,6 +118,24 @@ def test_its_moments_are_torchs(saved, name):
             assert distance(content[f"{kind}:{parameter_name}"], theirs) < 1e-3, parameter_name
 
 
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n not in WITHOUT_AVERAGES])
+def test_its_averages_are_those_of_the_weights(saved, processes, name, tmp_path):
+    """Of three steps with an update of the average after the second: halfway between the weights
+    before the first step and those after the second."""
+    layout = LAYOUTS[name][0]
+    given = task(name)
+    processes.run(layout, train_and_save, task=given, steps=2, run_dir=tmp_path / "run")
+    second, content = read_all(commit.latest(tmp_path / "run")), read_all(saved[name][0])
+    for parameter in TABLE:
+        weight = second[f"weight:{parameter.name}"]
+        expected = 0.5 * given.weights[parameter.name] + 0.5 * weight
+        average = content[f"ema:{parameter.name}"]
+        assert torch.allclose(average, expected, rtol=1e-6, atol=1e-8), parameter.name
+        assert not torch.equal(average, weight) and not torch.equal(
+            average, given.weights[parameter.name]
+        )
+
+
 @pytest.mark.parametrize("target", LAYOUTS)
 def test_every_layout_loads_every_layouts_checkpoint(saved, processes, tmp_path, target):
     layout = LAYOUTS[target][0]
@@ -122,9 +148,11 @@ def test_every_layout_loads_every_layouts_checkpoint(saved, processes, tmp_path,
     )
     for name, (folder, _) in saved.items():
         before, after = read_all(folder), read_all(commit.latest(tmp_path / name))
-        assert before.keys() == after.keys()
-        for key in before:
-            assert torch.equal(before[key], after[key]), (name, key)
+        assert after.keys() == keys(target)
+        for key in after:
+            # Averages that are not there start from the weights.
+            expected = before.get(key, before[key.replace("ema:", "weight:")])
+            assert torch.equal(expected, after[key]), (name, key)
         for parameter_name, tensor in whole_model(layout, [rank[name] for rank in ranks]).items():
             expected = before[f"weight:{parameter_name}"].to(tensor.dtype)
             assert torch.equal(tensor, expected), (name, parameter_name)
@@ -141,12 +169,12 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_break(processes, tmp_path, 
 
 def test_collected_pieces_can_be_written_while_training_goes_on(processes):
     name = "data2-tensor2-zero"
-    keys = set()
+    found = set()
     for pieces in processes.run(LAYOUTS[name][0], collect_and_go_on, task=task(name)):
         assert pieces and all(kept for _, kept, _ in pieces)
         assert any(changed for _, _, changed in pieces)
-        keys |= {key for key, _, _ in pieces}
-    assert keys == KEYS
+        found |= {key for key, _, _ in pieces}
+    assert found == keys(name)
 
 
 @pytest.mark.parametrize("saves", [30, pytest.param(500, marks=pytest.mark.long)])

@@ -1,12 +1,15 @@
 """Whatever is changed in a checkpoint, in any of its files, is found and named."""
 
+import json
 import random
 import shutil
 
 import pytest
 
+from parallel_clip.checkpoint import durable
 from parallel_clip.checkpoint.inspect import find_checkpoints, inspect_checkpoint
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE, Manifest
+from parallel_clip.checkpoint.meta import META_FILE, Meta
 from parallel_clip.errors import InputError
 from tests.checkpoint.saving import content, save
 
@@ -85,3 +88,14 @@ def test_what_the_commands_say(whole):
     assert find_checkpoints(folder) == [folder]
     with pytest.raises(InputError, match="holds no checkpoint"):
         find_checkpoints(run / "nowhere")
+
+
+def test_a_checkpoint_of_before_there_were_averages_is_read(tmp_path):
+    folder = save(tmp_path, 10, 1.0)
+    values = json.loads((folder / META_FILE).read_text())
+    del values["has_averages"]
+    (folder / META_FILE).write_text(json.dumps(values))
+    files = Manifest.read(folder).files | {META_FILE: durable.hash_file(folder / META_FILE)}
+    (folder / MANIFEST_FILE).unlink()
+    Manifest(files).write(folder)
+    assert content(folder) == (10, 1.0) and not Meta.read(folder).has_averages

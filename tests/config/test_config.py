@@ -43,6 +43,7 @@ data:
 checkpoint: {every: 1000, keep: 3}
 evaluate: {every: 0, loss: null, retrieval: null, zero_shot: null}
 log:      {every: 10, ledger: false}
+ema:      {decay: null}
 deterministic: false
 seed: 0
 run_dir: runs/demo
@@ -212,6 +213,7 @@ def test_an_unknown_key_among_the_overrides(tmp_path):
             {"optimizer": {"betas": [0.9, 1.0]}},
             "optimizer.betas is [0.9, 1.0]; expected list of 2, each number ≥ 0 and < 1",
         ),
+        ({"ema": {"decay": 1}}, "ema.decay is 1; expected number > 0 and < 1 or null"),
         ({"optimizer": {"betas": 0.9}}, "optimizer.betas is 0.9; expected list of 2"),
         (
             {"parallel": {"stages": {"vision": [8, -1], "text": [4, 4]}}},
@@ -322,6 +324,8 @@ def test_all_problems_are_told_at_once_and_each_once():
             {"optimizer": {"lr": 0, "lr_text": 1e-5, "lr_logit": 0}},
             "optimizer.lr is 0, and optimizer.lr_text 1e-05, optimizer.lr_logit 0 would be parts",
         ),
+        ({"ema": {"every": 3}}, "ema.every 3 is for an average of the weights; give ema.decay"),
+        ({"evaluate": {"ema": True}}, "evaluate.ema is for an average of the weights"),
         ({"evaluate": {"every": 5}}, "evaluate.every 5 has nothing to evaluate"),
     ],
 )

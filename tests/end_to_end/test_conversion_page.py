@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     for shard in range(2):
         samples = {f"{shard}{number}": dict(sample(number)) for number in range(4)}
         write_shard(folder / f"held_out/{shard}.tar", samples)
-    succeed("train", "config.yaml", cwd=folder)
+    succeed("train", "config.yaml", "ema.decay=0.9", cwd=folder)
     (folder / "logs/x/checkpoints").mkdir(parents=True)
     make_openclip_run(folder / "logs/x/checkpoints/epoch_7.pt")
     return folder
@@ -76,9 +76,10 @@ def said(folder) -> list[str]:
 
 def test_the_page_has_commands_of_each_kind():
     words = [" ".join(command) for command in COMMANDS]
-    for kind in ("--to openclip", "--to huggingface", "--to run", "init.from=", "evaluate"):
+    kinds = ("--to openclip", "--to huggingface", "--to run", "init.from=", "evaluate")
+    for kind in (*kinds, "--ema", "--mix"):
         assert any(kind in line for line in words), kind
-    assert len(COMMANDS) >= 7
+    assert len(COMMANDS) >= 10
 
 
 def test_every_command_of_the_page_ends_well(said, folder):

@@ -140,10 +140,12 @@ def test_a_request_to_stop_saves_once_and_says_so(config, undisturbed, tmp_path,
 
 
 def test_an_evaluation_is_left_and_done_again(config, tmp_path):
-    """Of 10 batches each: with two stages a request is known of at the third after it."""
+    """Of 10 batches each: with two stages a request is known of at the third after it. Evaluated
+    are the averages, which leave their place to the weights."""
     shards = yaml.safe_load(config.read_text())["data"]["train"][0]["shards"]
     layout = "parallel.pipeline=2"
     args = ("evaluate.every=4", "evaluate.batch=4", f"evaluate.loss={shards}")
+    args += ("ema.decay=0.9", "evaluate.ema=true")
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     succeed("train", config, layout, *args, f"run_dir={whole}", processes=2)
     for rank, call, step in ((1, 3, 4), (0, 13, 6)):  # the second after an evaluation of step 4
@@ -153,7 +155,7 @@ def test_an_evaluation_is_left_and_done_again(config, tmp_path):
         assert f"stopped after step {step} of {STEPS} (signal:SIGTERM), saved" in ended[0].out
         assert f"held out at step {step}" not in ended[0].out
     out = succeed("train", config, layout, *args, f"run_dir={run_dir}", processes=2)
-    assert "held out at step 6" in out
+    assert "held out at step 6 of the averages" in out
     assert_same_run(run_dir, whole)
     assert lines(run_dir / "evaluations.jsonl") == lines(whole / "evaluations.jsonl")
     out = succeed("train", config, layout, *args, f"run_dir={run_dir}", processes=2)
@@ -258,7 +260,7 @@ def test_a_skipped_step_changes_nothing(config, tmp_path, name):
     run_dir = tmp_path / "run"
     ended = disturbed(
         config, run_dir, layout, fault("clip", 2, rank, faults.spoil_gradient),
-        args=("bad_steps.action=skip", "train.steps=2", "checkpoint.every=1"),
+        args=("bad_steps.action=skip", "train.steps=2", "checkpoint.every=1", "ema.decay=0.9"),
     )  # fmt: skip
     assert [one.code for one in ended] == [0, 0], ended
     first, second = values(run_dir)

@@ -29,6 +29,7 @@ class Case:
     freeze: dict[str, Any] | None = field(default=None, hash=False)
     exchange: str = "auto"  # "ring": texts streamed, logits in tiles that do not divide the batch
     updates: str | None = None  # a name of UPDATES: learning rates of parts, and what decays
+    ema_every: int = 0  # steps between updates of an average of the weights; 0: none
 
     @property
     def loss(self) -> str:
@@ -73,6 +74,7 @@ class Case:
         parts += ["clipped"] if self.clip_grad_norm else []
         parts += [self.exchange] if self.exchange != "auto" else []
         parts += [self.updates] if self.updates else []
+        parts += [f"ema{self.ema_every}"] if self.ema_every else []
         return "-".join(parts)
 
 
@@ -87,15 +89,15 @@ def words(freeze: dict[str, Any]) -> str:
 
 
 COVERING = [
-    Case(),
+    Case(ema_every=1),
     Case(data=2, tensor=2, sequence=True, microbatches=4, recompute="selective", exchange="ring"),
     Case("quickgelu-layerscale", tensor=2, microbatches=4, recompute="full", clip_grad_norm=1.0),
-    Case("clipa", tensor=2, sequence=True),
+    Case("clipa", tensor=2, sequence=True, ema_every=3),
     Case("patch-dropout", tensor=2, sequence=True, microbatches=4),
     Case("three-heads", tensor=3, sequence=True, microbatches=4),
-    Case("siglip", data=2, microbatches=4),
+    Case("siglip", data=2, microbatches=4, ema_every=1),
     Case(tensor=2, sequence=True, microbatches=4, precision="bf16"),
-    Case("patch-dropout", pipeline=2, microbatches=4, stash=0),
+    Case("patch-dropout", pipeline=2, microbatches=4, stash=0, ema_every=3),
     Case("uneven", pipeline=3, microbatches=3, stash=1, recompute="full"),
     Case(pipeline=4, microbatches=4, clip_grad_norm=1.0),
     Case("uneven", tensor=2, sequence=True, pipeline=2, microbatches=1, recompute="selective"),
@@ -195,6 +197,19 @@ def grid() -> list[Case]:
         )
     ]
     cases.append(Case("uneven", data=2, precision="bf16", updates="embeddings-spared"))
+    cases += [
+        Case(model, *layout, 2, pipeline=pipeline, ema_every=every)
+        for model, (*layout, pipeline), every in product(
+            ("plain", "siglip"),
+            [(1, 1, False, 1), (2, 1, False, 1), (1, 2, True, 1), (1, 1, False, 2)],
+            (1, 3),
+        )
+    ]
+    cases.append(Case(data=2, microbatches=2, precision="bf16", ema_every=3))
+    cases += [
+        Case("uneven", pipeline=pipeline, microbatches=2, freeze={"vision": "all"}, ema_every=1)
+        for pipeline in (1, 2)
+    ]
     return [case for case in dict.fromkeys(cases) if case not in COVERING]
 
 

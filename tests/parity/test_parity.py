@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel_clip.checkpoint import commit
+from parallel_clip.checkpoint.pieces import PieceReader
 from parallel_clip.model import kept_patches
 from tests.launcher import succeed
 from tests.parity.cases import COVERING, Case, grid
@@ -35,6 +37,7 @@ from tests.reference import (
 STEPS = 20
 SEED = 5
 WARMUP = 4
+DECAY = 0.9  # of averages
 OPTIMIZER = {"lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.2}
 
 
@@ -64,6 +67,7 @@ class Setting:
             kept_patches=kept,
             precision=precision,
             freeze=case.freeze,
+            ema=(DECAY, case.ema_every) if case.ema_every else None,
             **optimizer,
         )
 
@@ -92,7 +96,7 @@ def reference(setting):
 
     def get(case: Case, precision: str) -> Reference:
         key = (case.model, case.batch, case.clip_grad_norm, precision, case.updates)
-        key = (*key, repr(case.freeze))
+        key = (*key, repr(case.freeze), case.ema_every)
         if key not in trained:
             trained[key] = setting(case).reference(case, precision)
         return trained[key]
@@ -116,6 +120,7 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
         | UPDATES.get(case.updates, {}),
         "schedule": {"kind": "cosine", "warmup": WARMUP},
         "freeze": case.freeze or {},
+        "ema": {"decay": DECAY, "every": case.ema_every} if case.ema_every else {},
         "data": {
             "train": [{"shards": setting.shards}],
             "augment": "none",
@@ -125,6 +130,8 @@ def train(case: Case, setting: Setting, folder: Path) -> Path:
         "log": {"every": 1, "ledger": True},
         "seed": SEED,
     }
+    if case.ema_every and case.precision == "bf16":
+        config["checkpoint"] = {"every": 1, "keep": None}
     run = folder / "run"
     config_path = write_config(folder / "config.yaml", config)
     succeed("train", config_path, f"run_dir={run}", processes=case.processes)
@@ -190,12 +197,16 @@ def without_key_bias(name: str, value: torch.Tensor, rotary: bool) -> torch.Tens
     return value
 
 
+def far_from(ours: dict, wanted: dict) -> float:
+    """The distance of all weights together, relative to their size."""
+    off = torch.cat([(ours[n] - wanted[n]).double().flatten() for n in wanted]).norm()
+    return (off / torch.cat([v.double().flatten() for v in wanted.values()]).norm()).item()
+
+
 def assert_same_weights(ours: dict, wanted: dict, rotary: bool) -> None:
     assert {n: v.shape for n, v in ours.items()} == {n: v.shape for n, v in wanted.items()}
     names = sorted(wanted)
-    off = torch.cat([(ours[n] - wanted[n]).double().flatten() for n in names]).norm()
-    whole = torch.cat([wanted[n].double().flatten() for n in names]).norm()
-    assert off <= 1e-4 * whole, f"all weights: {off / whole:.1e}"
+    assert far_from(ours, wanted) <= 1e-4
     far = {}
     for name in names:
         a, b = (without_key_bias(name, w[name].double(), rotary) for w in (ours, wanted))
@@ -203,6 +214,22 @@ def assert_same_weights(ours: dict, wanted: dict, rotary: bool) -> None:
         if deviation > 1e-4:
             far[name] = f"{deviation:.1e}"
     assert not far
+
+
+def assert_average_of_own_weights(run: Path, weights: dict, every: int) -> None:
+    """Of a run with a checkpoint after each step, which began from `weights`: its average by the
+    definition, in fp64, from its fp32 masters; bf16 runs of open_clip have none."""
+    readers = [PieceReader(folder) for folder in commit.step_folders(run)]
+    assert len(readers) == STEPS
+    for name, initial in weights.items():
+        average = initial.double()
+        for step, reader in enumerate(readers, 1):
+            master = reader.read(f"weight:{name}")
+            if step % every == 0:
+                average = DECAY * average + (1 - DECAY) * master.double()
+            held = reader.read(f"ema:{name}").double()
+            assert torch.allclose(held, average, rtol=1e-6, atol=1e-7), (name, step)
+        assert not torch.allclose(held, master.double(), rtol=1e-4), name
 
 
 def assert_bf16_like_open_clip(ours: list[dict], case: Case, reference) -> None:
@@ -230,6 +257,8 @@ def test_a_run_is_open_clips(case, setting, reference, tmp_path):
     metrics = read_metrics(run)
     if case.precision == "bf16":
         assert_bf16_like_open_clip(metrics, case, reference)
+        if case.ema_every:
+            assert_average_of_own_weights(run, shared.weights, case.ema_every)
         return
 
     if "patch_dropout" in MODELS[case.model]["vision_cfg"]:
@@ -244,6 +273,13 @@ def test_a_run_is_open_clips(case, setting, reference, tmp_path):
     assert_same_weights(weights, wanted.weights, rotary)
     for name in frozen_names(case):
         assert torch.equal(weights[name], shared.weights[name]), name
+    if case.ema_every:
+        succeed("convert", run, tmp_path / "averages", "--to", "openclip", "--ema")
+        averages = load_weights(tmp_path / "averages")
+        assert_same_weights(averages, wanted.averages, rotary)
+        assert far_from(averages, wanted.weights) > 1e-3
+        for name in frozen_names(case):
+            assert torch.equal(averages[name], shared.weights[name]), name
 
 
 def frozen_names(case: Case) -> list[str]:

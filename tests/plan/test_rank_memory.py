@@ -44,7 +44,9 @@ SIGLIP, PE_CORE = (
 PAIRS = 5
 
 
-def config_for(layout: Layout, precision="bf16", recompute="none", zero=False, freeze=None):
+def config_for(
+    layout: Layout, precision="bf16", recompute="none", zero=False, freeze=None, ema=None
+):
     return config_from_dict(
         {
             "train": {"steps": 1},
@@ -53,6 +55,7 @@ def config_for(layout: Layout, precision="bf16", recompute="none", zero=False, f
             "precision": precision,
             "recompute": recompute,
             "freeze": freeze or {},
+            "ema": {"decay": ema},
             "parallel": {
                 "tensor": layout.tensor,
                 "pipeline": layout.pipeline,
@@ -92,6 +95,17 @@ def test_the_world_may_be_large_and_its_ranks_are_equal():
     layout = Layout(1024, tensor=4, sequence=True)
     first, last = held(layout), held(layout, rank=1023)
     assert first == last == held(Layout(4, tensor=4, sequence=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_averages_take_four_bytes_a_parameter(precision):
+    without, found = (held(Layout(1), precision=precision, ema=ema) for ema in (None, 0.9))
+    assert without.averages == 0 and found.averages == 4 * found.parameters
+    assert found.state == without.state + found.averages
+    whole = sum(prod(p.shape) for p in parameter_table(SMALL) if p.placement.axis is None)
+    assert found.replicated == without.replicated + 4 * whole
+    shared = held(Layout(4), precision=precision, zero=True, ema=0.9)
+    assert shared.averages == pytest.approx(found.averages / 4, rel=0.02)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
@@ -172,30 +186,33 @@ FROZEN_STAGE = {"vision": "all", "text": {"unlocked_groups": 1}}
 
 
 @pytest.mark.parametrize(
-    ("model", "layout", "recompute", "freeze"),
+    ("model", "layout", "recompute", "freeze", "ema"),
     [
         *product(
             [SMALL],
             [Layout(2, tensor=2), Layout(2, tensor=2, sequence=True)],
             ["none", "selective", "full"],
             [None],
+            [None],
         ),
-        (SMALL, Layout(3, tensor=3, sequence=True), "selective", None),
-        (SIGLIP, Layout(2, tensor=2, sequence=True), "selective", None),
-        (PE_CORE, Layout(2, tensor=2), "none", None),
-        (SMALL, Layout(4, tensor=2, pipeline=2, sequence=True), "none", FROZEN_STAGE),
-        (SMALL, Layout(2, pipeline=2), "selective", FROZEN_STAGE),
+        (SMALL, Layout(3, tensor=3, sequence=True), "selective", None, None),
+        (SMALL, Layout(2), "none", None, 0.9),
+        (SIGLIP, Layout(2, tensor=2, sequence=True), "selective", None, None),
+        (PE_CORE, Layout(2, tensor=2), "none", None, None),
+        (SMALL, Layout(4, tensor=2, pipeline=2, sequence=True), "none", FROZEN_STAGE, None),
+        (SMALL, Layout(2, pipeline=2), "selective", FROZEN_STAGE, 0.9),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_real_processes_hold_the_same(tmp_path, model, layout, recompute, freeze):
+def test_real_processes_hold_the_same(tmp_path, model, layout, recompute, freeze, ema):
     torch.multiprocessing.start_processes(
         _count_for_real,
-        (layout, model, recompute, freeze, tmp_path),
+        (layout, model, recompute, freeze, ema, tmp_path),
         nprocs=layout.world,
         start_method="fork",
     )
-    config = config_for(layout, recompute=recompute, freeze=freeze)
+    zero = layout.data > 1
+    config = config_for(layout, recompute=recompute, zero=zero, freeze=freeze, ema=ema)
     for rank in range(layout.world):
         real = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         dry = dry_run(config, model, plan_for(config, model), rank)
@@ -204,13 +221,14 @@ def test_real_processes_hold_the_same(tmp_path, model, layout, recompute, freeze
             assert (real.gradients, real.optimizer, real.saved) == (0, 0, 0)
 
 
-def _count_for_real(rank, layout, model, recompute, freeze, folder):
+def _count_for_real(rank, layout, model, recompute, freeze, ema, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=layout.world
     )
     join_world(Launch(rank, rank, layout.world))
-    config = config_for(layout, recompute=recompute, freeze=freeze)
+    zero = layout.data > 1
+    config = config_for(layout, recompute=recompute, zero=zero, freeze=freeze, ema=ema)
     found = measure_rank_memory(config, model, plan_for(config, model), make_groups(layout))
     torch.save(found, folder / f"{rank}.pt")
     close_groups()
