@@ -1,5 +1,6 @@
 """Reading one object of a model config, with error messages that name the key."""
 
+import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
