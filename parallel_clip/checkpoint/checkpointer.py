@@ -153,8 +153,10 @@ class Checkpointer:
             if values and updates > 0:
                 state.optimizer.set_moments(tensor, values, updates)
             if state.average is not None and tensor.requires_grad:
-                key = f"{AVERAGE}:{parameter.name}"
-                average = self._read_local(reader, key, parameter) if key in reader else weight
+                average = weight
+                if meta.has_averages and parameter.name not in frozen_before:
+                    key = f"{AVERAGE}:{parameter.name}"
+                    average = self._read_local(reader, key, parameter)
                 state.average.set(tensor, average)
         if state.average is not None and not meta.has_averages:
             self._say(f"{folder} has no averages of weights: they start from its weights")
