@@ -57,7 +57,12 @@ def test_what_is_bad_is_replaced(tolerant):
 
 
 @pytest.mark.parametrize(
-    ("processes", "overrides"), [(2, []), (2, ["parallel.tensor=2"]), (1, ["data.workers=2"])]
+    ("processes", "overrides"),
+    [
+        (2, ["parallel.tensor=2"]),
+        pytest.param(2, [], marks=pytest.mark.long),
+        pytest.param(1, ["data.workers=2"], marks=pytest.mark.long),
+    ],
 )
 def test_the_replacements_do_not_depend_on_the_layout(
     config, tolerant, tmp_path, processes, overrides
@@ -83,7 +88,7 @@ def test_the_replacements_are_the_same_after_going_on(config, tolerant, tmp_path
     assert tensors(folder / LAST) == tensors(whole / LAST)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_too_much_of_it_ends_the_run(config, tolerant, tmp_path, processes):
     folder = tmp_path / "run"
     first, *others = run("train", config, *bad(config), f"run_dir={folder}", processes=processes)

@@ -65,7 +65,9 @@ def test_resuming_from_it_is_refused(config, damaged, name):
     assert state_of(damaged) == before and not (damaged / "lease").exists()
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "rank_00000_000.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["rank_00000_000.safetensors", pytest.param("vocab.txt", marks=pytest.mark.long)]
+)
 def test_with_fallback_the_one_before_is_taken(config, whole, damaged, name):
     flip_a_bit(damaged / "checkpoints/step_00000004" / name)
     words = ("train", config, f"run_dir={damaged}", "checkpoint.fallback=true")
@@ -93,7 +95,7 @@ def test_converting_it_is_refused(damaged, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_evaluating_it_is_refused(config, damaged, processes):
     flip_a_bit(damaged / "checkpoints/step_00000004/rank_00000_000.safetensors")
     words = ("evaluate", "retrieval", damaged, "--data", config.parent / "train")

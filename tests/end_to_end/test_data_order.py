@@ -75,14 +75,17 @@ def test_the_samples_of_each_source_are_counted(whole):
         assert line["source_samples"] == [of_source[0], of_source[1]]
 
 
-@pytest.mark.parametrize("processes, workers", WAYS[1:])
+@pytest.mark.parametrize(
+    "processes, workers",
+    [WAYS[-1], *(pytest.param(*way, marks=pytest.mark.long) for way in WAYS[1:-1])],
+)
 def test_processes_and_workers_do_not_show(config, whole, tmp_path, processes, workers):
     overrides = [f"data.workers={workers}", f"run_dir={tmp_path / 'run'}"]
     succeed("train", config, *overrides, processes=processes)
     assert ledger(tmp_path / "run") == ledger(whole)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_interruptions_do_not_show(config, whole, tmp_path, seed):
     """Killed at random steps, and gone on with in another way each time."""
     chance = random.Random(seed)
@@ -127,7 +130,7 @@ def test_other_data_than_the_run_began_with_are_refused(config, tmp_path):
     assert "init.from=" in ended.err and "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_a_worker_that_is_killed_ends_the_run_with_a_word(config, tmp_path, processes):
     began = time.monotonic()
     running = start(

@@ -91,9 +91,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", some(KILLS, "in data, rank 0", "in backward, rank 1", "in a save, rank 1")
-)
+@pytest.mark.parametrize("name", some(KILLS, "in backward, rank 1", "in a save, rank 1"))
 def test_after_a_kill_a_run_goes_on_to_the_same_bits(config, undisturbed, tmp_path, name):
     layout, point, call, rank = KILLS[name]
     run_dir = tmp_path / "run"
@@ -121,9 +119,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", some(STOPS, "SIGUSR1 to rank 1", "SIGTERM twice in a save", "SIGTERM during start-up")
-)
+@pytest.mark.parametrize("name", some(STOPS, "SIGUSR1 to rank 1", "SIGTERM during start-up"))
 def test_a_request_to_stop_saves_once_and_says_so(config, undisturbed, tmp_path, name):
     rank, point, call, action, reason, step = STOPS[name]
     run_dir, layout = tmp_path / "run", LAYOUTS[0]
@@ -296,7 +292,7 @@ STALLS = {
 }
 
 
-@pytest.mark.parametrize("name", some(STALLS, "a stopped rank", "an endless sleep"))
+@pytest.mark.parametrize("name", some(STALLS, "a stopped rank"))
 def test_a_stalled_rank_is_named(config, tmp_path, name):
     layout, rank, action, named = STALLS[name]
     run_dir = tmp_path / "run"

@@ -100,7 +100,9 @@ def test_a_run_goes_on_with_other_stages(config, plain, tmp_path):
         assert_same_steps(run, plain)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize(
+    "victim", [1, *(pytest.param(rank, marks=pytest.mark.long) for rank in (0, 2))]
+)
 def test_a_stage_that_dies_ends_the_run(config, tmp_path, victim):
     run = tmp_path / "run"
     overrides = ["parallel.pipeline=3", "train.steps=100000", "schedule.warmup=0", "log.every=1"]
@@ -118,7 +120,9 @@ def test_a_stage_that_dies_ends_the_run(config, tmp_path, victim):
             assert "Traceback" not in process.err
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize(
+    "failing", [2, *(pytest.param(rank, marks=pytest.mark.long) for rank in (0, 1))]
+)
 def test_a_stage_that_fails_says_why_and_ends_the_run(config, tmp_path, failing):
     """One rank runs out of memory in the middle of the second step's schedule."""
     overrides = ["parallel.pipeline=3", "batch.micro=2", "parallel.stash=0"]
