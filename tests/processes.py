@@ -8,6 +8,7 @@ the ranks have no need of.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -120,6 +121,11 @@ def _serve(rank: int, pipe: Connection) -> None:
         except BaseException:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))
+        # Models are in cycles of references and hold their groups, each of which has a thread of
+        # gloo's that wakes up a hundred times a second.
+        del answer
+        gc.collect()
+        gc.freeze()  # what is left are imports; the next collection need not look at them
 
 
 def _run(layout: Layout, rank: int, meeting_file: Path, case: Callable, arguments: dict) -> Any:
