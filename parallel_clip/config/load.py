@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
 from parallel_clip.config.keys import Config, Data, Optimizer, parse_bytes, parse_seconds
+from parallel_clip.config.phases import check_phases
 from parallel_clip.config.resume import check_allowed
 from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
 from parallel_clip.errors import InputError
@@ -139,6 +140,7 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield "schedule.min_lr is for schedule.kind cosine and wsd, not constant; leave it out"
     if schedule.min_lr > config.optimizer.lr:
         yield f"schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
+    yield from check_phases(config)
     yield from _rates_of_no_schedule(config.optimizer)
     yield from _rates_of_what_is_locked(config)
     steps = config.train.steps
