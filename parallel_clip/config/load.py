@@ -24,11 +24,12 @@ def nearest_key(path: str, model: type[BaseModel]) -> str:
     leaf = path.rpartition(".")[2]
     keys = [key for key, _ in keys_of(model)]
     sections = [key.partition(".")[0] for key in keys if "." in key]
+    is_in_list = any(part.isdigit() for part in path.split("."))
 
     def likeness(known: str) -> float:
         whole = difflib.SequenceMatcher(None, path, known).ratio()
         last = difflib.SequenceMatcher(None, leaf, known.rpartition(".")[2]).ratio()
-        return whole + last
+        return whole + last - 0.1 * (".0." in known and not is_in_list)
 
     return max(dict.fromkeys(keys + sections), key=likeness)
 
