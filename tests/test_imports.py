@@ -60,6 +60,7 @@ PURE = [
     "pipeline/orders.py",
     "pipeline/timeline.py",
     "plan/layout_plan.py",
+    "plan/segments.py",
 ]
 PURE_MAY_USE = sys.stdlib_module_names | {"numpy", "pydantic", "pydantic_core", "yaml"}
 IMPURE = ["torch", "megatron"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -19,18 +18,19 @@ from parallel_clip.checkpoint.meta import META_FILE, Meta
 from parallel_clip.checkpoint.pieces import (
     INDEX_FILE,
     KINDS,
-    Piece,
     PieceReader,
     WrittenPieces,
     write_index,
-    write_pieces,
 )
+from parallel_clip.checkpoint.rank_write import RankWrite
 from parallel_clip.engine.collectives import gather_objects
 from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
 from parallel_clip.errors import LeaseLostError, SaveFailedError
+from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.parameters import Parameter, fill_slice
-from parallel_clip.optimizer import AVERAGE
+from parallel_clip.model.resize_positions import PositionGrid, position_grids, resize_embedding
+from parallel_clip.optimizer import AVERAGE, SQUARES
 from parallel_clip.optimizer.train_state import TrainState
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Checkpointer:
         self._may_write = may_write
         self._say = say if groups.is_rank_zero else lambda _: None
         self._tick = tick
-        self._write: _Write | None = None
+        self._write: RankWrite | None = None
 
     @property
     def is_writing(self) -> bool:
@@ -101,7 +101,7 @@ class Checkpointer:
             pieces = self._ticking(collect_pieces(state, self._groups))
             if self._asynchronous:
                 pieces = list(pieces)  # by collectives, so before training goes on
-            self._write = _Write(folder, self._groups.rank, meta, pieces, self._asynchronous)
+            self._write = RankWrite(folder, self._groups.rank, meta, pieces, self._asynchronous)
         except SaveFailedError as error:
             self._tell_failure(error, last)
         if last or not self._asynchronous:
@@ -129,9 +129,10 @@ class Checkpointer:
         """Fill a rank's weights, masters, moments and averages from a checkpoint of any run and
         layout.
 
-        Tensors without moments there (of a conversion, or frozen so far) begin to be trained: the
-        optimizer's are left as they are. Averages that are not there start from the weights; those
-        that the state does not keep are left out.
+        Positions of another size are interpolated, and all that is kept of them alike; a second
+        moment that would come out below 0 is 0. Tensors without moments there (of a conversion, or
+        frozen so far) begin to be trained: the optimizer's are left as they are. Averages that are
+        not there start from the weights; those that the state does not keep are left out.
 
         Raises:
             InputError: the checkpoint is damaged.
@@ -140,13 +141,12 @@ class Checkpointer:
         reader = PieceReader(folder)
         self.whole_step = meta.step
         frozen_before = frozenset(meta.frozen)
+        resized = _resized_grids(meta, state)
         for parameter, tensor in self._ticking(state.global_parameters()):
             has_moments = meta.has_moments and parameter.name not in frozen_before
             kinds = KINDS if has_moments and tensor.requires_grad else KINDS[:1]
-            values = {
-                kind: self._read_local(reader, f"{kind}:{parameter.name}", parameter)
-                for kind in kinds
-            }
+            grids = resized.get(parameter.name)
+            values = {kind: self._read_local(reader, kind, parameter, grids) for kind in kinds}
             weight = values.pop("weight")
             state.set_weight(tensor, weight)
             updates = meta.updates_of(parameter.name)
@@ -155,8 +155,7 @@ class Checkpointer:
             if state.average is not None and tensor.requires_grad:
                 average = weight
                 if meta.has_averages and parameter.name not in frozen_before:
-                    key = f"{AVERAGE}:{parameter.name}"
-                    average = self._read_local(reader, key, parameter)
+                    average = self._read_local(reader, AVERAGE, parameter, grids)
                 state.average.set(tensor, average)
         if state.average is not None and not meta.has_averages:
             self._say(f"{folder} has no averages of weights: they start from its weights")
@@ -177,7 +176,7 @@ class Checkpointer:
 
         self._groups.run_on_all_ranks(verify_share)
 
-    def _commit(self, write: _Write, of_ranks: list[WrittenPieces]) -> None:
+    def _commit(self, write: RankWrite, of_ranks: list[WrittenPieces]) -> None:
         """On rank 0, once every rank has written."""
         files = {name: record for written in of_ranks for name, record in written.files.items()}
         entries = [entry for written in of_ranks for entry in written.entries]
@@ -231,9 +230,18 @@ class Checkpointer:
             self._tick()
             yield item
 
-    def _read_local(self, reader: PieceReader, key: str, parameter: Parameter) -> Tensor:
-        """This tensor rank's part of a tensor: fp32 on the CPU, zeros where padded."""
-        axis = parameter.placement.axis
+    def _read_local(
+        self,
+        reader: PieceReader,
+        kind: str,
+        parameter: Parameter,
+        resized: tuple[PositionGrid, PositionGrid] | None,
+    ) -> Tensor:
+        """This tensor rank's part of a tensor: fp32 on the CPU, zeros where padded. resized: the
+        grids of positions there and here, where they differ."""
+        key, axis = f"{kind}:{parameter.name}", parameter.placement.axis
+        if resized is not None:  # every tensor rank holds all positions
+            return resize_embedding(reader.read(key), *resized, is_square=kind == SQUARES)
         if axis is None:
             return reader.read(key)
         rank, size = self._groups.tensor_rank, self._groups.layout.tensor
@@ -242,51 +250,8 @@ class Checkpointer:
         return fill_slice(part, parameter.placement, parameter.shape[axis], rank, size, read_range)
 
 
-class _Write:
-    """The write of one rank's pieces, on a thread of its own or at once."""
-
-    def __init__(
-        self, folder: Path, rank: int, meta: Meta, pieces: Iterable[Piece], on_thread: bool
-    ):
-        self.folder = folder
-        self.meta = meta
-        self.began = time.monotonic()
-        self._rank = rank
-        self._pieces = 0  # that the thread has written
-        self._outcome: WrittenPieces | Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(pieces,), daemon=True)
-        if on_thread:
-            self._thread.start()
-        else:
-            self._run(pieces)
-
-    @property
-    def done(self) -> bool:
-        return self._outcome is not None
-
-    def result(self, tick: Callable[[], None]) -> WrittenPieces:
-        """What was written, once it is; raises what `write_pieces` raised. tick: called while the
-        thread comes forward."""
-        seen = 0
-        while not self.done:
-            self._thread.join(0.2)
-            if self._pieces != seen:
-                seen = self._pieces
-                tick()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
-
-    def _run(self, pieces: Iterable[Piece]) -> None:
-        pieces = self._counted(pieces)
-        try:
-            self._outcome = write_pieces(self.folder, self._rank, pieces)
-        except Exception as error:
-            for _ in pieces:  # the other ranks wait for this one in the collectives behind them
-                pass
-            self._outcome = error
-
-    def _counted(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            yield piece
-            self._pieces += 1
+def _resized_grids(meta: Meta, state: TrainState) -> dict[str, tuple[PositionGrid, PositionGrid]]:
+    """The grids of positions in a checkpoint and in a state, by name, where they differ."""
+    old = position_grids(architecture_from_json(meta.model, meta.model_name))
+    new = position_grids(state.chunks[0].architecture)
+    return {name: (old[name], grid) for name, grid in new.items() if old[name] != grid}

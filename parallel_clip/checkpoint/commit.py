@@ -129,6 +129,11 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
+def step_folder(run_dir: Path, step: int) -> Path:
+    """The folder of a checkpoint, whether it is there or not."""
+    return run_dir / CHECKPOINTS / _step_name(step)
+
+
 def step_of(folder: Path) -> int:
     """The step of a folder that `latest` or `step_folders` returned."""
     return int(_STEP_FOLDER.search(folder.name)[1])

@@ -26,11 +26,12 @@ class Meta:
     replaced so far; source_samples: pairs seen of each source; data: identifies the training
     samples and their order, see `RunShards.fingerprint`; model and preprocess: OpenCLIP's
     model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a path made absolute;
-    has_averages: whether it has those of the weights (`ema.decay`); updates: of the optimizer,
-    which are fewer than the steps where bad ones were skipped; frozen: names of the parameters that
-    are not trained and have no moments; trained_since: after how many updates others began to be,
-    where not at once; grad_norms and skipped: what `bad_steps` remembers of the last steps; config:
-    of the run, all keys; layout and versions: those that wrote the checkpoint.
+    run_model: the model that `phases` change, None where it is `model`; has_averages: whether it
+    has those of the weights (`ema.decay`); updates: of the optimizer, which are fewer than the
+    steps where bad ones were skipped; frozen: names of the parameters that are not trained and have
+    no moments; trained_since: after how many updates others began to be, where not at once;
+    grad_norms and skipped: what `bad_steps` remembers of the last steps; config: of the run, all
+    keys; layout and versions: those that wrote the checkpoint.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Meta:
     model: dict[str, Any]
     preprocess: dict[str, Any]
     tokenizer: str | None = None
+    run_model: dict[str, Any] | None = None
     source_samples: tuple[int, ...] = ()
     data: dict[str, Any] | None = None
     has_moments: bool = True

@@ -12,12 +12,15 @@ from parallel_clip.config.keys import (
     Optimizer,
     Parallel,
     PartlyFrozen,
+    Phase,
     Stages,
     Train,
+    Until,
     parse_bytes,
     parse_seconds,
 )
 from parallel_clip.config.load import config_from_dict, load_config
+from parallel_clip.config.phases import boundaries, parse_until
 from parallel_clip.config.resume import is_allowed, resume_differences
 
 __all__ = [
@@ -30,12 +33,16 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "PartlyFrozen",
+    "Phase",
     "LearningRateSchedule",
     "Loss",
     "Stages",
     "Train",
+    "Until",
+    "boundaries",
     "parse_bytes",
     "parse_seconds",
+    "parse_until",
     "config_from_dict",
     "load_config",
     "is_allowed",

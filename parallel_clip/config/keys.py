@@ -21,6 +21,8 @@ Count = Annotated[int, Field(ge=0)]
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
 Duplicates = Literal["none", "tokens"] | Annotated[str, Field(pattern="^key:.", title="key:NAME")]
+Until = str | Annotated[int, Field(ge=1)]
+ImageSize = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 CaptionKey = str | Annotated[dict[str, Positive], Field(min_length=1)]
 
 
@@ -42,7 +44,7 @@ class Model(ConfigSection):
         [],
         description="switches in which name may differ from what init.from says, e.g. [quick_gelu]",
     )
-    image_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = Field(
+    image_size: ImageSize | None = Field(
         None,
         description="pixels of both sides, or [height, width], in place of those of the model; "
         "positions of init.* are interpolated",
@@ -348,6 +350,11 @@ class PartlyFrozen(ConfigSection):
         "projection, the last block with its norm, and so on to the embedding",
     )
     norms: bool = Field(False, description="train the LayerNorms of the frozen groups as well")
+    unfreeze_at: Until | None = Field(
+        None,
+        description="share of the run's steps, such as 10%, or number of pairs, after which all of "
+        "the tower is trained; null: never",
+    )
 
 
 class Freeze(ConfigSection):
@@ -358,6 +365,25 @@ class Freeze(ConfigSection):
     )
     text: Literal["all"] | PartlyFrozen | None = Field(
         None, description="likewise of the text tower (--lock-text, --lock-text-unlocked-layers)"
+    )
+
+
+class Phase(ConfigSection):
+    until: Until | None = Field(
+        None,
+        description="end of the phase: share of the run's steps, such as 90%, or number of pairs, "
+        "both from the run's beginning; of all but the last phase",
+    )
+    resolution: ImageSize | None = Field(
+        None,
+        description="pixels of both sides, or [height, width]; positions are interpolated where it "
+        "changes; null: that of the model",
+    )
+    patch_dropout: float | None = Field(
+        None, ge=0, lt=1, description="share of patches left out; null: that of the model"
+    )
+    lr: float | None = Field(
+        None, ge=0, description="in place of `optimizer.lr`; null: `optimizer.lr`"
     )
 
 
@@ -440,6 +466,9 @@ class Config(ConfigSection):
     ema: Ema = Ema()
     data: Data = Data()
     freeze: Freeze = Freeze()
+    phases: list[Phase] = Field(
+        [], description="parts of the run that differ in the keys below, in order; []: one"
+    )
     checkpoint: Checkpoint = Checkpoint()
     watchdog: Watchdog = Watchdog()
     bad_steps: BadSteps = BadSteps()

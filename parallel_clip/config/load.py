@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
 from parallel_clip.config.keys import Config, Data, Optimizer, parse_bytes, parse_seconds
+from parallel_clip.config.phases import check_phases
 from parallel_clip.config.resume import check_allowed
 from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
 from parallel_clip.errors import InputError
@@ -23,11 +24,12 @@ def nearest_key(path: str, model: type[BaseModel]) -> str:
     leaf = path.rpartition(".")[2]
     keys = [key for key, _ in keys_of(model)]
     sections = [key.partition(".")[0] for key in keys if "." in key]
+    is_in_list = any(part.isdigit() for part in path.split("."))
 
     def likeness(known: str) -> float:
         whole = difflib.SequenceMatcher(None, path, known).ratio()
         last = difflib.SequenceMatcher(None, leaf, known.rpartition(".")[2]).ratio()
-        return whole + last
+        return whole + last - 0.1 * (".0." in known and not is_in_list)
 
     return max(dict.fromkeys(keys + sections), key=likeness)
 
@@ -139,6 +141,7 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield "schedule.min_lr is for schedule.kind cosine and wsd, not constant; leave it out"
     if schedule.min_lr > config.optimizer.lr:
         yield f"schedule.min_lr {schedule.min_lr:g} is above optimizer.lr {config.optimizer.lr:g}"
+    yield from check_phases(config)
     yield from _rates_of_no_schedule(config.optimizer)
     yield from _rates_of_what_is_locked(config)
     steps = config.train.steps

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from parallel_clip.config.keys import Config
+from parallel_clip.config.phases import has_shares
 from parallel_clip.config.schema import keys_of, show
 
 # What changes no result, or only how a run is watched and kept.
@@ -51,9 +52,10 @@ class Differences(NamedTuple):
 
 def resume_differences(saved: Config, new: Config) -> Differences:
     """What differs in `new` from the run of `saved`, but for what is free to: keys that change no
-    result, and a longer `train` at constant learning rate. `resume.allow` of `new` accepts more."""
+    result, and a longer `train` where no learning rate and no phase depends on the length.
+    `resume.allow` of `new` accepts more."""
     before, after = _flat(saved.to_tree()), _flat(new.to_tree())
-    constant = saved.schedule.kind == new.schedule.kind == "constant"
+    constant = saved.schedule.kind == new.schedule.kind == "constant" and not has_shares(new)
     found = Differences([], [])
     for key in dict.fromkeys([*before, *after]):
         old, now = before.get(key), after.get(key)

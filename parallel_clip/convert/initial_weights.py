@@ -28,7 +28,7 @@ from parallel_clip.convert.weight_source import WeightSource
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.compare import Tower
-from parallel_clip.model.resize_positions import PositionGrid, position_grids, resize_positions
+from parallel_clip.model.resize_positions import PositionGrid, position_grids, resize_embedding
 
 # A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
 _OPTIONAL = ("logit_bias",)
@@ -78,9 +78,7 @@ class InitialReader:
         tensor, old = weights.read(name), self._initial.resized.get(name)
         if tensor is None or old is None:
             return tensor
-        *first, _, width = tensor.shape
-        resized = resize_positions(tensor.reshape(-1, width), old, self._grids[name])
-        return resized.reshape(*first, -1, width)
+        return resize_embedding(tensor, old, self._grids[name])
 
 
 def find_initial_weights(

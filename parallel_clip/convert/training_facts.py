@@ -72,6 +72,8 @@ def _rows(meta: Meta) -> Iterator[tuple[str, str]]:
         yield "precision of training", f"{config['precision']}, with fp32 master weights"
     if config.get("init", {}).get("from"):
         yield "weights began from", short_path(config["init"]["from"])
+    for phase in config.get("phases") or ():
+        yield "phase", _phase_words(phase)
     for tower, how in (config.get("freeze") or {}).items():
         if how is not None:
             yield f"not trained, of the {tower} tower", _frozen_words(how)
@@ -112,7 +114,23 @@ def _frozen_words(how: str | dict[str, Any]) -> str:
     if how == "all":
         return "all"
     norms = " and all LayerNorms" if how["norms"] else ""
-    return f"all but the last {how['unlocked_groups']} of its layer groups{norms}"
+    until = how.get("unfreeze_at")
+    thawed = "" if until is None else f", until {_until_words(until)}"
+    return f"all but the last {how['unlocked_groups']} of its layer groups{norms}{thawed}"
+
+
+def _phase_words(phase: Mapping[str, Any]) -> str:
+    size = phase["resolution"]
+    words = [] if size is None else [f"resolution {size}"]
+    for key, name in (("patch_dropout", "patch dropout"), ("lr", "learning rate")):
+        if phase[key] is not None:
+            words.append(f"{name} {phase[key]:g}")
+    until = "to the end" if phase["until"] is None else f"until {_until_words(phase['until'])}"
+    return f"{until}: {', '.join(words) or 'as the model'}"
+
+
+def _until_words(until: str | int) -> str:
+    return f"{until:,} pairs" if isinstance(until, int) else f"{until} of the steps"
 
 
 def _average_words(ema: Mapping[str, Any]) -> str:

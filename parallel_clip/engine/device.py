@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import resource
 import socket
@@ -125,6 +126,14 @@ def peak_memory_bytes() -> int:
     if has_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more; hooks and what they belong to refer to one
+    another."""
+    gc.collect()
+    if has_cuda():
+        torch.cuda.empty_cache()
 
 
 def free_memory_bytes() -> int | None:

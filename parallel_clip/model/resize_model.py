@@ -1,4 +1,5 @@
-"""The same model for pictures of another size or texts of another length."""
+"""The same model for pictures of another size, texts of another length, or another share of patches
+that training leaves out."""
 
 from __future__ import annotations
 
@@ -37,4 +38,16 @@ def with_sizes(
             )
     if context_length is not None:
         text["context_length"] = context_length
+    return architecture_from_json(config, architecture.name)
+
+
+def with_patch_dropout(architecture: Architecture, share: float) -> Architecture:
+    """The model with OpenCLIP's `--force-patch-dropout`: training leaves out `share` of a picture's
+    patches, 0 to 1.
+
+    Raises:
+        InputError: the image tower is one that is built without.
+    """
+    config = deepcopy(architecture.json)
+    config["vision_cfg"]["patch_dropout"] = share
     return architecture_from_json(config, architecture.name)

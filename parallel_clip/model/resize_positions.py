@@ -46,6 +46,18 @@ def position_grids(architecture: Architecture) -> dict[str, PositionGrid]:
     }
 
 
+def resize_embedding(
+    tensor: Tensor, old: PositionGrid, new: PositionGrid, *, is_square: bool = False
+) -> Tensor:
+    """As `resize_positions`, of a tensor [..., n, h] as it is in a model: fp32 [..., new n, h].
+    is_square: it is of squares, such as Adam's second moment; what comes out below 0 becomes 0."""
+    *first, _, width = tensor.shape
+    resized = resize_positions(tensor.reshape(-1, width), old, new)
+    if is_square:
+        resized = resized.clamp(min=0)
+    return resized.reshape(*first, -1, width)
+
+
 def resize_positions(positions_nh: Tensor, old: PositionGrid, new: PositionGrid) -> Tensor:
     """Positions [n, h] of an old grid for a new one: fp32 [new n, h]. Pictures: bicubic, with
     antialias; texts: linear. What is before the grid stays as it is.

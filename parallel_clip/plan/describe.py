@@ -10,6 +10,7 @@ from parallel_clip.data.order.reading import machine_reading
 from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.layer_groups import layer_groups
+from parallel_clip.plan.describe_segments import segment_table
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.stages.costs import units_per_rank
 from parallel_clip.stages.padding import padding_words
@@ -55,6 +56,7 @@ def describe_run(plan: RunPlan) -> str:
         lines.append(f"  starts from {plan.initial}")
     lines += [f"  {note}" for note in plan.notes]
     lines.append(f"  steps: {plan.steps}")
+    lines += segment_table(plan)
     return "\n".join(lines)
 
 

@@ -10,9 +10,11 @@ from rich.table import Table
 
 from parallel_clip.config import Config
 from parallel_clip.plan.describe import describe_reading, describe_run
+from parallel_clip.plan.describe_segments import estimate_segment, peak_bytes
 from parallel_clip.plan.layout_plan import stash_depends_on_memory
-from parallel_clip.plan.run_plan import PART_OF_FREE_MEMORY, RunPlan, make_run_plan
-from parallel_clip.plan.stage_estimate import StageEstimate, estimate_step
+from parallel_clip.plan.run_plan import RunPlan, make_run_plan
+from parallel_clip.plan.segment_plan import PART_OF_FREE_MEMORY
+from parallel_clip.plan.stage_estimate import StageEstimate
 from parallel_clip.stages.stage import LayerRange
 
 _GIB = 2**30
@@ -24,9 +26,13 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Writes nothing. Raises InputError.
     """
     plan, _ = make_run_plan(config, world_size, dry_run=True)
-    step = estimate_step(plan.layout_plan, plan.frozen.costs_of(plan.architecture), plan.memory)
+    steps = [estimate_segment(each) for each in plan.segments]
+    step = max(steps, key=peak_bytes)
+    segment = plan.segments[steps.index(step)].segment
     # How many processes a machine will have is not known here; 8 is usual.
     lines = [describe_run(plan), *describe_reading(plan, min(8, world_size))]
+    if len(steps) > 1:
+        lines.append(f"  below: steps {segment.first + 1:,} to {segment.stop:,}, the fullest")
     if plan.layout.pipeline > 1:
         lines += [
             _stage_table(plan, step.stages),
@@ -35,7 +41,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
             f"    {step.bubble:.1%} of a step, unevenness included, messages and the loss left out",
         ]
     lines += _memory_lines(step.stages)
-    if stash_depends_on_memory(config.parallel, plan.layout_plan):
+    if any(stash_depends_on_memory(config.parallel, each.layout_plan) for each in plan.segments):
         lines.append(
             f"    on GPUs a run keeps as many graphs as fit into {PART_OF_FREE_MEMORY:.0%} of what "
             "is free when it starts;\n    parallel.memory=70GB shows what that would be here"

@@ -6,6 +6,7 @@ The same function serves `train` and `train --dry-run`, so both find the same er
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,32 +19,25 @@ from parallel_clip.data.feeding.run_shards import RunShards, find_run_shards
 from parallel_clip.data.index.shard_list import read_list
 from parallel_clip.data.samples.tokenizer import TokenizerSource
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
-from parallel_clip.engine.device import free_memory_bytes
 from parallel_clip.engine.versions import versions
 from parallel_clip.evaluate.held_out import ClassPrompts, read_class_prompts
 from parallel_clip.layout import BatchPlan, Layout, training_steps
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.frozen import FrozenParts
 from parallel_clip.plan.build import frozen_parts
-from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan, stash_depends_on_memory
-from parallel_clip.plan.memory import (
-    RankMemory,
-    count_stages,
-    fit_stash_to_memory,
-    largest_stash,
-)
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
+from parallel_clip.plan.memory import RankMemory
+from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.resume import (
     SHARDS_FILE,
     ResumePoint,
     find_resume_point,
     require_same_data,
 )
+from parallel_clip.plan.segment_plan import SegmentPlan, plan_segments, told_of_phase
+from parallel_clip.plan.segments import find_segments
 from parallel_clip.plan.start_model import check_trainable, find_start_model
 from parallel_clip.plan.update_words import update_words
-
-# What is left is for what `count_stages` does not count: what kernels work in, gradients on their
-# way, NCCL's buffers, gaps of the allocator.
-PART_OF_FREE_MEMORY = 0.8
 
 
 class Reading(NamedTuple):
@@ -59,21 +53,23 @@ class Reading(NamedTuple):
 class RunPlan:
     """What a run does, on which ranks, from where and how long. Data only: no open files.
 
-    initial: where the weights of a run that begins are from, None where they are random or it goes
-    on; tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the whole run;
-    data_fingerprint: what the order of samples is computed from; epoch_pairs: of each source in an
-    epoch; reading: what the order makes machines read; left_out: paths of the shards that
-    `data.missing: skip` does without; prompts: of `evaluate.zero_shot`; versions: of the packages
-    on rank 0; memory: what each pipeline stage holds, None where it was not counted; notes: what to
-    tell of the model, its preprocessing and its updates.
+    model: that of the config, which phases change; segments: the parts of the run in which nothing
+    changes, in order; initial: where the weights of a run that begins are from, None where they are
+    random or it goes on; tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the
+    whole run; data_fingerprint: what the order of samples is computed from; epoch_pairs: of each
+    source in an epoch; reading: what the order makes machines read; left_out: paths of the shards
+    that `data.missing: skip` does without; prompts: of `evaluate.zero_shot`; versions: of the
+    packages on rank 0; notes: what to tell of the model, its preprocessing and its updates.
+
+    What `resume` says decides which segment it is that runs: with another one, it is the plan of
+    another part of the run.
     """
 
     config: Config
-    architecture: Architecture
-    layout_plan: LayoutPlan
+    model: Architecture
+    segments: tuple[SegmentPlan, ...]
     resume: ResumePoint
     initial: InitialWeights | None
-    preprocess: Preprocess
     tokenizer: TokenizerSource
     tokenizer_name: str | None
     steps: int
@@ -83,8 +79,47 @@ class RunPlan:
     left_out: tuple[str, ...]
     prompts: ClassPrompts | None
     versions: dict[str, str | None]
-    memory: tuple[RankMemory, ...] | None
     notes: tuple[str, ...]
+
+    @property
+    def current(self) -> SegmentPlan:
+        """The segment of the step after the one resumed from; of that one itself where its
+        evaluation is still to be done."""
+        return self._segment_of(self.resume.step - self.evaluates_first)
+
+    @property
+    def stop(self) -> int:
+        """The last step, counted from 1, of the current model: up to there it stays as it is built,
+        whatever becomes of the learning rate."""
+        stop, freeze = self.current.segment.stop, self.current.segment.freeze
+        for later in self.segments:
+            if later.segment.first == stop and later.trains(self.architecture, freeze):
+                stop = later.segment.stop
+        return stop
+
+    def peak_at(self, step: int) -> float:
+        """The highest learning rate of the phase of step `step`, counted from 0."""
+        return self._segment_of(step).segment.lr
+
+    def _segment_of(self, step: int) -> SegmentPlan:
+        found = (each for each in self.segments if step < each.segment.stop)
+        return next(found, self.segments[-1])
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.current.architecture
+
+    @property
+    def layout_plan(self) -> LayoutPlan:
+        return self.current.layout_plan
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.current.preprocess
+
+    @property
+    def memory(self) -> tuple[RankMemory, ...] | None:
+        return self.current.memory
 
     @property
     def layout(self) -> Layout:
@@ -96,7 +131,7 @@ class RunPlan:
 
     @property
     def frozen(self) -> FrozenParts:
-        return frozen_parts(self.architecture, self.config.freeze)
+        return self.current.frozen
 
     @property
     def trained_since(self) -> dict[str, int]:
@@ -139,23 +174,21 @@ def make_run_plan(
     """
     resume = find_resume_point(config)
     start = find_start_model(config, resume)
-    config, architecture = start.config, start.architecture
-    check_trainable(architecture, config.model.override)
-    updates = update_words(architecture, config.optimizer, config.freeze)
-    costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
-    layout_plan = make_layout_plan(costs, world_size, config)
+    config, models = start.config, phase_models(start.config, start.architecture)
+    check_trainable(start.architecture, config.model.override)
+    updates = update_words(start.architecture, config.optimizer, config.freeze)
+    for number, model in enumerate(models):  # before shards are looked for, which may take long
+        with told_of_phase(config, number):
+            make_layout_plan(frozen_parts(model, config.freeze).costs_of(model), world_size, config)
     chosen = config.data.model_dump(include={"mean", "std", "interpolation", "resize_mode"})
     options = ", ".join(f"data.{key}" for key, value in chosen.items() if value is not None)
-    preprocess, preprocess_words = resolve_preprocess(
-        architecture.vision.image_size, [*start.preprocess, (options, chosen)]
-    )
+    preprocess = [*start.preprocess, (options, chosen)]
+    resolve_preprocess(start.architecture.vision.image_size, preprocess)
     if config.data.augment == "train":
         check_augment_options(config.data.augment_options)
     tokenizer = _tokenizer_source(config, resume, start.tokenizer_from)
-    built_tokenizer = tokenizer.build(architecture.text)
+    built_tokenizer = tokenizer.build(start.architecture.text)
     tokenizer_path = built_tokenizer.path
-
-    layout_plan, memory, memory_notes = _fit_to_memory(config, architecture, layout_plan, dry_run)
 
     prompts = read_class_prompts(config.evaluate.zero_shot)
     begun_with = read_list(Path(config.run_dir) / SHARDS_FILE) if resume.checkpoint else None
@@ -167,13 +200,15 @@ def make_run_plan(
     fingerprint = shards.fingerprint
     if resume.step < steps:  # else there is nothing to resume
         require_same_data(resume, fingerprint, lambda: shards.listed, Path(config.run_dir))
+    segments, memory_notes = plan_segments(
+        config, models, find_segments(config, steps), preprocess, world_size, dry_run
+    )
     plan = RunPlan(
         config,
-        architecture,
-        layout_plan,
+        start.architecture,
+        segments,
         resume,
         start.initial,
-        preprocess,
         tokenizer,
         str(Path(tokenizer_path).absolute()) if tokenizer_path else config.data.tokenizer,
         steps,
@@ -183,16 +218,11 @@ def make_run_plan(
         tuple(shards.left_out),
         prompts,
         versions(),
-        memory,
-        (
-            *start.notes,
-            f"preprocessing: {preprocess_words}",
-            *built_tokenizer.notes,
-            *updates,
-            *memory_notes,
-        ),
+        (),
     )
-    return plan, shards
+    _, words = resolve_preprocess(plan.architecture.vision.image_size, preprocess)
+    notes = start.notes, (f"preprocessing: {words}",), built_tokenizer.notes, updates, memory_notes
+    return replace(plan, notes=tuple(chain(*notes))), shards
 
 
 def _tokenizer_source(
@@ -207,26 +237,3 @@ def _tokenizer_source(
     if choice is None or (is_gone and resume.checkpoint is not None):
         choice = stored.tokenizer
     return TokenizerSource(choice, stored.folder)
-
-
-def _fit_to_memory(
-    config: Config, architecture: Architecture, plan: LayoutPlan, dry_run: bool
-) -> tuple[LayoutPlan, tuple[RankMemory, ...] | None, list[str]]:
-    """The plan with the microbatches that keep their graphs, what the stages hold (None: it was not
-    asked for) and what there is to say of it."""
-    limit, free = config.parallel.memory, None
-    if not dry_run and stash_depends_on_memory(config.parallel, plan):
-        free = free_memory_bytes()
-    if not dry_run and limit is None and free is None:
-        return plan, None, []
-    memory = count_stages(config, architecture, plan)
-    if limit is not None:
-        return fit_stash_to_memory(plan, memory, limit), memory, []
-    if free is None:
-        return plan, memory, []
-    to_fill = int(PART_OF_FREE_MEMORY * free)
-    note = (
-        f"parallel.memory: {to_fill / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free on the GPU "
-        "of rank 0"
-    )
-    return replace(plan, stash=largest_stash(plan, memory, to_fill) or 0), memory, [note]

@@ -29,7 +29,9 @@ from parallel_clip.model.compare import (
     differences,
 )
 from parallel_clip.model.known_models import known_name, load_model
+from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.resize_model import with_sizes
+from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.resume import MODEL_FILE, ResumePoint
 
 DEFAULT_MODEL = "ViT-L-14"
@@ -39,7 +41,8 @@ Settings = tuple[tuple[str, Mapping[str, Any] | None], ...]
 
 @dataclass(frozen=True)
 class StartModel:
-    """config: with `model.name` resolved; tokenizer_from: the checkpoint that says which tokenizer
+    """config: with `model.name` resolved; architecture: of the config, which phases change;
+    tokenizer_from: the checkpoint that says which tokenizer
     the model takes; preprocess: OpenCLIP's preprocess_cfg by what says it, lowest in rank first;
     initial: None where a run goes on, or begins at random; notes: what to tell the user."""
 
@@ -106,9 +109,8 @@ def _of_new_run(config: Config) -> StartModel:
     vision, text = by_tower.get("vision"), by_tower.get("text")
     initial, notes = None, []
     if sources:
-        initial, notes = find_initial_weights(
-            sources, architecture, base.architecture, init.projection
-        )
+        first = phase_models(config, architecture)[0]
+        initial, notes = find_initial_weights(sources, first, base.architecture, init.projection)
     if init.text is not None and config.data.tokenizer is None:
         notes.append(f"tokenizer: as init.text {init.text} has it")
     preprocess: Settings = ((base.name or "", base.preprocess),)
@@ -213,22 +215,26 @@ def _of_converted_run(config: Config, resume: ResumePoint) -> StartModel:
 
 
 def _of_own_run(config: Config, resume: ResumePoint) -> StartModel:
-    """Of a run that goes on: its own model, which a config that names one has to be the same as."""
+    """Of a run that goes on: its own model, which a config that names one has to be the same as.
+    What phases change of it is not looked at: a checkpoint is loaded into the model of any."""
     source = open_source(resume.checkpoint, verify=False).metadata
+    own = source.architecture
+    if resume.meta.run_model is not None:
+        own = architecture_from_json(resume.meta.run_model, resume.meta.model_name)
     settings = ((str(source.said_by), source.preprocess),)
     if config.model.name is None:
         saved = resume.meta.config["model"]
         kept = {key: saved.get(key) for key in ("name", "image_size", "context_length")}
         model = config.model.model_copy(update=kept)
         config = config.model_copy(update={"model": model})
-        return StartModel(config, source.architecture, source, settings)
+        return StartModel(config, own, source, settings)
     architecture = load_named(_choice(config, config.model.name)).architecture
-    if architecture != source.architecture:
-        found = differences(source.architecture, architecture)
+    if architecture != own:
+        found = differences(own, architecture)
         differing = ", ".join(f"{d.key}: {d.one!r} → {d.other!r}" for d in found)
         raise InputError(
             f"the checkpoint {resume.checkpoint} is of another architecture "
-            f"({source.architecture.name}) than model.name {config.model.name}"
+            f"({own.name}) than model.name {config.model.name}"
             f"{f' ({differing})' if differing else ''}; set model.name to the checkpoint's model, "
             "or choose another run_dir"
         )

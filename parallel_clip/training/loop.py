@@ -101,24 +101,28 @@ class TrainingLoop:
             list(before.source_samples if before else ()) or [0] * len(plan.epoch_pairs),
         )
 
-    def run(self, feed: DeviceFeed) -> None:
-        """Train from the step resumed from to the last one, or until all ranks agree to stop."""
-        done = self.plan.resume.step
+    def run(self, feed: DeviceFeed) -> bool:
+        """Train from the step resumed from to the last one of the model as it is built, or until
+        all ranks agree to stop. Whether the run goes on, with another model."""
+        done, stop = self.plan.resume.step, self.plan.stop
         self._write_status("running", done)
         try:
-            batches = feed.batches(done, self.plan.steps)
+            batches = feed.batches(done, stop)
             interrupted = self.plan.evaluates_first and not self._evaluate(done)
             while done < self.plan.steps or interrupted:
                 reason = self._reason_to_stop(done + 1)
                 if reason is not None:
                     self._stop(done, reason)
-                    return
+                    return False
+                if done == stop:
+                    return True
                 self._train_step(done + 1, batches)
                 done += 1
                 interrupted = not self._save_and_evaluate(done)
             self._write_status("finished", self.plan.steps)
             if self.log is not None:
                 print(f"finished: {self.plan.steps} steps, {self.plan.run_dir}")
+            return False
         except BaseException as error:
             if self.token is None or self.token.is_seen():  # else the folder is another job's
                 write_failure(self.plan.run_dir, done, error)
@@ -172,8 +176,8 @@ class TrainingLoop:
         batch = next(batches)
         self.timer.add_step(data_seconds=time.perf_counter() - began)
         counts = self.samples.own_counts(batch)
-        settings = self.config.optimizer
-        lr = learning_rate(step - 1, self.plan.steps, settings.lr, self.config.schedule)
+        peak = self.plan.peak_at(step - 1)
+        lr = learning_rate(step - 1, self.plan.steps, peak, self.config.schedule)
         self.progress.mark("forward, backward and update")
         record, told = self.step(
             batch.inputs,
@@ -207,10 +211,10 @@ class TrainingLoop:
             self._write_status("running", step)
 
     def _save_and_evaluate(self, step: int) -> bool:
-        """Save and evaluate where the config asks for it after `step`, and after the last one.
-        False where the evaluation was interrupted."""
+        """Save and evaluate where the config asks for it after `step`, and after the last one of
+        the model as it is built. False where the evaluation was interrupted."""
         began = time.perf_counter()
-        last, every = step == self.plan.steps, self.config.checkpoint.every
+        last, every = step == self.plan.stop, self.config.checkpoint.every
         # Saved first: held-out shards that turn out to be bad must not cost the training.
         if (every and step % every == 0) or last:
             self.progress.mark("saving a checkpoint", step)
@@ -249,12 +253,14 @@ class TrainingLoop:
     def _meta(self, step: int) -> Meta:
         plan = self.plan
         model = Meta.of_model(plan.architecture, plan.preprocess.to_openclip(), plan.tokenizer_name)
+        changed = plan.architecture != plan.model
         return replace(
             model,
             step=step,
             position=step * plan.batch.global_batch,
             bad_samples=self.samples.bad_samples,
             source_samples=tuple(self.samples.source_samples),
+            run_model=plan.model.json if changed else None,
             data=plan.data_fingerprint,
             has_averages=self.state.average is not None,
             updates=self.updates,

@@ -44,7 +44,7 @@ def prepare_run_folder(
         run_dir.mkdir(parents=True, exist_ok=True)
         if plan.config.model.name == str(run_dir / MODEL_FILE):
             model = {
-                "model_cfg": plan.architecture.json,
+                "model_cfg": plan.model.json,
                 "preprocess_cfg": plan.preprocess.to_openclip(),
             }
             durable.replace_text(run_dir / MODEL_FILE, json.dumps(model, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.manifest import MANIFEST_FILE
+from parallel_clip.checkpoint.meta import Meta
 from parallel_clip.config import Config
 from parallel_clip.data.feeding.run_shards import RunShards, reopen_run_shards
 from parallel_clip.data.index.shard_list import describe_differences
@@ -20,7 +22,7 @@ from parallel_clip.engine.versions import versions
 from parallel_clip.errors import InputError
 from parallel_clip.plan.resume import ResumePoint, fall_back, find_resume_point
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
-from parallel_clip.training.lease import Lease, LeaseToken, take_lease
+from parallel_clip.training.lease import SEEN_SECONDS, Lease, LeaseToken, take_lease
 
 
 def plan_and_take_lease(
@@ -158,6 +160,31 @@ def verify_checkpoint(
         before = groups.run_on_rank_zero(partial(_resume_point_before, plan, say))
         plan = replace(plan, resume=before)
     return plan
+
+
+def reached_resume_point(plan: RunPlan, groups: Groups) -> ResumePoint:
+    """The checkpoint of `plan.stop`, which this job has just written: what the next model is loaded
+    from.
+
+    Raises:
+        InputError: a machine does not see it; on every rank.
+    """
+    folder = commit.step_folder(plan.run_dir, plan.stop)
+
+    def wait_until_seen() -> Meta:
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not (folder / MANIFEST_FILE).is_file():
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"rank {groups.rank} on {host_name()} does not see {folder}, which rank 0 has "
+                    "written: its file system shows an older state. The same command goes on from "
+                    "there"
+                )
+            time.sleep(0.1)
+        return Meta.read(folder)
+
+    meta = groups.run_on_all_ranks(wait_until_seen)
+    return ResumePoint(folder, meta, is_evaluated=True)
 
 
 def _resume_point_before(plan: RunPlan, say: Callable[[str], None]) -> ResumePoint:

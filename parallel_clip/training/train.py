@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.config import parse_seconds
@@ -27,13 +28,19 @@ from parallel_clip.model.parameters import local_slice
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.build import build_planned_state
 from parallel_clip.plan.describe import describe_data, describe_reading, describe_run
+from parallel_clip.plan.describe_segments import segment_words
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.feed import DeviceFeed
 from parallel_clip.training.lease import Lease, LeaseToken
 from parallel_clip.training.loop import TrainingLoop
 from parallel_clip.training.run_folder import prepare_run_folder
-from parallel_clip.training.start import check_same_view, open_planned_shards, verify_checkpoint
-from parallel_clip.training.status import write_status
+from parallel_clip.training.start import (
+    check_same_view,
+    open_planned_shards,
+    reached_resume_point,
+    verify_checkpoint,
+)
+from parallel_clip.training.status import write_failure, write_status
 from parallel_clip.training.stop import StopRequests
 from parallel_clip.training.watchdog import Progress, Watchdog
 
@@ -84,27 +91,40 @@ def train(
     )
     watchdog.start()
     try:
-        loop, feed = _prepare(plan, launch, groups, shards, lease, token, requests, progress)
-        loop.run(feed)
+        job, plan = _prepare(plan, launch, groups, lease, token, requests, progress)
+        _train_segments(plan, job, launch, shards)
     finally:
         watchdog.stop()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays while the model of a run changes from segment to segment."""
+
+    groups: Groups
+    tokenizer: Tokenizer
+    checkpointer: Checkpointer
+    requests: StopRequests
+    progress: Progress
+    token: LeaseToken | None
+    say: Callable[[str], None]
 
 
 def _prepare(
     plan: RunPlan,
     launch: Launch,
     groups: Groups,
-    shards: RunShards | None,
     lease: Lease | None,
     token: LeaseToken | None,
     requests: StopRequests,
     progress: Progress,
-) -> tuple[TrainingLoop, DeviceFeed]:
-    """Build everything that steps need. Arguments as those of `train`."""
-    print_ = print if groups.is_rank_zero else print_nothing
+) -> tuple[_Job, RunPlan]:
+    """See that all ranks see the same; the plan, with another checkpoint where the newest is
+    damaged. Arguments as those of `train`."""
+    say = print if groups.is_rank_zero else print_nothing
     groups.run_on_all_ranks(lambda: check_same_view(plan, token, groups))
     tokenizer = groups.run_on_all_ranks(lambda: plan.tokenizer.build(plan.architecture.text))
-    checkpoint, tick = plan.config.checkpoint, progress.mark_again
+    checkpoint = plan.config.checkpoint
     checkpointer = Checkpointer(
         plan.run_dir,
         groups,
@@ -113,19 +133,57 @@ def _prepare(
         failures=checkpoint.failures,
         files=groups.run_on_all_ranks(lambda: _tokenizer_files(tokenizer, groups)),
         may_write=lease.check if lease is not None else lambda: None,
-        tick=tick,
+        tick=progress.mark_again,
     )
-    plan = verify_checkpoint(plan, checkpointer, groups, print_)
-    config = plan.config
-    state = build_planned_state(
-        config, plan.architecture, plan.layout_plan, groups, plan.trained_since
-    )
-    groups.run_on_all_ranks(lambda: _set_weights(state, plan, checkpointer, groups, tick))
-    shards = open_planned_shards(plan, groups, launch.local_rank == 0, shards, print_)
+    plan = verify_checkpoint(plan, checkpointer, groups, say)
+    return _Job(groups, tokenizer, checkpointer, requests, progress, token, say), plan
+
+
+def _train_segments(plan: RunPlan, job: _Job, launch: Launch, shards: RunShards | None) -> None:
+    """Train with one model after the other, each loaded from what the one before has saved: a run
+    that is resumed there goes the same way."""
+    groups = job.groups
+    state = _build_state(plan, job)
+    shards = open_planned_shards(plan, groups, launch.local_rank == 0, shards, job.say)
     # Nothing before this writes anything but the lease and the index of the shards.
     groups.run_on_rank_zero(
         lambda: prepare_run_folder(plan, device.describe_device(), shards.listed)
     )
+    job.say(describe_run(plan))
+    job.say(describe_data(plan))
+    per_machine = launch.local_size or min(8, launch.world_size)
+    job.say("\n".join(describe_reading(plan, per_machine)))
+    while _train_segment(plan, job, shards, state):
+        job.progress.mark("building the model of the next phase", plan.stop)
+        del state
+        device.release_memory()
+        try:
+            plan = replace(plan, resume=reached_resume_point(plan, groups))
+            if plan.config.checkpoint.verify:
+                job.checkpointer.verify(plan.resume.checkpoint)
+            state = _build_state(plan, job)
+        except BaseException as error:
+            if job.token is None or job.token.is_seen():  # else the folder is another job's
+                write_failure(plan.run_dir, plan.resume.step, error)
+            raise
+        job.say(f"from step {plan.resume.step + 1} on: {segment_words(plan.current)}")
+
+
+def _build_state(plan: RunPlan, job: _Job) -> TrainState:
+    config = plan.current.segment.config_of(plan.config)
+    state = build_planned_state(
+        config, plan.architecture, plan.layout_plan, job.groups, plan.trained_since
+    )
+    tick = job.progress.mark_again
+    job.groups.run_on_all_ranks(
+        lambda: _set_weights(state, plan, job.checkpointer, job.groups, tick)
+    )
+    return state
+
+
+def _train_segment(plan: RunPlan, job: _Job, shards: RunShards, state: TrainState) -> bool:
+    """Train with one model. Whether the run goes on, with another one."""
+    config, groups, tokenizer = plan.config, job.groups, job.tokenizer
     held_out = HeldOutEvaluation(
         build_held_out_data(
             config, shards, plan.preprocess, tokenizer, groups.data_rank, plan.layout.data
@@ -137,10 +195,6 @@ def _prepare(
         batch=config.evaluate.batch,
     )
     data = build_training_data(config, shards, plan.preprocess, tokenizer)
-    print_(describe_run(plan))
-    print_(describe_data(plan))
-    per_machine = launch.local_size or min(8, launch.world_size)
-    print_("\n".join(describe_reading(plan, per_machine)))
     feed = DeviceFeed(
         _loader(plan, data, groups) if groups.reads_data else None,
         plan.architecture,
@@ -151,8 +205,10 @@ def _prepare(
         plan.preprocess if config.data.normalize == "device" else None,
         identities=config.loss.duplicates != "none",
     )
-    loop = TrainingLoop(plan, groups, state, checkpointer, held_out, requests, progress, token)
-    return loop, feed
+    loop = TrainingLoop(
+        plan, groups, state, job.checkpointer, held_out, job.requests, job.progress, job.token
+    )
+    return loop.run(feed)
 
 
 def _time_limit(plan: RunPlan) -> float | None:
@@ -173,7 +229,7 @@ def _loader(plan: RunPlan, data: TrainingData, groups: Groups) -> TrainingLoader
         data,
         RankBatchSlice(batch.global_batch, batch.micro_batch, groups.data_rank, plan.layout.data),
         plan.resume.step,
-        plan.steps,
+        plan.stop,
         workers=settings.workers,
         prefetch=settings.prefetch,
         patience=settings.worker_patience,

@@ -4,14 +4,15 @@ import pytest
 
 from parallel_clip.errors import InputError
 from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
-from parallel_clip.plan import run_plan
+from parallel_clip.plan import segment_plan
 from parallel_clip.plan.memory import (
     RankMemory,
     filled_bytes,
     fit_stash_to_memory,
     peak_memory,
 )
-from parallel_clip.plan.run_plan import PART_OF_FREE_MEMORY, RunPlan
+from parallel_clip.plan.run_plan import RunPlan
+from parallel_clip.plan.segment_plan import PART_OF_FREE_MEMORY
 from tests.plan.small_plans import EVEN, PAIRS, small_plan
 
 MEBI = 2**20
@@ -115,7 +116,7 @@ def test_on_a_gpu_as_many_are_kept_as_fit_four_fifths_of_what_is_free(tmp_path, 
     counted = small_plan(tmp_path, 6, dry_run=True)
 
     def chosen(free: int, **parallel) -> RunPlan:
-        monkeypatch.setattr(run_plan, "free_memory_bytes", lambda: free)
+        monkeypatch.setattr(segment_plan, "free_memory_bytes", lambda: free)
         return small_plan(tmp_path, 6, **parallel)
 
     for stash in (0, 3, 6):
