@@ -39,6 +39,8 @@ def problems_in(error: ValidationError, model: type[BaseModel], tree: Any) -> li
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         path, field, value = _locate(detail["loc"], model, tree)
+        if isinstance(value, dict) and detail["type"] == "literal_error":
+            continue  # of a word or a section: a section was meant, which has errors of its own
         if field is None:
             problem = f"unknown key {path}; did you mean {nearest_key(path, model)}?"
         elif detail["type"] == "missing":
@@ -62,6 +64,9 @@ def _locate(
         trail.append(str(step))
         if isinstance(step, int) and isinstance(below, list):
             below = below[step]
+            continue
+        if step == section.__name__ or str(step).startswith("literal["):
+            trail.pop()  # which member of a union failed
             continue
         field = fields_of(section).get(step)
         path = ".".join(trail)

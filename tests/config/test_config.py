@@ -267,6 +267,16 @@ def test_an_unknown_key_among_the_overrides(tmp_path):
         ({"data": {"max_pixels": 0}}, "data.max_pixels is 0; expected integer ≥ 1"),
         ({"data": {"empty_caption": "drop"}}, 'data.empty_caption is "drop"; expected one of bad'),
         ({"evaluate": {"zero_shot": {"shards": "z"}}}, "evaluate.zero_shot.classes is missing"),
+        ({"freeze": {"vision": "some"}}, 'freeze.vision is "some"; expected all or mapping with'),
+        ({"freeze": {"text": [1]}}, "freeze.text is [1]; expected all or mapping with"),
+        (
+            {"freeze": {"vision": {"unlocked_groups": -1}}},
+            "freeze.vision.unlocked_groups is -1; expected integer ≥ 0",
+        ),
+        (
+            {"freeze": {"vision": {"unlocked": 1}}},
+            "unknown key freeze.vision.unlocked; did you mean freeze.vision.unlocked_groups?",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_with_what_was_expected(changes, message):
