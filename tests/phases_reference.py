@@ -49,14 +49,17 @@ def phases_run(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    ema_decay: float,
 ) -> Reference:
-    """Trains OpenCLIP's model on the whole batch at once, phase after phase. weights: of any size.
+    """Trains OpenCLIP's model on the whole batch at once, phase after phase, and averages its
+    weights. weights: of any size.
 
-    Positions and both moments of them are what `resize_pos_embed` makes of them; a second moment
-    that it makes less than 0 is 0.
+    Positions, their average and both moments of them are what `resize_pos_embed` makes of them; a
+    second moment that it makes less than 0 is 0.
     """
     records: list[dict[str, float | None]] = []
     before: dict[str, dict[str, Tensor]] = {}
+    averages = weights
     for phase in phases:
         model = build_model(phase.model_cfg)
         model.load_state_dict(_resized(weights, model))
@@ -64,6 +67,7 @@ def phases_run(
         model.train()
         fed = feed_patch_dropout(model) if phase.kept_patches is not None else None
         named = dict(model.named_parameters())
+        averages = _resized(averages, model)
         optimizer = torch.optim.AdamW(
             [
                 {"params": [p for n, p in named.items() if decayed(n, p)]},
@@ -84,13 +88,17 @@ def phases_run(
             if fed is not None:
                 fed.kept = phase.kept_patches(step)
             records.append(_train_step(model, optimizer, phase.batch, phase.learning_rate(step)))
+            averages = {
+                name: ema_decay * averages[name] + (1 - ema_decay) * parameter.detach()
+                for name, parameter in named.items()
+            }
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         before = {
             name: {key: value.clone() for key, value in optimizer.state[p].items()}
             for name, p in named.items()
             if optimizer.state[p]
         }
-    return Reference(records, weights)
+    return Reference(records, weights, averages)
 
 
 def _resized(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

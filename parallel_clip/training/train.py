@@ -154,7 +154,8 @@ def _train_segments(plan: RunPlan, job: _Job, launch: Launch, shards: RunShards 
     per_machine = launch.local_size or min(8, launch.world_size)
     job.say("\n".join(describe_reading(plan, per_machine)))
     while _train_segment(plan, job, shards, state):
-        job.progress.mark("building the model of the next phase", plan.stop)
+        reached = plan.stop
+        job.progress.mark("building the model of the next phase", reached)
         del state
         device.release_memory()
         try:
@@ -164,7 +165,7 @@ def _train_segments(plan: RunPlan, job: _Job, launch: Launch, shards: RunShards 
             state = _build_state(plan, job)
         except BaseException as error:
             if job.token is None or job.token.is_seen():  # else the folder is another job's
-                write_failure(plan.run_dir, plan.resume.step, error)
+                write_failure(plan.run_dir, reached, error)
             raise
         job.say(f"from step {plan.resume.step + 1} on: {segment_words(plan.current)}")
 

@@ -581,6 +581,28 @@ def test_a_longer_run_on_resume(kind, before, after, allowed):
     assert (resume_differences(saved, new).refused == []) == allowed
 
 
+@pytest.mark.parametrize(("until", "allowed"), [("50%", False), (3, True)])
+@pytest.mark.parametrize("key", ["phases", "freeze"])
+def test_a_run_is_lengthened_where_nothing_moves_with_its_length(key, until, allowed):
+    changes = {"phases": [{"until": until}, {"lr": 0.1}]}
+    if key == "freeze":
+        changes = {"freeze": {"text": {"unfreeze_at": until}}}
+    saved = config_from_dict(merged(changes | {"schedule": {"kind": "constant", "warmup": 0}}))
+    longer = saved.model_copy(update={"train": saved.train.model_copy(update={"steps": 20})})
+    assert bool(resume_differences(saved, longer).refused) != allowed
+
+
+def test_phases_may_differ_only_where_allowed():
+    saved = config_from_dict(merged({"phases": [{"until": "50%"}, {"resolution": 32}]}))
+    changes = {"phases": [{"until": "60%"}, {"resolution": 32}]}
+    assert resume_differences(saved, config_from_dict(merged(changes))) == (
+        ['phases.0.until: "50%" → "60%"'],
+        [],
+    )
+    allowed = config_from_dict(merged({"resume": {"allow": ["phases"]}}))
+    assert not resume_differences(saved, allowed).refused
+
+
 def test_the_documentation_holds_todays_keys():
     page = Path(__file__).parents[2].joinpath("docs/configuration.md").read_text(encoding="utf-8")
     assert with_key_table(page) == page, (

@@ -119,6 +119,21 @@ def test_the_facts_of_training(tmp_path):
         assert secret not in text, secret
 
 
+def test_phases_and_thawed_towers_are_facts(tmp_path):
+    meta = meta_of()
+    phases = [{"until": "90%", "resolution": 112, "patch_dropout": 0.5, "lr": None}]
+    phases += [{"until": None, "resolution": None, "patch_dropout": None, "lr": None}]
+    freeze = {"vision": {"unlocked_groups": 1, "norms": False, "unfreeze_at": 4000}, "text": None}
+    config = meta.config | {"phases": phases, "freeze": freeze}
+    rows = read_training_facts(tmp_path, replace(meta, config=config)).rows
+    assert [value for what, value in rows if what == "phase"] == [
+        "until 90% of the steps: resolution 112, patch dropout 0.5",
+        "to the end: as the model",
+    ]
+    frozen = "all but the last 1 of its layer groups, until 4,000 pairs"
+    assert ("not trained, of the vision tower", frozen) in rows
+
+
 def test_a_checkpoint_without_a_run_folder_has_no_figures(tmp_path):
     assert read_training_facts(tmp_path / "step", meta_of()).figures == ()
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.launcher import Running, run, start, succeed
-from tests.small_world import ledger, lines, make_world, metrics, state_of, tensors
+from tests.small_world import ledger, lines, make_world, metrics, state_of, status, tensors
 
 STEPS = 6
 PHASES = [
@@ -55,6 +57,27 @@ def refuse_two(rank: int) -> None:
     train.build_planned_state = build_alone
 
 
+def fail_between_models(rank: int) -> None:
+    from parallel_clip.training import train
+
+    def fail(plan, groups):
+        raise RuntimeError("out of memory, say")
+
+    train.reached_resume_point = fail
+
+
+def stop_between_models(rank: int) -> None:
+    from parallel_clip.training import train
+
+    reached = train.reached_resume_point
+
+    def stop(plan, groups):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return reached(plan, groups)
+
+    train.reached_resume_point = stop
+
+
 def finish(running: Running) -> None:
     for ended in running.wait():
         assert ended.code == 0, ended
@@ -96,6 +119,24 @@ def test_a_run_goes_on_in_another_layout(world, whole, tmp_path):
     for ours, theirs in zip(metrics(folder), metrics(whole), strict=True):
         assert (ours["step"], ours["lr"]) == (theirs["step"], theirs["lr"])
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02), "bf16 rounds otherwise"
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "state", "reason"),
+    [
+        (stop_between_models, 0, "stopped", "signal:SIGTERM"),
+        (fail_between_models, 1, "failed", "error: out of memory, say"),
+    ],
+)
+def test_what_ends_a_run_between_two_models(world, whole, tmp_path, before, code, state, reason):
+    command = "train", world / "config.yaml", f"run_dir={tmp_path / 'run'}"
+    (ended,) = start(*command, before=before).wait()
+    found = status(tmp_path / "run")
+    assert (ended.code, found["state"], found["step"], found["reason"]) == (code, state, 3, reason)
+    succeed(*command)
+    last = f"checkpoints/step_{STEPS:08d}"
+    assert tensors(tmp_path / "run" / last) == tensors(whole / last)
+    assert lines(tmp_path / "run/evaluations.jsonl") == lines(whole / "evaluations.jsonl")
 
 
 def test_checkpoints_are_of_the_phase_that_wrote_them(whole):

@@ -13,6 +13,7 @@ from tests.parity.cases import Case
 from tests.parity.models import model_cfg
 from tests.parity.run_files import read_ledger, read_metrics, write_config
 from tests.parity.test_parity import (
+    DECAY,
     OPTIMIZER,
     SEED,
     STEPS,
@@ -60,6 +61,7 @@ def test_twenty_steps_in_three_phases(case, tmp_path):
             {"lr": RATES[2]},
         ],
         "data": {"train": [{"shards": shards}], "augment": "none", "workers": 1},
+        "ema": {"decay": DECAY},
         "checkpoint": {"every": 0},
         "log": {"every": 1, "ledger": True},
         "seed": SEED,
@@ -98,11 +100,14 @@ def test_twenty_steps_in_three_phases(case, tmp_path):
             ReferencePhase(STEPS - SECOND, large, second, rates[2]),
         ],
         weights,
+        ema_decay=DECAY,
         **{key: value for key, value in OPTIMIZER.items() if key != "lr"},
     )
     assert_same_steps(read_metrics(tmp_path / "run"), wanted, case.batch)
     succeed("convert", tmp_path / "run", tmp_path / "converted", "--to", "openclip")
     ours = reference.load_weights(tmp_path / "converted")
     assert_same_weights(ours, wanted.weights, rotary=False)
+    succeed("convert", tmp_path / "run", tmp_path / "averages", "--to", "openclip", "--ema")
+    assert_same_weights(reference.load_weights(tmp_path / "averages"), wanted.averages, False)
     described = json.loads((tmp_path / "converted/open_clip_config.json").read_text())
     assert described["model_cfg"]["vision_cfg"]["image_size"] == LARGE

@@ -10,6 +10,8 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.errors import InputError
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.plan import segment_plan
+from parallel_clip.plan.memory import RankMemory
 from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.report import dry_run_report
 from parallel_clip.plan.run_plan import make_run_plan
@@ -84,15 +86,23 @@ def test_each_model_of_a_run_is_planned_and_a_learning_rate_makes_no_new_one(tmp
     assert rows[0][:7] == ["3", "9", "to", "10", "32", "x", "32"]
 
 
-def test_a_layout_that_does_not_fit_one_of_the_phases_is_told_with_it(tmp_path):
-    phases = [{"until": "50%", "resolution": 8}, {"resolution": 64}]
-    fits = phased(small_config(tmp_path, 2, model=EVEN), phases)
-    first, second = (each.memory[0] for each in make_run_plan(fits, 1, dry_run=True)[0].segments)
-    assert first.saved < second.saved
-    between = second.state + second.saved  # with its pictures and the loss it is more
-    config = phased(small_config(tmp_path, 2, model=EVEN, memory=between), phases)
-    with pytest.raises(InputError, match=r"^phases.1: parallel.memory .* is too little for stage"):
-        make_run_plan(config, 1)
+def test_a_layout_that_does_not_fit_one_of_the_phases_is_told_with_it(tmp_path, monkeypatch):
+    def count(config, architecture, plan):
+        saved = 10**6 * architecture.vision.training_tokens
+        return (RankMemory(0, 0, 0, 0, 0, ({"layers": saved},)),)
+
+    monkeypatch.setattr(segment_plan, "count_stages", count)
+    phases = [{"until": "50%", "resolution": 8}, {"resolution": 32}]
+    stashes = {}
+    for memory in ("80MB", "20MB", "10MB"):  # of 3 times 2 and 17 MB, and the loss
+        config = phased(small_config(tmp_path, 3, model=EVEN, memory=memory), phases)
+        if memory != "10MB":
+            plan, _ = make_run_plan(config, 1)
+            stashes[memory] = [each.layout_plan.stash for each in plan.segments]
+            continue
+        with pytest.raises(InputError, match=r"^phases.1: parallel.memory 10MB is too little for"):
+            make_run_plan(config, 1)
+    assert stashes == {"80MB": [3, 3], "20MB": [3, 0]}
 
 
 def test_a_trunk_of_timm_has_phases_too(tmp_path):
