@@ -30,7 +30,7 @@ from parallel_clip.engine.launch import Launch
 from parallel_clip.layout import Layout
 from parallel_clip.loss import ClipLoss
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.clip import CLIPModel
+from parallel_clip.model.clip import Again, CLIPModel
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.megatron_config import ModelOptions
 from parallel_clip.model.openclip_json import architecture_from_json
@@ -274,7 +274,13 @@ class SleepingStage(CLIPModel):
         if self.logit_scale is not None:
             nn.init.zeros_(self.logit_scale)
 
-    def forward(self, images: Tensor | None, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor,
+        kept: Tensor | None = None,
+        again: Again | None = None,
+    ) -> Tensor:
         pairs = len(tokens)
         if self.stage.is_last:
             shape = (2, pairs, self.architecture.embed_dim)
