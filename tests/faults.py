@@ -20,6 +20,7 @@ POINTS: dict[str, tuple[str, str | None, str]] = {
     "clip": ("parallel_clip.optimizer.adamw", "MegatronAdamW", "squared_gradient_norm"),
     "update": ("parallel_clip.optimizer.adamw", "MegatronAdamW", "update"),
     "save": ("parallel_clip.checkpoint.checkpointer", "Checkpointer", "save"),
+    "collect": ("parallel_clip.checkpoint.checkpointer", None, "collect_pieces"),
     "write": ("parallel_clip.checkpoint.durable", None, "write_new"),
     "rename": ("parallel_clip.checkpoint.commit", None, "commit"),
     "evaluate": ("parallel_clip.evaluate.encoder", "ModelEncoder", "encode_text"),
@@ -112,7 +113,8 @@ def _install_in_save(point: str, save: int, rank: int, action: Callable, own: in
     def arm(*_) -> None:
         _install(point, 1, rank, action, (), own)
 
-    _install("save", save, rank, arm, (), own)
+    # Not where a save begins: it commits the one before first, if that is still being written.
+    _install("collect", save, rank, arm, (), own)
 
 
 def wait_for_takeover(folder, *_) -> None:
