@@ -204,24 +204,19 @@ def _overrides(
     fused optimizers count updates by group.
     """
 
-    def where(name: str, holds: Callable[[UpdateRule], bool]) -> ParamKey:
-        predicate = ParamWithNamePredicate(name, lambda tensor, _: holds(rules[id(tensor)]))
-        return ParamKey(with_name_predicate=predicate)
-
-    def began(updates: int) -> ParamKey:
-        predicate = ParamWithNamePredicate(
-            f"trained since {updates}", lambda tensor, _: since[id(tensor)] == updates
-        )
+    def where(name: str, holds: Callable[[int], bool]) -> ParamKey:
+        predicate = ParamWithNamePredicate(name, lambda tensor, _: holds(id(tensor)))
         return ParamKey(with_name_predicate=predicate)
 
     # What is as megatron-core has it by itself is left out: groups keep their order.
     scales = {rule.lr_scale for rule in rules.values()} - {1.0}
-    overrides = {where("undecayed", lambda rule: not rule.decayed): {"wd_mult": 0.0}}
+    overrides = {where("undecayed", lambda key: not rules[key].decayed): {"wd_mult": 0.0}}
     for scale in sorted(scales):
-        of_scale = where(f"lr_scale {scale!r}", lambda rule, scale=scale: rule.lr_scale == scale)
+        of_scale = where(f"lr_scale {scale!r}", lambda key, s=scale: rules[key].lr_scale == s)
         overrides[of_scale] = {"lr_mult": scale}
     for updates in sorted(set(since.values()) - {0}):
-        overrides[began(updates)] = {"trained_since": updates}
+        began = where(f"trained since {updates}", lambda key, u=updates: since[key] == u)
+        overrides[began] = {"trained_since": updates}
     return overrides
 
 
