@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -10,7 +9,7 @@ from typing import Literal
 
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
-from parallel_clip.model.layer_groups import LayerGroups, layer_groups
+from parallel_clip.model.layer_groups import LayerGroups, layer_groups, layer_of
 from parallel_clip.stages.costs import FrozenLayers, ModelCosts
 from parallel_clip.stages.stage import LayerRange
 
@@ -100,9 +99,9 @@ def _frozen_layers(trained: Mapping[str, str], groups: LayerGroups, layers: int)
     embedding = [module for name, module in trained.items() if groups.number[name] == 0]
     of_layers: list[list[str]] = [[] for _ in range(layers)]
     for module in trained.values():
-        block = _BLOCK.match(module)
-        if block:
-            of_layers[int(block[1])].append(module)
+        layer = layer_of(module)
+        if layer is not None:
+            of_layers[layer].append(module)
     nothing = [not modules for modules in of_layers]
     norms_alone = [all(map(_is_norm, modules)) for modules in of_layers]
     return FrozenLayers(
@@ -116,9 +115,6 @@ def _frozen_layers(trained: Mapping[str, str], groups: LayerGroups, layers: int)
 def _leading(holds: Sequence[bool]) -> int:
     """Of how many of the first it holds."""
     return len(list(takewhile(bool, holds)))
-
-
-_BLOCK = re.compile(r"\w+\.block\.layers\.(\d+)\.")
 
 
 def _is_norm(module: str) -> bool:

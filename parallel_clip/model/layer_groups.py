@@ -61,11 +61,18 @@ def _groups_of(parameters: list[Parameter], layers: int) -> LayerGroups:
 _BLOCK = re.compile(r"(?:vision|text)\.block\.layers\.(\d+)\.")
 
 
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module of a tower belongs to; None: it is before or behind
+    the layers."""
+    block = _BLOCK.match(module)
+    return int(block[1]) if block else None
+
+
 def _place(parameter: Parameter, layers: int) -> int:
     """How far out a parameter is: 0 to `layers` + 2, not each of which every tower has."""
-    block = _BLOCK.match(parameter.module)
-    if block:
-        return int(block[1]) + 1
+    layer = layer_of(parameter.module)
+    if layer is not None:
+        return layer + 1
     match parameter.module.split(".")[1]:
         case "post_norm":
             return layers
