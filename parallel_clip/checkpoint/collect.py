@@ -12,6 +12,7 @@ from parallel_clip.checkpoint.pieces import KINDS, Piece, host_copy
 from parallel_clip.engine.groups import Groups
 from parallel_clip.model.parameters import Parameter
 from parallel_clip.optimizer import AVERAGE
+from parallel_clip.optimizer.frozen_weights import writing_rank
 from parallel_clip.optimizer.train_state import TrainState
 
 
@@ -25,7 +26,7 @@ def collect_pieces(state: TrainState, groups: Groups) -> Iterator[Piece]:
     for number, (parameter, tensor) in enumerate(state.global_parameters()):
         if parameter.placement.axis is None and groups.tensor_rank != 0:
             continue
-        to, kinds = number % groups.layout.data, KINDS[:1]  # as in FrozenWeights
+        to, kinds = writing_rank(number, groups.layout.data), KINDS[:1]
         if tensor.requires_grad:
             kinds = KINDS if state.average is None else (*KINDS, AVERAGE)
             values = _gather_state(tensor, state, kinds, groups, to)

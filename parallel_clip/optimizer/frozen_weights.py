@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
+def writing_rank(number: int, data_ranks: int) -> int:
+    """The data rank that writes the `number`-th tensor of `TrainState.global_parameters` into a
+    checkpoint: another for each, so that they share the writing."""
+    return number % data_ranks
+
+
 class FrozenWeights:
     """What checkpoints have of tensors that are frozen, where the model itself holds them rounded.
 
@@ -19,7 +25,8 @@ class FrozenWeights:
 
     def __init__(self, tensors: Sequence[nn.Parameter], data_rank: int, data_ranks: int):
         self._is_written_here = {
-            id(tensor): number % data_ranks == data_rank for number, tensor in enumerate(tensors)
+            id(tensor): writing_rank(number, data_ranks) == data_rank
+            for number, tensor in enumerate(tensors)
         }
         self._exact: dict[int, Tensor] = {}
 
