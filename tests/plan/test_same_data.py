@@ -9,7 +9,8 @@ import pytest
 from parallel_clip.config import config_from_dict
 from parallel_clip.data.feeding.run_shards import find_run_shards
 from parallel_clip.errors import InputError
-from parallel_clip.plan.resume import ResumePoint, require_same_data
+from parallel_clip.plan.resume import ResumePoint
+from parallel_clip.plan.same_samples import require_same_data
 from tests.data.shard_files import write_shards
 
 
@@ -26,7 +27,7 @@ def resume(shards, change) -> None:
     before = deepcopy(shards.fingerprint)
     change(before)
     point = ResumePoint(Path("run/checkpoints/step_5"), SimpleNamespace(step=5, data=before))
-    require_same_data(point, shards.fingerprint, lambda: shards.listed, Path("run"))
+    require_same_data(point, shards.fingerprint, [0], lambda: shards.listed, Path("run"))
 
 
 def test_the_same_samples_are_taken_up(shards):
