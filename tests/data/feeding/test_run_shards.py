@@ -111,6 +111,19 @@ def test_a_shard_that_was_left_out_stays_out_when_the_run_goes_on(folder):
     assert find_run_shards(config, print_nothing).fingerprint != begun.fingerprint
 
 
+def test_a_source_that_the_run_did_not_begin_with_is_taken_as_it_is(folder):
+    (folder / "000007.tar").rename(folder / "away")
+    begun = find_run_shards(config_of(folder, missing="skip"), print_nothing)
+    (folder / "away").rename(folder / "000007.tar")
+    write_shards(folder.parent / "clean", [3])
+    tree = config_of(folder, missing="skip").to_tree()
+    tree["phases"] = [{"until": "50%"}, {"sources": [{"shards": str(folder.parent / "clean")}]}]
+    config = config_from_dict(tree)
+    shards = find_run_shards(config, print_nothing, begun_with=begun.listed)
+    assert [len(table) for table in shards.train] == [199, 1]
+    assert shards.left_out == begun.left_out
+
+
 @pytest.mark.parametrize(
     "exclude, gone",
     [
