@@ -76,7 +76,7 @@ def describe_data(plan: RunPlan) -> str:
                 )
         line = f"  an epoch: {blend.epoch:,} pairs"
         if len(plan.blends) > 1:
-            line += f"; {taken[number] / blend.epoch:.3g} epochs{_of_phases(plan, number)}"
+            line += f"; {taken[number] / blend.epoch:.4g} epochs{_of_phases(plan, number)}"
         lines.append(line)
     return "\n".join(lines)
 
