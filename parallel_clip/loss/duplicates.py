@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_clip.loss.exchange import LossGroups, TextShards, gather
@@ -82,10 +83,9 @@ def find_duplicates(identities: Tensor, groups: LossGroups, captions: int = 1) -
     new_picture = picture[1:] != picture[:-1]
     if not (same & new_picture).any():
         return None
-    counts = torch.zeros(len(ascending) + 1, dtype=torch.int64, device=ascending.device)
-    counts[1] = 1
-    torch.cumsum(~same | new_picture, 0, out=counts[2:])
-    counts[2:] += 1
+    first = torch.ones_like(ascending, dtype=torch.bool)  # of its identity in its picture
+    torch.logical_or(~same, new_picture, out=first[1:])
+    pictures = F.pad(first.cumsum(0), (1, 0))
     mine = groups.own_texts(len(identities) // captions, captions)
     of_pictures = identities.view(-1, captions)
-    return Duplicates(of_pictures, everyones[:, mine].flatten(), ascending, counts)
+    return Duplicates(of_pictures, everyones[:, mine].flatten(), ascending, pictures)
