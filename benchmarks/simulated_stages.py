@@ -283,7 +283,7 @@ class SleepingStage(CLIPModel):
     ) -> Tensor:
         pairs = len(tokens)
         if self.stage.is_last:
-            shape = (2, pairs, self.architecture.embed_dim)
+            shape = (2 * pairs, self.architecture.embed_dim)
         else:
             shape = (self.messages.length(pairs, self.training), 1, 1)
         return _Sleep.apply(self.input_tensor, self.weight, self.seconds, shape)

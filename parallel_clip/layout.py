@@ -76,15 +76,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One optimizer step in pairs: each data-parallel rank runs `microbatches` of `micro_batch`."""
+    """One optimizer step in pairs: each data-parallel rank runs `microbatches` of `micro_batch`. A
+    pair is a picture with its `captions` texts."""
 
     global_batch: int
     micro_batch: int
     per_rank: int
     microbatches: int
+    captions: int = 1
 
 
-def plan_batch(layout: Layout, global_batch: int, micro_batch: int) -> BatchPlan:
+def plan_batch(layout: Layout, global_batch: int, micro_batch: int, captions: int = 1) -> BatchPlan:
     """Deal the global batch to the data-parallel ranks and cut each share into microbatches.
 
     Raises:
@@ -93,7 +95,7 @@ def plan_batch(layout: Layout, global_batch: int, micro_batch: int) -> BatchPlan
     unit = micro_batch * layout.data
     if global_batch % unit == 0:
         per_rank = global_batch // layout.data
-        return BatchPlan(global_batch, micro_batch, per_rank, per_rank // micro_batch)
+        return BatchPlan(global_batch, micro_batch, per_rank, per_rank // micro_batch, captions)
 
     remedy = f"set batch.global to {_listed(multiples_around(global_batch, unit))}"
     if global_batch % layout.data == 0:

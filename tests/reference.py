@@ -253,7 +253,7 @@ def reference_run(
     eps: float,
     weight_decay: float,
     clip_grad_norm: float | None = None,
-    loss: Literal["infonce", "sigmoid"] = "infonce",
+    loss: Literal["infonce", "sigmoid"] | Callable[..., Tensor] = "infonce",
     kept_patches: Callable[[int], Tensor] | None = None,
     precision: Precision = "fp32",
     freeze: dict[str, Any] | None = None,
@@ -264,9 +264,10 @@ def reference_run(
 ) -> Reference:
     """Trains OpenCLIP's model on the whole batch at once, `steps` times.
 
-    `learning_rate` and `kept_patches` take the step counted from 0; the latter gives the patches
-    [B, K] that each sample of the batch keeps. `freeze`: as in `lock_towers`, for the first
-    `unlock_after` steps, if given. `save`: after so many steps write the file that open_clip_train
+    `loss`: open_clip's, or one of what its model returns. `learning_rate` and `kept_patches` take
+    the step counted from 0; the latter gives the patches [B, K] that each sample of the batch
+    keeps. `freeze`: as in `lock_towers`, for the first `unlock_after` steps, if given. `save`:
+    after so many steps write the file that open_clip_train
     does at the end of an epoch. In "pure_bf16" weights and optimizer are bf16, in "amp_bf16" fp32
     under autocast, as in OpenCLIP's trainer. `ema`: a decay, and after how many steps each the
     average of the weights decays by it. `groups_of`: parameter groups, of the model and
@@ -281,7 +282,8 @@ def reference_run(
         model.to(torch.bfloat16)
         images = images.to(torch.bfloat16)
     fed = feed_patch_dropout(model) if kept_patches is not None else None
-    loss_function = ClipLoss() if loss == "infonce" else SigLipLoss()
+    losses = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
+    loss_function = loss if callable(loss) else losses[loss]()
 
     named = dict(model.named_parameters())
     groups = [

@@ -253,6 +253,12 @@ class Data(ConfigSection):
         description="each line of a `.txt` is a caption, of which training draws one; false: the "
         "whole text is the caption",
     )
+    captions_per_image: int = Field(
+        1,
+        ge=1,
+        description="captions that a picture is trained with at once, all of them positives; where "
+        "it has fewer they are repeated; `batch` goes on counting pictures",
+    )
     empty_caption: Literal["bad", "keep"] = Field(
         "bad",
         description="a training pair without caption is a bad sample; keep: trained with an empty "

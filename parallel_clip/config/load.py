@@ -136,6 +136,7 @@ def check_consistency(config: Config) -> Iterator[str]:
         yield from _complaint_of(parse_bytes, parallel.memory)
     yield from _complaint_of(parse_bytes, config.data.cache, "data.cache")
     yield from _useless_caption_lines(config)
+    yield from _one_caption_alone(config)
     if config.train.time_limit is not None:
         yield from _complaint_of(parse_seconds, config.train.time_limit, "train.time_limit")
     yield from check_allowed(config.resume.allow)
@@ -210,6 +211,23 @@ def _useless_caption_lines(config: Config) -> Iterator[str]:
         yield (
             f"{key}.caption_lines is for captions in .txt, and caption_key takes them from .json; "
             "leave one of both out"
+        )
+
+
+def _one_caption_alone(config: Config) -> Iterator[str]:
+    """Where several captions a picture are asked for, and no source can have several."""
+    settings, sources = config.data, training_sources(config).sources
+    several = any(
+        source.caption_key is not None
+        or (settings.caption_lines if source.caption_lines is None else source.caption_lines)
+        for source in sources
+    )
+    count = settings.captions_per_image
+    if count > 1 and sources and settings.caption_key is None and not several:
+        yield (
+            f"data.captions_per_image {count} is for samples with several captions, and the whole "
+            ".txt is one; set data.caption_lines to true where each line is a caption, or "
+            "data.caption_key to a key of the .json that holds a list of them, or several keys"
         )
 
 

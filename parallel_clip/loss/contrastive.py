@@ -27,8 +27,8 @@ _EXCHANGES = {"gather": "gather", "reduce": "gather", "bidir": "ring", "shift": 
 
 
 class Gradients(NamedTuple):
-    """d loss / d features, fp32 [b, D] each, times the number of data-parallel ranks; d loss /
-    d multiplier and d loss / d bias, fp64 0-dim, the same on every rank."""
+    """d loss / d features, fp32 [b, D] and [b·k, D], times the number of data-parallel ranks;
+    d loss / d multiplier and d loss / d bias, fp64 0-dim, the same on every rank."""
 
     images: Tensor
     texts: Tensor
@@ -58,13 +58,16 @@ class ContrastiveLoss(nn.Module):
     exchange: "gather" holds all texts at once, "ring" streams them and their gradients in chunks;
         "auto" decides by size. tile: columns of logits worked on at a time; "auto" decides by size,
         and keeps the logits where they are small (InfoNCE).
+    captions_per_image: k, the texts of each picture, all of them positives: row i·k + j of the text
+        features is text j of picture i. "Pairs" are pictures with their texts then.
 
     The other arguments are those of OpenCLIP's losses. `local_loss`, `gather_with_grad` and
     `cache_labels` change nothing: loss and gradients are exact whatever they say. `rank` and
     `world_size` must be those of the group.
 
     Raises:
-        ValueError: `use_horovod`; an unknown `exchange` or `dist_impl`; a `tile` below 1.
+        ValueError: `use_horovod`; an unknown `exchange` or `dist_impl`; a `tile` or
+            `captions_per_image` below 1.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class ContrastiveLoss(nn.Module):
         helpers: ProcessGroup | None = None,
         exchange: Exchange = "auto",
         tile: int | Literal["auto"] = "auto",
+        captions_per_image: int = 1,
     ):
         super().__init__()
         if not isinstance(local_loss, bool):
@@ -98,7 +102,10 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(f"exchange {exchange!r}: expected auto, gather or ring")
         if tile != "auto" and tile < 1:
             raise ValueError(f"tile {tile}: expected auto or a number of columns of at least 1")
+        if captions_per_image < 1:
+            raise ValueError(f"captions_per_image {captions_per_image}: expected 1 or more")
         self.group, self.helpers = group, helpers
+        self.captions = captions_per_image
         self.exchange, self.tile = exchange, tile
         self._expected_place = rank, world_size
         self._groups: LossGroups | None = None
@@ -116,14 +123,15 @@ class ContrastiveLoss(nn.Module):
         """The loss, fp32 and the same on every rank; DDP's mean over ranks of the gradients is the
         full-batch gradient, that of `logit_scale` and `logit_bias` included.
 
-        image_features, text_features: [b, D], fp32 or bf16, of length 1, row i of each a pair.
+        image_features, text_features: [b, D] and [b·k, D], fp32 or bf16, of length 1; with one
+        caption a picture, row i of each is a pair.
         logit_scale: the multiplier itself; logit_bias: added to every logit. Logits and log-sum-exp
         are fp32 whatever the features are; gradients are summed in fp32 and rounded once.
-        identities: int64 [b], on every rank or on none, the same on helpers. Pairs of the global
-        batch with equal ones are not each other's negatives: the logits of one's picture with the
-        other's text take no part, neither in a softmax nor as a term of the sigmoid loss. Where all
-        differ, loss and gradients have the bits that they have without; the host waits once for
-        the device, to know it.
+        identities: int64 [b·k], of the texts, on every rank or on none, the same on helpers. Where
+        two pictures of the global batch have texts with equal ones these are not negatives: the
+        logits of one's picture with such a text of the other take no part, neither in a softmax
+        nor as a term of the sigmoid loss. Where all pictures' differ, loss and gradients have the
+        bits that they have without; the host waits once for the device, to know it.
 
         Ranks compare their shapes at the first call, and where this rank's has changed since, or
         identities come or are gone: all ranks change theirs at the same call.
@@ -132,17 +140,23 @@ class ContrastiveLoss(nn.Module):
             ValueError: shapes that do not match; no pairs; ranks with other numbers of pairs or
                 another width, or some with identities; a group that does not hold this rank.
         """
-        if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        if image_features.ndim != 2 or text_features.shape != (
+            len(image_features) * self.captions,
+            image_features.shape[1],
+        ):
+            expected = "[pairs, width] twice, row i of each a pair"
+            if self.captions > 1:
+                expected = f"[pictures, width] and [{self.captions} · pictures, width]"
             raise ValueError(
                 f"image_features {list(image_features.shape)} and text_features "
-                f"{list(text_features.shape)}: expected [pairs, width] twice, row i of each a pair"
+                f"{list(text_features.shape)}: expected {expected}"
             )
         if identities is not None and (
-            identities.shape != image_features.shape[:1] or identities.dtype != torch.int64
+            identities.shape != text_features.shape[:1] or identities.dtype != torch.int64
         ):
             raise ValueError(
                 f"identities {list(identities.shape)} of {identities.dtype}: expected one of "
-                f"torch.int64 for each of the {len(image_features)} pairs"
+                f"torch.int64 for each of the {len(text_features)} texts"
             )
         first_call = self._groups is None
         if first_call:
@@ -160,7 +174,7 @@ class ContrastiveLoss(nn.Module):
             bias = torch.as_tensor(logit_bias, dtype=torch.float32, device=device).reshape(())
         duplicates = None
         if identities is not None:
-            duplicates = find_duplicates(identities.to(device), self._groups)
+            duplicates = find_duplicates(identities.to(device), self._groups, self.captions)
         want_gradients = torch.is_grad_enabled()  # always off inside of a Function
         loss = _InAutograd.apply(
             image_features, text_features, scale, bias, self, want_gradients, duplicates
@@ -170,7 +184,7 @@ class ContrastiveLoss(nn.Module):
     def plan(self, pairs: int, width: int) -> ExchangePlan:
         """How a batch of `pairs` on each rank is computed."""
         groups = self._groups or self._find_groups()
-        sizes = pairs, width, groups.data_size, groups.helper_size
+        sizes = pairs, width, groups.data_size, groups.helper_size, self.captions
         return plan_exchange(self.exchange, self.tile, *sizes)
 
     def _compute(
@@ -178,7 +192,7 @@ class ContrastiveLoss(nn.Module):
     ) -> tuple[Tensor, Gradients | None]:
         """The loss, fp64 0-dim, and its gradients where they are wanted.
 
-        images, texts: [b, D] as given; scale, bias: fp32 0-dim.
+        images, texts: [b, D] and [b·k, D] as given; scale, bias: fp32 0-dim.
         """
         raise NotImplementedError
 

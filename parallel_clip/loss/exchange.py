@@ -1,8 +1,9 @@
 """Exchange of texts, and of the gradients of texts, between the ranks of a loss.
 
-N data-parallel ranks hold b pairs each, B = N·b in all. Ranks that hold the same pairs, as tensor
-ranks do, are helpers of one another: each works on n = b / H of every rank's texts. D is the
-embedding width, c the rows of a chunk that a rank gives of its own.
+N data-parallel ranks hold b pictures each, B = N·b in all, each picture with k texts: text row
+i·k + j is text j of picture i. Ranks that hold the same pictures, as tensor ranks do, are helpers
+of one another: each works on n = b·k / H of every rank's texts, all those of a picture on one. D is
+the embedding width, c the rows of a chunk that a rank gives of its own.
 """
 
 from __future__ import annotations
@@ -42,27 +43,32 @@ class LossGroups:
     def helper_size(self) -> int:
         return _size(self.helpers)
 
-    def own_texts(self, pairs: int) -> slice:
-        """Which of each rank's `pairs` texts this helper works on."""
+    def own_texts(self, pairs: int, captions: int) -> slice:
+        """Which of the texts of each rank's `pairs` pictures this helper works on."""
         rank, size = _rank(self.helpers), self.helper_size
-        return slice(pairs * rank // size, pairs * (rank + 1) // size)
+        first, stop = pairs * rank // size, pairs * (rank + 1) // size
+        return slice(captions * first, captions * stop)
 
 
 class TextShards:
     """This helper's texts of all ranks, read in chunks, and the sum of their gradients.
 
-    own: [n, D], this rank's; group: the data-parallel ranks. Where all texts are held, rank by
-    rank, a chunk is some of them, in place; where they stream it is c rows of each rank, [N·c, D],
-    rank by rank.
+    own: [n, D], this rank's; group: the data-parallel ranks; captions: k. Where all texts are held,
+    rank by rank, a chunk is some of them, in place; where they stream it is c rows of each rank,
+    [N·c, D], rank by rank. A chunk has all k texts of its pictures.
     """
 
-    def __init__(self, own: Tensor, group: ProcessGroup | None, plan: ExchangePlan):
-        self.own, self.group = own.contiguous(), group
+    def __init__(
+        self, own: Tensor, group: ProcessGroup | None, plan: ExchangePlan, captions: int = 1
+    ):
+        self.own, self.group, self.captions = own.contiguous(), group, captions
         self.ranks = _size(group)
         self.count = self.ranks * len(own)  # N·n
         self.held = plan.gathered or self.ranks == 1
         self._rank = _rank(group)
-        self._step = plan.tile if self.held else max(1, plan.tile // self.ranks)
+        self._step = plan.tile
+        if not self.held:
+            self._step = captions * max(1, plan.tile // (self.ranks * captions))
         self._all = gather(self.own, group) if self.held else None
         self._all_grads: Tensor | None = None
 
@@ -90,17 +96,18 @@ class TextShards:
         return texts.float()
 
     def own_pairs(self, block: Tensor, chunk: slice, mine: slice) -> Tensor:
-        """A view of the logits of matching pairs in a chunk's block [b, columns], for this rank's
-        pictures `mine`; empty where the chunk has none of them."""
+        """A view, [k, pictures], of the logits of pictures with their own texts in a chunk's block
+        [b, columns], of this rank's texts `mine`; empty where the chunk has none of them."""
         rows = chunk
         column = self._rank * (chunk.stop - chunk.start)
         if self.held:
             first = self._rank * len(self.own)
             start, stop = (min(max(x - first, 0), len(self.own)) for x in (chunk.start, chunk.stop))
             rows, column = slice(start, stop), first + start - chunk.start
-        count = rows.stop - rows.start
-        picture = mine.start + rows.start
-        return block[picture : picture + count, column : column + count].diagonal()
+        texts = rows.stop - rows.start
+        first, count = (mine.start + rows.start) // self.captions, texts // self.captions
+        own = block[first : first + count, column : column + texts]
+        return own.unflatten(1, (count, self.captions)).diagonal(dim1=0, dim2=1)
 
     def accumulate_text_grad(
         self, chunk: slice, block: Tensor, images: Tensor, own_grads: Tensor

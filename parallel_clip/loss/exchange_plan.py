@@ -35,15 +35,18 @@ def plan_exchange(
     width: int,
     ranks: int,
     helpers: int,
+    captions: int = 1,
 ) -> ExchangePlan:
-    """Choose `exchange` and `tile` by size where they are "auto".
+    """Choose `exchange` and `tile` by size where they are "auto". A tile holds all captions of its
+    pictures.
 
-    pairs: b; width: D; ranks: N; helpers: H. Logits are kept where they take no more memory than
-    gathered texts and their gradients do, b × B / H numbers against 2 × B × D, or than a tile.
+    pairs: b; width: D; ranks: N; helpers: H; captions: k, texts of each picture. Logits are kept
+    where they take no more memory than gathered texts and their gradients do, b × B·k / H numbers
+    against 2 × B·k × D, or than a tile.
     """
-    global_batch = pairs * ranks
-    texts_bytes = 4 * 2 * global_batch * width
-    block_bytes = 4 * pairs * global_batch // helpers
+    texts = pairs * ranks * captions
+    texts_bytes = 4 * 2 * texts * width
+    block_bytes = 4 * pairs * texts // helpers
     gathered = exchange == "gather"
     if exchange == "auto":
         gathered = texts_bytes // helpers <= GATHER_BYTES
@@ -53,18 +56,23 @@ def plan_exchange(
         if not stored:  # the few blocks and chunks at work take little more than the features do
             room = min(room, pairs, 2 * width)
         tile = max(LEAST_TILE, min(LARGEST_TILE, room))
+    tile = captions * max(1, tile // captions)
     return ExchangePlan(gathered, tile, stored)
 
 
-def peak_loss_bytes(plan: ExchangePlan, pairs: int, width: int, ranks: int, helpers: int) -> int:
+def peak_loss_bytes(
+    plan: ExchangePlan, pairs: int, width: int, ranks: int, helpers: int, captions: int = 1
+) -> int:
     """An upper bound of the bytes that a loss holds at once beside the features given to it, with
     duplicates and label smoothing or without: of three tiles two are logits at work, and a mask of
-    bools is a quarter of one; identities and what is counted of them are among the 16 · B."""
-    global_batch = pairs * ranks
-    columns = min(plan.tile, global_batch)
-    numbers = 5 * pairs * width + 3 * pairs * columns + 2 * columns * width + 16 * global_batch
+    bools is a quarter of one; identities and what is counted of them are among the 16 · B·k."""
+    own_texts = pairs * captions
+    texts = own_texts * ranks
+    columns = min(plan.tile, texts)
+    numbers = (3 * pairs + 2 * own_texts) * width
+    numbers += 3 * pairs * columns + 2 * columns * width + 16 * texts
     if plan.gathered:
-        numbers += 2 * global_batch * width // helpers
+        numbers += 2 * texts * width // helpers
     if plan.stored:
-        numbers += pairs * global_batch // helpers
+        numbers += pairs * texts // helpers
     return 4 * numbers

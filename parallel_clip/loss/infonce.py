@@ -9,8 +9,12 @@ G = exp(z - row) + exp(z - column) - 2 (the diagonal), the gradients are dI = s/
 dT = s/2B · Gᵀ I, summed over ranks. So only texts travel, and the block costs three matrix products
 where it is kept and four where it is computed again, tile by tile.
 
+With k texts a picture the block is [b, B·k], and k of a picture's logits are its own: the target of
+each is 1/k in its row and 1 in its column, and the loss is half the mean over the B rows and half
+that over the B·k columns. So G = exp(z - row) + 1/k exp(z - column) - 2/k (own).
+
 Logits that duplicates leave out are so low that every exponential of theirs is 0. Label smoothing e
-makes the diagonal 2 (1 - e), and takes off G what it spreads (smoothing.py).
+makes own targets 1 - e of what they were, and takes off G what it spreads (smoothing.py).
 """
 
 from __future__ import annotations
@@ -50,26 +54,27 @@ class ClipLoss(ContrastiveLoss):
     def _compute(
         self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor, Gradients | None]:
-        groups, pairs, duplicates = call.groups, len(images), call.duplicates
-        mine, global_batch = groups.own_texts(pairs), pairs * groups.data_size
+        groups, pairs, captions = call.groups, len(images), self.captions
+        mine, global_batch = groups.own_texts(pairs, captions), pairs * groups.data_size
         images = images.float()
         scaled = images * scale
-        columns = TextShards(texts[mine], groups.data, call.plan)
-        smoothing = None
+        columns = TextShards(texts[mine], groups.data, call.plan, captions)
+        smoothing, duplicates = None, call.duplicates
         if self.label_smoothing:
-            smoothing = LabelSmoothing(self.label_smoothing, global_batch, duplicates)
-        own_target = 1 - self.label_smoothing
+            smoothing = LabelSmoothing(self.label_smoothing, global_batch, captions, duplicates)
+        own_target = (1 - self.label_smoothing) / captions
         block = _Block(scaled, columns, mine, groups, duplicates, smoothing, own_target)
 
         kept: list[Tensor] | None = [] if call.plan.stored and call.want_gradients else None
         of_rows, of_columns, target = _log_sum_exp(block, kept)
-        target, column_total = sum_over(torch.stack([target, of_columns.total()]), groups.helpers)
+        of_helper = torch.stack([target, of_columns.total() / captions])
+        target, column_total = sum_over(of_helper, groups.helpers)
         row_total = of_rows.total() - 2 * target
         if not call.want_gradients:
             return (sum_over(row_total, groups.data) + column_total) / (2 * global_batch), None
 
-        grads = _unscaled_gradients(block, of_rows, of_columns, kept)
-        image_grads, text_grads = grads
+        grads = _unscaled_gradients(block, len(texts), of_rows, of_columns, kept)
+        image_grads, text_grads = grads[:pairs], grads[pairs:]
         along = (images * image_grads).sum(dtype=torch.float64)
         row_total, along = sum_over(torch.stack([row_total, along]), groups.data)
         # Times the number of ranks, as DDP takes the mean.
@@ -84,8 +89,8 @@ class ClipLoss(ContrastiveLoss):
 class _Block:
     """A rank's pictures, `scaled` [b, D], with this helper's texts of all ranks.
 
-    mine: which of this rank's texts the helper works on; own_target: the part of a target that goes
-    to the pair itself.
+    mine: which of this rank's texts the helper works on; own_target: the part of a row's target
+    that goes to each of its own texts.
     """
 
     scaled: Tensor
@@ -104,14 +109,19 @@ class _Block:
 
 
 def _unscaled_gradients(
-    block: _Block, of_rows: _LogSumExp, of_columns: _LogSumExp, kept: list[Tensor] | None
+    block: _Block,
+    texts: int,
+    of_rows: _LogSumExp,
+    of_columns: _LogSumExp,
+    kept: list[Tensor] | None,
 ) -> Tensor:
-    """G T and Gᵀ (s I) of this rank's pictures and texts, summed over ranks, [2, b, D]. Takes the
-    logits from `kept`, where they are; writes over the log-sum-exps."""
+    """G T and Gᵀ (s I) of this rank's pictures and `texts` texts, summed over ranks,
+    [b + b·k, D]. Takes the logits from `kept`, where they are; writes over the log-sum-exps."""
     scaled, columns, mine = block.scaled, block.columns, block.mine
-    grads = scaled.new_zeros(2, *scaled.shape)
-    image_grads, text_grads = grads
-    row_shares, column_shares = of_rows.sums.reciprocal_(), of_columns.sums.reciprocal_()
+    grads = scaled.new_zeros(len(scaled) + texts, scaled.shape[1])
+    image_grads, text_grads = grads[: len(scaled)], grads[len(scaled) :]
+    row_shares = of_rows.sums.reciprocal_()
+    column_shares = of_columns.sums.mul_(columns.captions).reciprocal_()
     for number, part in enumerate(columns.chunks()):
         chunk, at = columns.read(part), columns.columns(part)
         left_out = block.left_out(part) if kept is None or block.smoothing else None
@@ -149,8 +159,8 @@ class _LogSumExp(NamedTuple):
 
 def _log_sum_exp(block: _Block, kept: list[Tensor] | None) -> tuple[_LogSumExp, _LogSumExp, Tensor]:
     """Of the rows [b] and of this helper's columns [N·n], over all ranks, and half the sum of this
-    rank's logits among them times their targets in both directions, fp64: without smoothing, that
-    of the logits of its own pairs.
+    rank's logits among them times their targets in both directions, fp64: without smoothing, of the
+    logits of its pictures with their own texts.
 
     Maxima and sums of exponentials above them are carried from chunk to chunk, so that nothing
     overflows at any multiplier. `kept` takes the logits.
@@ -182,8 +192,7 @@ def _log_sum_exp(block: _Block, kept: list[Tensor] | None) -> tuple[_LogSumExp, 
         del logits, above
     of_rows = _combine(row_max, row_sum, block.groups.helpers)
     of_columns = _combine(column_max, column_sum, block.groups.data)
-    target = own if block.smoothing is None else block.own_target * own + spread / 2
-    return of_rows, of_columns, target
+    return of_rows, of_columns, block.own_target * own + spread / 2
 
 
 def _combine(maxima: Tensor, sums: Tensor, group: ProcessGroup | None) -> _LogSumExp:

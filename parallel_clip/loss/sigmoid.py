@@ -17,8 +17,8 @@ from parallel_clip.loss.exchange import TextShards, sum_over
 
 
 class SigLipLoss(ContrastiveLoss):
-    """The sum of -log sigmoid over all pictures with all texts of the global batch, divided by its
-    size, B; also where duplicates leave some out of the sum.
+    """The sum of -log sigmoid over all pictures with all texts of the global batch, divided by the
+    number of its texts, B·k; also where duplicates leave some out of the sum.
 
     Takes the place of `open_clip.SigLipLoss`; arguments and result are in `ContrastiveLoss`.
     """
@@ -27,12 +27,15 @@ class SigLipLoss(ContrastiveLoss):
         self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, call: LossCall
     ) -> tuple[Tensor, Gradients | None]:
         groups, pairs = call.groups, len(images)
-        mine, global_batch = groups.own_texts(pairs), pairs * groups.data_size
+        mine = groups.own_texts(pairs, self.captions)
         images = images.float()
         scaled = images * scale
-        columns = TextShards(texts[mine], groups.data, call.plan)
+        columns = TextShards(texts[mine], groups.data, call.plan, self.captions)
 
-        grads = images.new_zeros(2, *images.shape) if call.want_gradients else None
+        grads = image_grads = text_grads = None
+        if call.want_gradients:
+            grads = images.new_zeros(pairs + len(texts), images.shape[1])
+            image_grads, text_grads = grads[:pairs], grads[pairs:]
         totals = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, d bias, d scale
         for part in columns.chunks():
             chunk = columns.read(part)
@@ -41,30 +44,30 @@ class SigLipLoss(ContrastiveLoss):
                 logits += bias
             if call.duplicates is not None:
                 logits.masked_fill_(call.duplicates.left_out(columns, part, mine), LEFT_OUT)
-            columns.own_pairs(logits, part, mine).neg_()  # label +1 for pairs, -1 for others
+            columns.own_pairs(logits, part, mine).neg_()  # label +1 for own texts, -1 for others
             totals[0] += _softplus_total(logits)
             if grads is None:
                 continue
             block = logits.sigmoid_()
             columns.own_pairs(block, part, mine).neg_()
             totals[1] += _total(block)
-            grads[0].addmm_(block, chunk)
+            image_grads.addmm_(block, chunk)
             del chunk  # nothing of a chunk outlives its use: they are the memory of this loss
-            columns.accumulate_text_grad(part, block, scaled, grads[1][mine])
+            columns.accumulate_text_grad(part, block, scaled, text_grads[mine])
             del logits, block
 
         sum_over(totals, groups.helpers)
         if grads is not None:
-            columns.finish(grads[1][mine])
+            columns.finish(text_grads[mine])
             sum_over(grads, groups.helpers)
-            totals[2] = (images * grads[0]).sum(dtype=torch.float64)
-        value, bias_grad, scale_grad = sum_over(totals, groups.data) / global_batch
+            totals[2] = (images * image_grads).sum(dtype=torch.float64)
+        everyones_texts = len(texts) * groups.data_size
+        value, bias_grad, scale_grad = sum_over(totals, groups.data) / everyones_texts
         if grads is None:
             return value, None
-        image_grads, text_grads = grads
         # Times the number of ranks, as DDP takes the mean.
-        image_grads *= scale / pairs
-        text_grads /= pairs
+        image_grads *= scale / len(texts)
+        text_grads /= len(texts)
         return value, Gradients(image_grads, text_grads, scale_grad, bias_grad)
 
 

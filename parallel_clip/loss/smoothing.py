@@ -1,11 +1,12 @@
 """Label smoothing of InfoNCE: a part of each target is spread over all logits that take part.
 
 Szegedy et al. (2016), "Rethinking the Inception Architecture for Computer Vision", as torch's
-`cross_entropy(label_smoothing=e)` has it: of a row's target, 1 - e goes to its pair and e / C to
-each of the C logits that take part, the pair's among them. C is B, or what duplicates leave of it.
-A logit is in a row and in a column, so it is pulled by e / C of both.
+`cross_entropy(label_smoothing=e)` has it: of a row's target, 1 - e goes to its own texts and e / C
+to each of the C logits that take part, its own among them. C is B·k, or what duplicates leave of
+it; of a column it is B, and columns weigh 1 / k. A logit is in a row and in a column, so it is
+pulled by e / C of both.
 
-b pairs a rank; a helper works on N·n columns.
+b pictures a rank with k texts each; a helper works on N·n columns.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from parallel_clip.loss.exchange import TextShards
 class LabelSmoothing:
     """What is spread over a rank's block of logits.
 
-    amount: e, above 0; pairs: B.
+    amount: e, above 0; pairs: B; captions: k.
     """
 
-    def __init__(self, amount: float, pairs: int, duplicates: Duplicates | None):
-        self._both = 2 * amount / pairs
-        self._rows = self._columns = None  # e / C of each, [b] and [N·n], where they differ
+    def __init__(self, amount: float, pairs: int, captions: int, duplicates: Duplicates | None):
+        self._both = 2 * amount / (pairs * captions)
+        self._rows = self._columns = None  # of each, [b] and [N·n], where they differ
         if duplicates is not None:
-            self._rows = amount / duplicates.taking_part(duplicates.of_pictures)
-            self._columns = amount / duplicates.taking_part(duplicates.of_texts)
+            self._rows = amount / duplicates.taking_part_in_rows()
+            self._columns = amount / captions / duplicates.taking_part_in_columns()
 
     def spread_over(
         self, logits: Tensor, texts: TextShards, chunk: slice, left_out: Tensor | None

@@ -51,7 +51,8 @@ class CLIPModel(MegatronModule):
         self.stage = self.stages[number]
         self.frozen = frozen
         sequence_ranks = tensor_group.size() if self.config.sequence_parallel else 1
-        self.messages = MessageLayout(architecture, self.stages, sequence_ranks)
+        self.captions = options.captions
+        self.messages = MessageLayout(architecture, self.stages, sequence_ranks, self.captions)
         self.input_tensor: Tensor | None = None  # come, and not yet taken by a forward
         self.vision = self._build_tower(
             architecture.vision, self.stage.vision, frozen.vision, options
@@ -91,13 +92,14 @@ class CLIPModel(MegatronModule):
         """One microbatch through this stage.
 
         images: fp32 [b, 3, height, width], on the first stage alone; tokens: int64
-        [b, context_length]; kept: the patches to keep, int64 [b, k], or None for all, where the
-        pictures are; again: given where the microbatch has been through before in this step. What
-        the stage before handed on has come by `set_input_tensor`.
+        [b · captions, context_length], the texts of a picture in a row; kept: the patches to keep,
+        int64 [b, k], or None for all, where the pictures are; again: given where the microbatch has
+        been through before in this step. What the stage before handed on has come by
+        `set_input_tensor`.
         Returns what is handed on (see handover.py), and on the last stage the normalised features
-        of both towers, pictures first: fp32 [2, b, D].
+        of both towers, pictures first: fp32 [b + b · captions, D].
         """
-        pairs, message = len(tokens), None
+        pairs, message = len(tokens) // self.captions, None
         vision, text = images, None
         if not self.stage.is_first:
             before = self.messages.of(self.stages[self.stage.number - 1], pairs, self.training)
@@ -113,10 +115,10 @@ class CLIPModel(MegatronModule):
         vision = None if skip_vision else self.forward_vision(vision, kept)
         text = None if skip_text else self.forward_text(text, tokens)
         if self.stage.is_last:
-            result = torch.stack(
+            result = torch.cat(
                 [
-                    again.features[0] if skip_vision else normalised(vision),
-                    again.features[1] if skip_text else normalised(text),
+                    again.features[:pairs] if skip_vision else normalised(vision),
+                    again.features[pairs:] if skip_text else normalised(text),
                 ]
             )
         else:

@@ -2,7 +2,8 @@
 
 One message a microbatch means one schedule, with one fill and one drain, for both towers. For each
 tower it has the hidden states [S, b, h] that the next stage goes on from; the features [b, D] where
-the tower has ended; nothing where it has not started. Shape letters as in layers.py.
+the tower has ended; nothing where it has not started. There are as many texts as pictures, or a
+multiple. Shape letters as in layers.py.
 """
 
 from __future__ import annotations
@@ -66,25 +67,29 @@ class Handover:
 class MessageLayout:
     """What the stages of a pipeline hand on, for one model.
 
-    sequence_ranks: over how many ranks sequence parallelism splits the tokens (1: it does not).
+    sequence_ranks: over how many ranks sequence parallelism splits the tokens (1: it does not);
+    captions: texts of each picture in training.
     """
 
     architecture: Architecture
     stages: tuple[Stage, ...]
     sequence_ranks: int
+    captions: int = 1
 
     def of(self, stage: Stage, pairs: int, training: bool) -> Handover:
-        """What `stage` hands on for a microbatch of `pairs`."""
+        """What `stage` hands on for a microbatch of `pairs`; in evaluation, of one text each."""
 
-        def shape(held: LayerRange, tower: TowerConfig) -> Shape | None:
+        def shape(held: LayerRange, tower: TowerConfig, count: int) -> Shape | None:
             if held.is_finished:
-                return pairs, self.architecture.embed_dim
+                return count, self.architecture.embed_dim
             tokens = tower.training_tokens if training else tower.tokens
             local_tokens = -(-tokens // self.sequence_ranks)
-            return (local_tokens, pairs, tower.width) if held.has_started else None
+            return (local_tokens, count, tower.width) if held.has_started else None
 
+        texts = pairs * self.captions if training else pairs
         return Handover(
-            shape(stage.vision, self.architecture.vision), shape(stage.text, self.architecture.text)
+            shape(stage.vision, self.architecture.vision, pairs),
+            shape(stage.text, self.architecture.text, texts),
         )
 
     def length(self, pairs: int, training: bool) -> int:

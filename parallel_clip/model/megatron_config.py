@@ -25,7 +25,8 @@ class ModelOptions:
     sequence: sequence parallelism; recompute: none, selective or full; deterministic: on GPU, only
     kernels that give the same bits each time; virtual_pipeline: stages on each pipeline rank;
     microbatch_group: how many microbatches go through one of them before the next one's turn, where
-    there are several (`pipeline.orders.microbatch_group_size`).
+    there are several (`pipeline.orders.microbatch_group_size`); captions: texts of each picture in
+    training.
     """
 
     precision: str = "fp32"
@@ -34,6 +35,7 @@ class ModelOptions:
     deterministic: bool = False
     virtual_pipeline: int = 1
     microbatch_group: int | None = None
+    captions: int = 1
 
 
 def tower_config(

@@ -15,13 +15,15 @@ all is a plain step: no extra forward, and the memory of all microbatches. In be
 microbatch that keeps its graph saves a forward and costs its activations. The gradient is the same.
 A tower that is frozen whole runs in pass 1 alone.
 
-m microbatches, b pairs in each, D the embedding width; features are [2, b, D], pictures first.
+m microbatches, b pictures in each with k texts each, D the embedding width; features are
+[b + b·k, D], pictures first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,8 +41,8 @@ from parallel_clip.pipeline.logit_parameters import shared_logit_parameters
 
 
 class LossFunction(Protocol):
-    """The losses of loss/, of which this room knows no more. images, texts: [n, D]; identities:
-    int64 [n], equal where pairs are not each other's negatives, or None."""
+    """The losses of loss/, of which this room knows no more. images, texts: [n, D] and [n·k, D];
+    identities: int64 [n·k], equal where texts are duplicates, or None."""
 
     def __call__(
         self,
@@ -55,8 +57,8 @@ class LossFunction(Protocol):
 
 
 class LossReport(NamedTuple):
-    """The loss of the global batch, and how many of this rank's picture and text features, [b, D]
-    each, are not finite; 0-dim on the device."""
+    """The loss of the global batch, and how many numbers of this rank's picture and text features
+    are not finite; 0-dim on the device."""
 
     value: Tensor
     bad_images: Tensor
@@ -97,8 +99,8 @@ class _Graph(NamedTuple):
 class TwoPassStep:
     """The state of one `forward_backward`; what belongs to the last stage is empty on the others.
 
-    features: [2, b, D] of each microbatch, from pass 1; feature_grads: the loss's gradient with
-    respect to each; logit_grads: that of each of `logit_parameters`.
+    features: [b + b·k, D] of each microbatch, from pass 1; feature_grads: the loss's gradient with
+    respect to each, [b, D] and [b·k, D]; logit_grads: that of each of `logit_parameters`.
     """
 
     chunks: Sequence[DistributedDataParallel]
@@ -110,10 +112,11 @@ class TwoPassStep:
     def __post_init__(self):
         self.last: CLIPModel = self.chunks[-1].module
         self.microbatches = len(self.inputs.tokens)
+        self.pairs = len(self.inputs.tokens[0]) // self.last.captions
         self.first_stashed = self.microbatches - self.stash
         self.graphs: dict[tuple[CLIPModel, int], _Graph] = {}
         self.features: list[Tensor] = []
-        self.feature_grads: Sequence[Tensor] = []
+        self.feature_grads: Sequence[tuple[Tensor, Tensor]] = []
         logit_parameters = self.last.logit_scale, self.last.logit_bias
         self.logit_parameters = [p for p in logit_parameters if p is not None]
         self.logit_grads: list[Tensor] = []
@@ -131,30 +134,34 @@ class TwoPassStep:
         last = self.last
         if not last.stage.is_last and self.loss_pipeline_group is None:
             return
-        leaves, identities = self._all_features().requires_grad_(), self.inputs.identities
+        both = self._all_features().tensor_split([self.microbatches * self.pairs])
+        images, texts = (features.requires_grad_() for features in both)
+        identities = self.inputs.identities
         if self.loss_pipeline_group is not None:
             logit_scale_and_bias = shared_logit_parameters([last], self.loss_pipeline_group)
         if not last.stage.is_last:  # the loss adds this rank's part on the last stage
-            self.loss(leaves[0], leaves[1], *logit_scale_and_bias, identities=identities)
+            self.loss(images, texts, *logit_scale_and_bias, identities=identities)
             return
         value = self.loss(
-            leaves[0], leaves[1], last.logit_scale.exp(), last.logit_bias, identities=identities
+            images, texts, last.logit_scale.exp(), last.logit_bias, identities=identities
         )
-        leaf_grad, *self.logit_grads = torch.autograd.grad(
-            value, [leaves, *self.logit_parameters], materialize_grads=True
+        image_grads, text_grads, *self.logit_grads = torch.autograd.grad(
+            value, [images, texts, *self.logit_parameters], materialize_grads=True
         )
-        self.feature_grads = leaf_grad.split([f.shape[1] for f in self.features], dim=1)
-        bad_images, bad_texts = leaves.detach().isfinite().logical_not().sum(dim=(1, 2)).float()
-        self.report = LossReport(value.detach(), bad_images, bad_texts)
+        parts = (grads.chunk(self.microbatches) for grads in (image_grads, text_grads))
+        self.feature_grads = list(zip(*parts, strict=True))
+        bad = (features.detach().isfinite().logical_not().sum() for features in (images, texts))
+        self.report = LossReport(value.detach(), *(count.float() for count in bad))
 
     def _all_features(self) -> Tensor:
-        """[2, m·b, D], on the stages that work on the loss."""
+        """[m·b + m·b·k, D], pictures first, on the stages that work on the loss."""
         tokens = self.inputs.tokens[0]
         if self.last.stage.is_last:
-            features = torch.cat(self.features, dim=1)
+            both = zip(*(part.tensor_split([self.pairs]) for part in self.features), strict=True)
+            features = torch.cat([*chain.from_iterable(both)])
         else:
-            pairs = len(tokens) * self.microbatches
-            features = torch.empty(2, pairs, self.last.architecture.embed_dim, device=tokens.device)
+            rows = (self.pairs + len(tokens)) * self.microbatches
+            features = torch.empty(rows, self.last.architecture.embed_dim, device=tokens.device)
         if self.loss_pipeline_group is not None:
             broadcast_from_last_stage(features, self.loss_pipeline_group)
         return features
@@ -164,7 +171,7 @@ class TwoPassStep:
 
     def _run(self, forward_step: Callable, forward_only: bool) -> list:
         count, model = self.microbatches, self.chunks[0].module
-        length = model.messages.length(len(self.inputs.tokens[0]), model.training)
+        length = model.messages.length(self.pairs, model.training)
         return get_forward_backward_func()(
             **gradient_messages(self.chunks),
             forward_step_func=forward_step,
@@ -223,14 +230,12 @@ class TwoPassStep:
     def _replay(self, model: CLIPModel, number: int, graph: _Graph) -> Tensor:
         """A result whose backward is that of pass 1's forward. On the last stage its values are the
         features; a message's do not matter, as the next stage replays too."""
-        tokens = self.inputs.tokens[number]
         if model.stage.is_last:
             values = self.features[number].clone()
         else:
-            length = model.messages.length(len(tokens), model.training)
-            values = torch.empty(
-                length, 1, 1, dtype=model.config.pipeline_dtype, device=tokens.device
-            )
+            length = model.messages.length(self.pairs, model.training)
+            device = self.inputs.tokens[number].device
+            values = torch.empty(length, 1, 1, dtype=model.config.pipeline_dtype, device=device)
         received = model.pop_input_tensor()
         if graph.result is None:
             return values
@@ -242,7 +247,8 @@ class TwoPassStep:
         """0-dim, its gradient that of the loss. The schedule divides it by m, so the features'
         part is multiplied by m; the logit parameters' gradient is whole already, and each
         microbatch adds its share, so that they take part in the data-parallel sum like others."""
-        dot = self.microbatches * (features * self.feature_grads[number]).sum()
+        grads = torch.cat(self.feature_grads[number])
+        dot = self.microbatches * (features * grads).sum()
         for parameter, grad in zip(self.logit_parameters, self.logit_grads, strict=True):
             dot = dot + parameter * grad
         return dot

@@ -1,6 +1,6 @@
 """A step's inputs on the device: all tokens, and pictures as the schedule asks for them. No torch.
 
-b pairs in a microbatch.
+b pictures in a microbatch, each with k texts, those of a picture in a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class Pictures(NamedTuple):
     """A microbatch's images [b, 3, height, width], fp32 or in the model's dtype, and the patches to
-    keep, int64 [b, k], or None for all."""
+    keep, int64 [b, patches], or None for all."""
 
     images: Tensor
     kept: Tensor | None = None
@@ -23,9 +23,9 @@ class Pictures(NamedTuple):
 class StepInputs:
     """The microbatches of one step.
 
-    tokens: int64 [b, context] of each microbatch, on every stage.
-    identities: int64 [m · b] of all m microbatches, on every stage: equal where pairs are not each
-        other's negatives; None: the loss looks at none.
+    tokens: int64 [b·k, context] of each microbatch, on every stage.
+    identities: int64 [m·b·k] of all m microbatches, on every stage: equal where texts are
+        duplicates for the loss; None: it looks at none.
     fetch: gives the pictures of a microbatch on the device. It is called on the first stage alone,
         in the order of the schedule, which is the same on all tensor ranks: it may broadcast.
     prepare: called with the number of the microbatch that is fetched next, before the current one

@@ -30,6 +30,7 @@ def build_planned_state(
         deterministic=config.deterministic,
         virtual_pipeline=plan.layout.virtual_pipeline,
         microbatch_group=plan.microbatch_group,
+        captions=plan.batch.captions,
     )
     return build_train_state(
         architecture,

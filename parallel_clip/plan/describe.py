@@ -20,19 +20,22 @@ from parallel_clip.stages.padding import padding_words
 def describe_run(plan: RunPlan) -> str:
     """Several lines for people."""
     layout, batch, config = plan.layout, plan.batch, plan.config
+    captions = f", each with {batch.captions} captions" if batch.captions > 1 else ""
     lines = [
         f"{plan.architecture.name} on {layout.world} process{'es' * (layout.world > 1)}: "
         f"data {layout.data} × tensor {layout.tensor} × pipeline {layout.pipeline}",
         _tower_line(plan, "vision"),
         _tower_line(plan, "text"),
-        f"  batch: {batch.global_batch} pairs = {layout.data} data-parallel × "
-        f"{batch.microbatches} microbatch{'es' * (batch.microbatches > 1)} × {batch.micro_batch}; "
-        f"{_schedule_words(plan)}",
+        f"  batch: {batch.global_batch} {'pictures' if captions else 'pairs'} = "
+        f"{layout.data} data-parallel × "
+        f"{batch.microbatches} microbatch{'es' * (batch.microbatches > 1)} × {batch.micro_batch}"
+        f"{captions}; {_schedule_words(plan)}",
         f"  {config.precision}, recompute {config.recompute}",
         f"  {config.loss.kind}{_loss_options(config.loss)}: {_loss_words(plan)}",
     ]
     lines += _frozen_lines(plan)
-    padding = padding_words(plan.architecture.costs, layout.tensor)
+    costs = plan.architecture.costs.with_captions(batch.captions)
+    padding = padding_words(costs, layout.tensor)
     if padding is not None:
         lines.append(f"  parallel.pad: {padding}")
     if layout.data > 1:

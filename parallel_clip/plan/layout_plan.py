@@ -71,8 +71,18 @@ class LayoutPlan:
     @property
     def exchange(self) -> ExchangePlan:
         """How the loss exchanges texts and tiles its logits."""
-        sizes = self.batch.per_rank, self.embed_dim, self.layout.data, self.loss_helpers
-        return plan_exchange(self.loss.exchange, self.loss.tile, *sizes)
+        return plan_exchange(
+            self.loss.exchange, self.loss.tile, *self.loss_sizes(self.loss_helpers)
+        )
+
+    def loss_sizes(self, helpers: int) -> tuple[int, int, int, int, int]:
+        """What `exchange_plan` asks for, where so many ranks help."""
+        batch = self.batch
+        return batch.per_rank, self.embed_dim, self.layout.data, helpers, batch.captions
+
+    def costs_on_ranks(self, costs: ModelCosts) -> ModelCosts:
+        """Of a pair with all its texts, on the tensor ranks together: by what stages compare."""
+        return costs.with_captions(self.batch.captions).on_tensor_ranks(self.layout.tensor)
 
 
 @dataclass(frozen=True)
@@ -93,9 +103,10 @@ def make_layout_plan(costs: ModelCosts, world: int, config: Config) -> LayoutPla
     check_model(parallel.tensor, costs, parallel.pad)
     sizes = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     layout = Layout(world, *sizes, parallel.sequence)
-    on_ranks = costs.on_tensor_ranks(layout.tensor)
+    captions = config.data.captions_per_image
+    on_ranks = costs.with_captions(captions).on_tensor_ranks(layout.tensor)
     stages = partition(on_ranks, layout.pipeline, layout.virtual_pipeline, parallel.stages)
-    batch_plan = plan_batch(layout, batch.global_, batch.micro)
+    batch_plan = plan_batch(layout, batch.global_, batch.micro, captions)
     check_microbatches(layout, batch_plan)
     stash = choose_stash(parallel, batch_plan.microbatches)
     return LayoutPlan(layout, stages, batch_plan, stash, config.loss, costs.embed_dim)

@@ -121,9 +121,11 @@ def measure_rank_memory(
 
 
 def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
-    """Bytes that a forward pass of `pairs` keeps for backward, by part of the model."""
+    """Bytes that a forward pass of `pairs` keeps for backward, by part of the model; a pair is a
+    picture with all its texts."""
     vision, text = model.architecture.vision, model.architecture.text
-    tokens = torch.zeros(pairs, text.context_length, dtype=torch.int64, device=device)
+    texts = pairs * model.captions
+    tokens = torch.zeros(texts, text.context_length, dtype=torch.int64, device=device)
     images = kept = None
     if model.stage.is_first:
         dtype = model.config.params_dtype  # in which they are fed
@@ -232,6 +234,6 @@ def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemo
     filled = held.state + sum(peak_memory(plan, pipeline_rank, stash, held))
     if pipeline_rank == layout.pipeline - 1:
         # Where no other stage helps: whether they do depends on the stash that is looked for.
-        sizes = plan.batch.per_rank, plan.embed_dim, layout.data, layout.tensor
+        sizes = plan.loss_sizes(layout.tensor)
         filled += peak_loss_bytes(plan_exchange(plan.loss.exchange, plan.loss.tile, *sizes), *sizes)
     return filled

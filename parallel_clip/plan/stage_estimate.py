@@ -48,7 +48,7 @@ def estimate_step(
     plan: LayoutPlan, costs: ModelCosts, memory: Sequence[RankMemory]
 ) -> StepEstimate:
     """Estimate a step. memory: what each pipeline rank holds, from `count_stages`."""
-    found, on_ranks = [], costs.on_tensor_ranks(plan.layout.tensor)
+    found, on_ranks = [], plan.costs_on_ranks(costs)
     for rank, held in enumerate(memory):
         chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
         peaks = peak_memory(plan, rank, plan.stash, held)
@@ -60,7 +60,7 @@ def estimate_step(
 
 def step_timeline(plan: LayoutPlan, costs: ModelCosts) -> Timeline:
     """A step in FLOPs: the work of each stage; messages and the loss take no time."""
-    on_ranks, pairs = costs.on_tensor_ranks(plan.layout.tensor), plan.batch.micro_batch
+    on_ranks, pairs = plan.costs_on_ranks(costs), plan.batch.micro_batch
     forward, backward, again = (
         [pairs * cost(stage, on_ranks) for stage in plan.stages]
         for cost in (stage_cost, backward_cost, second_forward_cost)

@@ -1,5 +1,5 @@
-"""What a model costs: FLOPs of one forward pass of one pair, in training; all that arithmetic on
-layouts knows of a model.
+"""What a model costs: FLOPs of one forward pass of one pair (a picture with its text or texts), in
+training; all that arithmetic on layouts knows of a model.
 
 Matrix products alone are counted, two operations to a multiply-add; norms, activation functions,
 softmax and table look-ups are negligible beside them. The backward pass multiplies each product's
@@ -101,6 +101,20 @@ class TowerCosts:
             unsplit_head=tensor * self.unsplit_head,
         )
 
+    def times(self, count: int) -> TowerCosts:
+        """Of so many pictures or texts."""
+
+        def each(units: tuple[SplitUnits, ...]) -> tuple[SplitUnits, ...]:
+            return tuple(replace(one, flops=count * one.flops) for one in units)
+
+        return replace(
+            self,
+            embedding=count * self.embedding,
+            block_units=each(self.block_units),
+            unsplit_head=count * self.unsplit_head,
+            head_units=each(self.head_units),
+        )
+
     def of(self, held: LayerRange) -> int:
         """FLOPs of one stage's part of the tower, forward."""
         return (
@@ -141,6 +155,10 @@ class ModelCosts:
     @property
     def total(self) -> int:
         return self.vision.total + self.text.total
+
+    def with_captions(self, count: int) -> ModelCosts:
+        """Of a pair that is a picture with so many texts."""
+        return replace(self, text=self.text.times(count))
 
     def padded(self, tensor: int) -> ModelCosts:
         """As `TowerCosts.padded`, of both towers."""

@@ -1,7 +1,7 @@
 """From the loader to the device: one rank of each copy of the model reads, and broadcasts it.
 
 Tokens go to all ranks of all stages when a step begins, as texts are pooled where the end-of-text
-token is, and so do the identities of pairs, as any stage may work on the loss. Pictures go to the
+token is, and so do the identities of texts, as any stage may work on the loss. Pictures go to the
 tensor ranks of the first stage, in each pass anew: their copy to the device begins one microbatch
 ahead of the schedule, as bytes, which are normalized there.
 """
@@ -98,22 +98,24 @@ class DeviceFeed:
 
     def _share_tokens(self, microbatch: Microbatch | None) -> Tensor:
         """A microbatch's tokens, on every rank that shares the model."""
-        pairs, context = self.plan.micro_batch, self.architecture.text.context_length
+        texts = self.plan.micro_batch * self.plan.captions
+        context = self.architecture.text.context_length
         groups = self.groups
         if microbatch is None:
-            tokens = torch.empty(pairs, context, dtype=torch.int64, device=groups.device)
+            tokens = torch.empty(texts, context, dtype=torch.int64, device=groups.device)
         else:
             tokens = microbatch.tokens
         return self._share_with_all_stages(tokens)
 
     def _share_identities(self, read: Sequence[Microbatch]) -> Tensor:
-        """Of all pairs of the step, on every rank that shares the model."""
+        """Of all texts of the step, on every rank that shares the model."""
         device = self.groups.device
         if read:  # joined there: what is joined here would be in ordinary memory
             parts = [part.identities.to(device, non_blocking=True) for part in read]
             identities = torch.cat(parts)
         else:
-            identities = torch.empty(self.plan.per_rank, dtype=torch.int64, device=device)
+            texts = self.plan.per_rank * self.plan.captions
+            identities = torch.empty(texts, dtype=torch.int64, device=device)
         return self._share_with_all_stages(identities)
 
     def _share_with_all_stages(self, tensor: Tensor) -> Tensor:

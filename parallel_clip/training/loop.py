@@ -68,7 +68,7 @@ class TrainingLoop:
         self.updates = before.updates if before else 0
         self.step = TrainStep(
             state,
-            build_loss(plan.config.loss, groups, on_all_stages),
+            build_loss(plan.config.loss, groups, on_all_stages, plan.batch.captions),
             layout_plan.stash,
             groups.pipeline,
             on_all_stages,

@@ -131,14 +131,17 @@ def nonfinite_ranks(bad_features: Sequence[tuple[float, float]]) -> str:
     return f"not finite: {' and '.join(sides)}"
 
 
-def build_loss(settings: Loss, groups: Groups, on_all_stages: bool) -> ContrastiveLoss:
+def build_loss(
+    settings: Loss, groups: Groups, on_all_stages: bool, captions: int = 1
+) -> ContrastiveLoss:
     """The loss over the data-parallel ranks, its work split over the tensor-parallel ranks, and
-    over the stages of the pipeline too where it is `on_all_stages`."""
+    over the stages of the pipeline too where it is `on_all_stages`. captions: of each picture."""
     ways = {
         "group": groups.data,
         "helpers": groups.model if on_all_stages else groups.tensor,
         "exchange": settings.exchange,
         "tile": settings.tile,
+        "captions_per_image": captions,
     }
     if settings.kind == "sigmoid":
         return SigLipLoss(**ways)

@@ -310,6 +310,13 @@ def test_all_problems_are_told_at_once_and_each_once():
                 ({}, {"caption_lines": True, "caption_key": "alt"}, "data.train.0"),
             ]
         ],
+        *[
+            ({"data": {"captions_per_image": 2} | data}, "data.captions_per_image 2 is for samples")
+            for data in (
+                {},
+                {"caption_lines": True, "train": [{"shards": "a", "caption_lines": False}]},
+            )
+        ],
         (
             {"loss": {"kind": "sigmoid", "label_smoothing": 0.1}},
             "loss.label_smoothing 0.1 is for loss.kind infonce",

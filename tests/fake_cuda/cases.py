@@ -31,6 +31,7 @@ def bf16(**sections: Any) -> Settings:
 
 STASH = {"schedule": "stash"}
 OPTIONS = {"duplicates": "tokens", "label_smoothing": 0.1}
+CAPTIONS = {"train": [{"shards": "none.tar", "caption_lines": True}], "captions_per_image": 3}
 SIGLIP = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": ""}
 PE_CORE = SIGLIP | {"timm_model_name": "vit_pe_core_base_patch16_224"}
 
@@ -74,6 +75,10 @@ CASES: dict[str, Case] = {
     "fed-duplicates": Case(2, 1, bf16(loss=OPTIONS), fed=True),
     "fed-duplicates-pipeline": Case(
         4, 3, bf16(loss=OPTIONS | {"stages": "all"}), tensor=2, pipeline=2, fed=True
+    ),
+    "fed-captions": Case(2, 1, bf16(data=CAPTIONS), fed=True),
+    "fed-captions-duplicates-pipeline": Case(
+        4, 3, bf16(loss=OPTIONS | {"stages": "all"}, data=CAPTIONS), tensor=2, pipeline=2, fed=True
     ),
 }
 

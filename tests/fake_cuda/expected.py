@@ -31,6 +31,7 @@ FEED: dict[str, Counted] = {
     "fed-bf16": Counted(uploads=6),
     "fed-patch-dropout": Counted(copies=4, uploads=6),
     "fed-tensor-pipeline-reader": Counted(uploads=4),
+    "fed-captions": Counted(uploads=6),
     # Identities of two microbatches, too.
     "fed-duplicates": Counted(uploads=8),
 }

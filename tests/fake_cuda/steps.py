@@ -52,11 +52,13 @@ def second_step(case: Case, layers: int = LAYERS) -> Watch:
     architecture = architecture_from_json(model, "small")
     plan = make_layout_plan(architecture.costs, case.world, config)
     with_identities = config.loss.duplicates != "none"
-    read = read_microbatches(architecture, case.microbatches, with_identities) if case.fed else []
+    read, captions = [], plan.batch.captions
+    if case.fed:
+        read = read_microbatches(architecture, case.microbatches, with_identities, captions)
     with fake_rank(layout, case.rank) as groups:
         step = TrainStep(
             build_planned_state(config, architecture, plan, groups),
-            build_loss(config.loss, groups, plan.loss_on_all_stages),
+            build_loss(config.loss, groups, plan.loss_on_all_stages, captions),
             plan.stash,
             groups.pipeline,
             plan.loss_on_all_stages,
@@ -106,18 +108,19 @@ def fed_inputs(
 
 
 def read_microbatches(
-    architecture: Architecture, count: int, with_identities: bool
+    architecture: Architecture, count: int, with_identities: bool, captions: int
 ) -> list[Microbatch]:
     """Real tensors in page-locked memory, as from a loader; made outside of a fake world."""
     size, context = architecture.vision.image_size, architecture.text.context_length
+    texts = PAIRS * captions
     return [
         Microbatch(
             torch.zeros(PAIRS, 3, *size, dtype=torch.uint8),
-            torch.zeros(PAIRS, context, dtype=torch.int64),
+            torch.zeros(texts, context, dtype=torch.int64),
             torch.arange(number * PAIRS, (number + 1) * PAIRS),
             addresses=[],
             bad=[],
-            identities=torch.zeros(PAIRS, dtype=torch.int64) if with_identities else None,
+            identities=torch.zeros(texts, dtype=torch.int64) if with_identities else None,
         ).pin_memory()
         for number in range(count)
     ]

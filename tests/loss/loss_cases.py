@@ -72,7 +72,7 @@ def alone_in_a_group(groups: Groups, loss: type[nn.Module], images: Tensor, text
 
 class Case(NamedTuple):
     """One call of a loss; `pairs` are of each rank, `features` a key of FEATURES, `identities` of
-    IDENTITIES or None, `smoothing` InfoNCE's."""
+    IDENTITIES or None, `smoothing` InfoNCE's, `captions` the texts of each picture."""
 
     loss: type[nn.Module]
     features: str
@@ -84,6 +84,7 @@ class Case(NamedTuple):
     tile: int | str = "auto"
     identities: str | None = None
     smoothing: float = 0.0
+    captions: int = 1
 
     def build(self, groups: Groups) -> nn.Module:
         options = {"label_smoothing": self.smoothing} if self.smoothing else {}
@@ -92,6 +93,7 @@ class Case(NamedTuple):
             helpers=groups.tensor,
             exchange=self.exchange,
             tile=self.tile,
+            captions_per_image=self.captions,
             **options,
         )
 
@@ -109,10 +111,12 @@ class Answer(NamedTuple):
 
 
 def whole_batch(case: Case, ranks: int) -> tuple[Tensor, Tensor]:
-    """Pictures and texts of all ranks, [ranks · pairs, width] each, rank by rank."""
+    """Pictures and texts of all ranks, [ranks · pairs, width] and so many for each caption, rank by
+    rank."""
     generator = torch.Generator().manual_seed(case.pairs * case.width)
     count = ranks * case.pairs
-    images, texts = torch.randn(2, count, case.width, generator=generator)
+    images, *texts = torch.randn(1 + case.captions, count, case.width, generator=generator)
+    texts, own = torch.cat(texts), images.repeat_interleave(case.captions, dim=0)
     match case.features:
         case "random":
             pass
@@ -122,14 +126,14 @@ def whole_batch(case: Case, ranks: int) -> tuple[Tensor, Tensor]:
             images = images[: case.pairs].repeat(ranks, 1)
             texts = texts[: case.pairs].repeat(ranks, 1)
         case "aligned":
-            texts = images
+            texts = own
         case "nearly aligned":
-            texts = images + 0.3 * texts
+            texts = own + 0.3 * texts
     unit = (F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
     return unit[0].to(case.dtype), unit[1].to(case.dtype)
 
 
-# Of `pairs` pairs on each of `ranks` ranks, rank by rank. Some differ in their upper bits alone.
+# Of `pairs` texts on each of `ranks` ranks, rank by rank. Some differ in their upper bits alone.
 IDENTITIES = {
     "all differ": lambda pairs, ranks: (torch.arange(pairs * ranks) - 3) << 40,
     "some": lambda pairs, ranks: (torch.arange(pairs * ranks) ** 2 % 23) << 40,
@@ -137,6 +141,7 @@ IDENTITIES = {
     "the same place on every rank": lambda pairs, ranks: torch.arange(pairs).repeat(ranks),
     "a whole rank": lambda pairs, ranks: torch.arange(pairs * ranks).clamp(min=pairs - 1),
     "all equal": lambda pairs, ranks: torch.full((pairs * ranks,), -7),
+    "in twos": lambda pairs, ranks: torch.arange(pairs * ranks) // 2,
 }
 
 
@@ -144,7 +149,8 @@ def own_identities(case: Case, groups: Groups) -> Tensor | None:
     if case.identities is None:
         return None
     ranks = groups.layout.data
-    return IDENTITIES[case.identities](case.pairs, ranks).chunk(ranks)[groups.data_rank]
+    texts = case.pairs * case.captions
+    return IDENTITIES[case.identities](texts, ranks).chunk(ranks)[groups.data_rank]
 
 
 FEATURES = ("random", "duplicated rows", "duplicated across ranks", "aligned", "nearly aligned")

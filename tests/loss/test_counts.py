@@ -9,7 +9,7 @@ Over the data group go v numbers for gathering and v for gradients, a helper's H
 streams its texts twice and needs 3 v. Texts travel in their own dtype, gradients in fp32. What else
 goes over the data group is InfoNCE's maximum and sum of each column, and a few single numbers.
 
-Over the helpers' group go the gradients [2, b, D] in one all-reduce, InfoNCE's maximum and sum of
+Over the helpers' group go the gradients [2·b, D] in one all-reduce, InfoNCE's maximum and sum of
 each row, [b] each, and two or three fp64 numbers. No features do: helpers hold them already.
 """
 
@@ -67,7 +67,7 @@ def test_products_and_traffic(processes, layout):
             singles = 2 if way[0] is ClipLoss else 3
             expected = [
                 ("all_reduce", (singles,), torch.float64),
-                ("all_reduce", (2, PAIRS, WIDTH), torch.float32),
+                ("all_reduce", (2 * PAIRS, WIDTH), torch.float32),
             ]
             if way[0] is ClipLoss:
                 expected = of_rows + expected

@@ -106,7 +106,7 @@ def test_wrong_settings(loss, arguments, words):
     "identities", [torch.arange(5), torch.arange(6.0), torch.arange(6)[:, None]], ids=str
 )
 def test_wrong_identities(loss, identities):
-    with pytest.raises(ValueError, match="expected one of torch.int64 for each of the 6 pairs"):
+    with pytest.raises(ValueError, match="expected one of torch.int64 for each of the 6 texts"):
         loss()(*features(), 10.0, identities=identities)
 
 

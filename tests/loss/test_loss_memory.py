@@ -51,20 +51,22 @@ def peak_bytes(
     plan: ExchangePlan,
     dtype,
     options: bool = False,
+    captions: int = 1,
 ) -> int:
     """options: with duplicates and, where the loss has it, label smoothing."""
-    build, everyones = LOSSES[loss], pairs * ranks
+    build, everyones = LOSSES[loss], pairs * ranks * captions
     smoothing = {"label_smoothing": 0.1} if options and loss == "infonce" else {}
     with fake_rank(Layout(ranks)) as groups, first_and_last_chunks():
-        images, texts = (torch.empty(pairs, width, dtype=dtype) for _ in range(2))
+        images, texts = (torch.empty(n, width, dtype=dtype) for n in (pairs, pairs * captions))
         scale = torch.tensor(100.0)
         with PeakBytes(images, texts, scale) as counted:
             duplicates = None
             if options:
-                sizes = pairs, everyones, everyones
+                sizes = (pairs, captions), (everyones,), (everyones,), (everyones + 1,)
                 duplicates = Duplicates(*(torch.empty(n, dtype=torch.int64) for n in sizes))
             call = LossCall(LossGroups(groups.data), plan, True, duplicates)
-            answer = build(**smoothing)._compute(images, texts, scale, scale, call)
+            built = build(captions_per_image=captions, **smoothing)
+            answer = built._compute(images, texts, scale, scale, call)
         assert answer[1].images.shape == (pairs, width)
     return counted.peak
 

@@ -56,7 +56,7 @@ def _outcome(groups: Groups, example: Example, recompute: str) -> Outcome:
         recompute=recompute,
         sequence=groups.layout.sequence,
     )
-    features = model(example.images, example.tokens, example.kept)
+    features = model(example.images, example.tokens, example.kept).unflatten(0, (2, -1))
     features.backward(example.feature_grad)
     gradients = {
         parameter.name: sum_over_tokens(tensor, tensor.grad, groups)
@@ -65,7 +65,7 @@ def _outcome(groups: Groups, example: Example, recompute: str) -> Outcome:
     }
     model.eval()
     with torch.no_grad():
-        evaluated = model(example.images, example.tokens)
+        evaluated = model(example.images, example.tokens).unflatten(0, (2, -1))
     return Outcome(features.detach(), evaluated, gradients)
 
 
@@ -80,7 +80,7 @@ def features_of_file(
     for parameter, tensor in model.global_parameters():
         load_slice(tensor, parameter, source.read(parameter.name), groups.tensor)
     with torch.no_grad():
-        return model(images, tokens)
+        return model(images, tokens).unflatten(0, (2, -1))
 
 
 def initial_weights(groups: Groups, model_cfg: dict[str, Any], seed: int) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """What stages hand on: shapes of each part, one length for all messages, and packing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,17 @@ def test_hidden_states_until_a_tower_ends_then_features(
     assert first == Handover((image_tokens, PAIRS, 48), (text_tokens, PAIRS, 32))
     assert second == Handover((image_tokens, PAIRS, 48), (PAIRS, 24))
     assert messages.length(PAIRS, training) == PAIRS * (image_tokens * 48 + text_tokens * 32)
+
+
+def test_in_training_there_are_as_many_texts_as_captions():
+    messages = replace(layout(), captions=5)
+    first, second, *_ = (messages.of(stage, PAIRS, training=True) for stage in messages.stages)
+    assert first == Handover((10, PAIRS, 48), (13, 5 * PAIRS, 32))
+    assert second == Handover((10, PAIRS, 48), (5 * PAIRS, 24))
+    assert messages.length(PAIRS, True) == PAIRS * (10 * 48 + 5 * 13 * 32)
+    assert messages.of(messages.stages[0], PAIRS, False) == Handover(
+        (17, PAIRS, 48), (13, PAIRS, 32)
+    )
 
 
 def test_nothing_is_handed_on_before_a_tower_starts():

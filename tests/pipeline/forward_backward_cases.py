@@ -51,7 +51,12 @@ def steps(
         report = forward_backward(
             built.wrapped,
             own_microbatches(groups, images, tokens, way.microbatches, kept),
-            LOSSES[loss](group=groups.data, helpers=helpers, tile=3),
+            LOSSES[loss](
+                group=groups.data,
+                helpers=helpers,
+                tile=3,
+                captions_per_image=config.data.captions_per_image,
+            ),
             way.stash,
             groups.pipeline if way.loss_on_all_stages else None,
         )

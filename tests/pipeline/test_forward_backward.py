@@ -12,6 +12,7 @@ from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from tests import reference
+from tests.loss import test_captions
 from tests.pipeline.forward_backward_cases import Way, gradients_sent, steps
 from tests.ranks import copies, whole_tensors
 from tests.small_models import distance, image_batch, small_model, token_batch
@@ -109,6 +110,61 @@ def test_loss_and_every_gradient_are_the_whole_batchs(processes, layout, loss, r
             ours = whole_tensors(
                 table, [gradients_of for _, gradients_of in (r[way] for r in ranks)]
             )
+            for name, gradient in gradients.items():
+                assert distance(ours[name], gradient) < 1e-5, (way, name)
+
+
+CAPTIONS = 3
+SEVERAL = [("infonce", "pipeline2", "full", "text")]
+SEVERAL_GRID = [
+    pytest.param(*case, marks=pytest.mark.long)
+    for case in product(MODELS, LAYOUTS, ("none", "full"), (None, *FREEZES))
+    if case not in SEVERAL and (case[2:] == ("none", None) or case[0] == "infonce")
+]
+
+
+@pytest.mark.parametrize(("loss", "layout", "recompute", "freeze"), [*SEVERAL, *SEVERAL_GRID])
+def test_with_several_texts_a_picture(processes, loss, layout, recompute, freeze):
+    """Against the loss in plain torch, of the features of OpenCLIP's model."""
+    layout, model_cfg = LAYOUTS[layout], MODELS[loss]
+    weights, images, _, kept = inputs(loss)
+    tokens = token_batch(model_cfg, CAPTIONS * BATCH)
+    ways = [way for way in WAYS if layout.virtual_pipeline == 1 or way.microbatches > 1]
+    if layout.pipeline > 1:
+        ways.append(Way(4, 0, loss_on_all_stages=True))
+    data = {"train": [{"shards": "unused.tar", "caption_lines": True}]}
+    settings = {"recompute": recompute, "data": data | {"captions_per_image": CAPTIONS}}
+    answers = processes.run(
+        layout,
+        steps,
+        model_cfg=model_cfg,
+        weights=weights,
+        images=images,
+        tokens=tokens,
+        kept=kept,
+        loss=loss,
+        ways=ways,
+        settings=settings | ({"freeze": FREEZES[freeze]} if freeze else {}),
+    )
+    model = reference.build_model(model_cfg)
+    model.load_state_dict(weights)
+    reference.lock_towers(model, FREEZES.get(freeze, {}))
+    if kept is not None:
+        reference.feed_patch_dropout(model).kept = kept
+    everything = torch.ones(BATCH, CAPTIONS * BATCH, dtype=torch.bool)
+    of = {
+        "infonce": functools.partial(test_captions.infonce, 0.0, everything, bias=None),
+        "sigmoid": functools.partial(test_captions.sigmoid, everything),
+    }
+    value = of[loss](*model(images, tokens))
+    value.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    table = parameter_table(architecture_from_json(model_cfg, "small"))
+    trained = [parameter for parameter in table if parameter.name in gradients]
+    for way in ways:
+        for ranks in copies(layout, answers):
+            assert ranks[0][way][0] == pytest.approx(value.item(), rel=1e-5), way
+            ours = whole_tensors(trained, [rank[way][1] for rank in ranks])
             for name, gradient in gradients.items():
                 assert distance(ours[name], gradient) < 1e-5, (way, name)
 

@@ -6,6 +6,7 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.errors import InputError
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
+from parallel_clip.stages.costs import stage_cost
 from parallel_clip.stages.partition import partition
 
 
@@ -53,6 +54,26 @@ def test_what_does_not_fit_is_a_value_with_the_errors_message(world, sections):
     with pytest.raises(InputError) as error:
         make_layout_plan(costs, world, config(**sections))
     assert found == DoesNotFit(str(error.value))
+
+
+def test_captions_are_work_of_the_text_tower_and_columns_of_the_loss():
+    costs = load_architecture("ViT-B-16").costs
+    data = {"train": [{"shards": "none.tar", "caption_lines": True}]}
+    plans = {
+        count: make_layout_plan(
+            costs, 5, config(parallel={"pipeline": 5}, data=data | {"captions_per_image": count})
+        )
+        for count in (1, 8, 32)
+    }
+    for count, plan in plans.items():
+        assert plan.batch.captions == count and plan.batch.global_batch == 32768
+        # Nothing is evener by the work of both towers, a text counted so often.
+        expected = partition(costs.with_captions(count), 5)
+        assert plan.stages == expected
+        assert plan.exchange.gathered == (4 * 2 * 32768 * count * 512 <= 2 << 30)
+    work = [stage_cost(stage, costs.with_captions(8)) for stage in plans[8].stages]
+    as_for_one = [stage_cost(stage, costs.with_captions(8)) for stage in plans[1].stages]
+    assert max(work) < max(as_for_one)
 
 
 def test_a_search_over_layouts_keeps_what_fits():

@@ -45,12 +45,21 @@ PAIRS = 5
 
 
 def config_for(
-    layout: Layout, precision="bf16", recompute="none", zero=False, freeze=None, ema=None
+    layout: Layout,
+    precision="bf16",
+    recompute="none",
+    zero=False,
+    freeze=None,
+    ema=None,
+    captions=1,
 ):
     return config_from_dict(
         {
             "train": {"steps": 1},
-            "data": {"train": [{"shards": "none.tar"}]},
+            "data": {
+                "train": [{"shards": "none.tar", "caption_lines": True}],
+                "captions_per_image": captions,
+            },
             "batch": {"global": PAIRS * layout.data, "micro": PAIRS},
             "precision": precision,
             "recompute": recompute,
@@ -95,6 +104,14 @@ def test_the_world_may_be_large_and_its_ranks_are_equal():
     layout = Layout(1024, tensor=4, sequence=True)
     first, last = held(layout), held(layout, rank=1023)
     assert first == last == held(Layout(4, tensor=4, sequence=True))
+
+
+def test_texts_are_kept_for_every_caption():
+    (one,), (three,) = (held(Layout(1), captions=count).activations for count in (1, 3))
+    assert one.keys() == three.keys()
+    for kind, size in one.items():
+        if kind:  # else what joins both towers
+            assert three[kind] == size * (3 if kind.startswith("text") else 1), kind
 
 
 def test_averages_take_four_bytes_a_parameter():

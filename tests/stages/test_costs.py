@@ -195,6 +195,16 @@ def test_tensor_ranks_together_compute_what_torch_counts_on_one_of_them(kind, te
     assert tensor > 1 or costs == architecture.costs
 
 
+def test_a_picture_with_several_texts_costs_what_torch_counts():
+    architecture = architecture_from_json(KINDS["plain"], "small")
+    images, tokens = image_batch(KINDS["plain"], PAIRS), token_batch(KINDS["plain"], 3 * PAIRS)
+    with fake_rank(Layout(1)) as groups:
+        model = unsplit_model(architecture, ModelOptions(captions=3), groups.tensor)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images, tokens)
+    assert counter.get_total_flops() == PAIRS * whole_cost(architecture.costs.with_captions(3))
+
+
 def test_padding_in_words():
     """Of the 12 blocks of ViT-B-16's image tower 4 of 16 heads are padding; s = 197, h = 768."""
     costs = load_architecture("ViT-B-16").costs

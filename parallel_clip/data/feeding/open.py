@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +24,12 @@ from parallel_clip.data.samples.transforms import (
     training_shrink,
     training_transform,
 )
-from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardIndex
+from parallel_clip.data.storage.shards import (
+    BadSampleError,
+    ShardFiles,
+    ShardIndex,
+    StoredSample,
+)
 from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,10 +47,11 @@ _FIRST_SAMPLES = 64  # of which one must be good
 
 
 def check_samples(config: Config, shards: RunShards) -> None:
-    """`check_first_samples` of each source of training pairs and each held-out set, and that a key
-    named by `loss.duplicates` is there."""
+    """`check_first_samples` of each source of training pairs and each held-out set, and that there
+    is what `loss.duplicates` and `data.captions_per_image` ask for."""
     settings = config.data
-    for rule, table in zip(_caption_rules(config), shards.train, strict=True):
+    rules = _caption_rules(config)
+    for rule, table in zip(rules, shards.train, strict=True):
         check_first_samples(table, "captions", rule, settings.max_pixels)
     for name, table in shards.held_out.items():
         rule = CaptionRule(settings.caption_key)
@@ -52,26 +59,53 @@ def check_samples(config: Config, shards: RunShards) -> None:
     identity = IdentityRule.of(config.loss.duplicates)
     if identity is not None and identity.key is not None:
         _check_identity_key(shards.train, identity)
+    if settings.captions_per_image > 1:
+        _check_several_captions(shards.train, rules, settings.captions_per_image)
 
 
 def _check_identity_key(sources: Sequence[Sequence[ShardIndex]], rule: IdentityRule) -> None:
     """InputError: none of the first samples of any source has a value at the rule's key."""
-    files, tried = ShardFiles(), 0
+    tried = 0
     for shards in sources:
-        for shard, index in _first_samples(shards):
+        for sample in _read_first_samples(shards):
             tried += 1
-            try:
-                if rule.value_of(files.read(shard, index)) is not None:
-                    return
-            except BadSampleError:
-                continue
-            except OSError as error:
-                raise InputError(f"{shard.path} cannot be read: {error}") from None
+            if sample is not None and rule.value_of(sample) is not None:
+                return
     raise InputError(
         f"loss.duplicates key:{rule.key}: none of the first {tried:,} samples has a value at "
         f"{rule.key!r} of its .json; name a key that they have, or set loss.duplicates to tokens "
         "or none"
     )
+
+
+def _check_several_captions(
+    sources: Sequence[Sequence[ShardIndex]], rules: Sequence[CaptionRule], count: int
+) -> None:
+    """InputError: none of the first samples of any source has more than one caption."""
+    tried = 0
+    for shards, rule in zip(sources, rules, strict=True):
+        for sample in _read_first_samples(shards):
+            tried += 1
+            with suppress(BadSampleError):
+                if sample is not None and rule.count(sample) > 1:
+                    return
+    raise InputError(
+        f"data.captions_per_image {count}: none of the first {tried:,} samples has more than one "
+        "caption, so each would be computed again and again; set it to 1"
+    )
+
+
+def _read_first_samples(shards: Sequence[ShardIndex]) -> Iterator[StoredSample | None]:
+    """None for those that are bad. Raises InputError where a shard cannot be read."""
+    files = ShardFiles()
+    for shard, index in _first_samples(shards):
+        try:
+            sample = files.read(shard, index)
+        except BadSampleError:
+            sample = None
+        except OSError as error:
+            raise InputError(f"{shard.path} cannot be read: {error}") from None
+        yield sample
 
 
 def _first_samples(shards: Sequence[ShardIndex]) -> Iterator[tuple[ShardIndex, int]]:
@@ -140,6 +174,7 @@ def build_training_data(
         tokenizer,
         any_caption=augment,
         captions=_caption_rules(config),
+        captions_per_image=settings.captions_per_image,
         pictures=PictureRule(settings.max_pixels, shrink, resized),
         identity=IdentityRule.of(config.loss.duplicates),
     )

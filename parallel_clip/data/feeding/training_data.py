@@ -6,6 +6,7 @@ The pair at a position is a function of the shards, the seed and the position al
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -32,15 +33,16 @@ RECENT_SHARDS = 1024  # whose index a worker keeps in memory: 80 KB each at 10,0
 
 @dataclass(frozen=True)
 class Microbatch:
-    """b pairs on the CPU. `addresses` has the sample that was read at each position: its own, or
-    the substitute where `bad` lists its own."""
+    """b pairs on the CPU, each a picture with its k captions. `addresses` has the sample that was
+    read at each position: its own, or the substitute where `bad` lists its own."""
 
     images: Tensor  # [b, 3, H, W], as the transform gives them: fp32, or uint8 to be normalized
-    tokens: Tensor  # int64 [b, L]
+    tokens: Tensor  # int64 [b·k, L], row i·k + j of caption j of picture i
     positions: Tensor  # int64 [b]
     addresses: list[StoredAddress]
     bad: list[BadSample]
-    identities: Tensor | None = None  # int64 [b], equal where pairs are duplicates; None: not asked
+    # int64 [b·k], of captions, equal where they are duplicates; None: not asked
+    identities: Tensor | None = None
 
     def pin_memory(self) -> "Microbatch":
         """The same in page-locked memory, from where copies to a GPU can overlap with its work."""
@@ -57,8 +59,9 @@ class Microbatch:
 class TrainingData:
     """All training pairs, by ranges of positions: `data[range(0, 8)]` is a Microbatch of 8.
 
-    captions: of each source; any_caption: draw one of several captions, else take the first;
-    identity: what the identities of pairs are; None: they have none.
+    captions: of each source; any_caption: draw among several captions, else take the first;
+    captions_per_image: how many; identity: what the identities of captions are; None: they have
+    none.
     """
 
     sources: Sequence[ShardTable]
@@ -69,6 +72,7 @@ class TrainingData:
     any_caption: bool
     captions: Sequence[CaptionRule]
     pictures: PictureRule
+    captions_per_image: int = 1
     identity: IdentityRule | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +86,7 @@ class TrainingData:
         addresses = [SampleAddress(*map(int, address)) for address in zip(*found, strict=True)]
         pairs = map(self._pair, positions, addresses)
         images, captions, stored, bad, identities = zip(*pairs, strict=True)
-        tokens = self.tokenizer(captions)
+        tokens = self.tokenizer([*chain.from_iterable(captions)])
         return Microbatch(
             default_collate(images),  # in a worker straight into the memory that it shares
             tokens,
@@ -97,15 +101,16 @@ class TrainingData:
             return None
         if self.identity.key is None:
             return identities_of_tokens(tokens)
-        return torch.tensor(of_samples, dtype=torch.int64)
+        identities = torch.tensor(of_samples, dtype=torch.int64)
+        return identities.repeat_interleave(self.captions_per_image)
 
     def describe_position(self, source: int, shard: int, index: int) -> str:
         return f"sample {index} of {self.sources[source].paths[shard]}"
 
     def _pair(
         self, position: int, address: SampleAddress
-    ) -> tuple[Tensor, str, StoredAddress, BadSample | None, int | None]:
-        """Picture, caption, where they are from, the bad sample that they stand in for, and the
+    ) -> tuple[Tensor, list[str], StoredAddress, BadSample | None, int | None]:
+        """Picture, captions, where they are from, the bad sample that they stand in for, and the
         identity where it is a value of the sample."""
         bad = None
         bits = partial(sample_seed, self.order.seed, position)
@@ -116,11 +121,11 @@ class TrainingData:
             shard = self._shard(address.source, address.shard)
             try:
                 sample = self._files.read(shard, address.index)
-                rule = self.captions[address.source]
+                rule, count = self.captions[address.source], self.captions_per_image
                 if self.any_caption:
-                    caption = rule.draw(sample, bits)
+                    captions = rule.draw(sample, bits, count)
                 else:
-                    caption = rule.captions_of(sample)[0]
+                    captions = rule.first(sample, count)
                 picture = decode_picture(sample, self.pictures)
             except BadSampleError as error:
                 bad = bad or BadSample(
@@ -138,7 +143,7 @@ class TrainingData:
             identity = None
             if self.identity is not None and self.identity.key is not None:
                 identity = self.identity.of_sample(sample, address)
-            return image, caption, stored, bad, identity
+            return image, captions, stored, bad, identity
         raise BadDataError(
             f"{bad}; the {MAX_SUBSTITUTES} samples tried in its place are bad too; "
             "parallel-clip data check names all that are"

@@ -1,10 +1,10 @@
-"""The captions of a sample: which text is one, and which of several is trained with."""
+"""The captions of a sample: which text is one, and which of several are trained with."""
 
 import json
 from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, cycle, islice
 from typing import Any
 
 from parallel_clip.data.samples.decode import bad_sample, bytes_of, text_of
@@ -20,8 +20,8 @@ RandomBits = Callable[[str], int]  # of a sample: 64 random bits for each purpos
 class CaptionRule:
     """Where a sample's captions are and what is one. The defaults are those of evaluation.
 
-    key: None for `.txt`; a key of `.json`; or several keys, each with its weight: `draw` takes one
-    of them, with a probability that is its part of the weights.
+    key: None for `.txt`; a key of `.json`; or several keys, each with its weight: `draw` takes a
+    caption from one of them, with a probability that is its part of the weights.
     lines: every line of `.txt` is a caption; else the whole text is one, as in OpenCLIP.
     keep_empty: a caption that is empty, or at one of several keys missing, is an empty text. Else
     it is none, and a sample without any is bad.
@@ -37,16 +37,32 @@ class CaptionRule:
         captions = self._captions_by_key(sample)
         return captions[max(captions, key=self._weights.__getitem__)]
 
-    def draw(self, sample: StoredSample, bits: RandomBits) -> str:
-        """One caption: of a key that is drawn among those that have any, one of its captions.
-        Raises BadSampleError."""
+    def first(self, sample: StoredSample, count: int) -> list[str]:
+        """The first `count` captions, of the most probable key, then of the next one, and so on;
+        from the beginning again where there are fewer. Raises BadSampleError."""
         captions = self._captions_by_key(sample)
-        # By name: the order in which a config lists its keys changes nothing.
-        keys = sorted(captions)
-        ends = list(accumulate(self._weights[key] for key in keys))
-        place = bits("caption_key") / 2**64 * ends[-1]
-        own = captions[keys[bisect(ends, place, hi=len(keys) - 1)]]
-        return own[bits("caption") % len(own)]
+        keys = sorted(captions, key=self._weights.__getitem__, reverse=True)  # stable
+        return list(islice(cycle(chain.from_iterable(map(captions.get, keys))), count))
+
+    def draw(self, sample: StoredSample, bits: RandomBits, count: int) -> list[str]:
+        """`count` captions: each time, of a key that is drawn among those that have any left, one
+        of its captions left. Once none is left all are there again. Raises BadSampleError."""
+        captions, left, drawn = self._captions_by_key(sample), {}, []
+        for number in range(count):
+            # By name: the order in which a config lists its keys changes nothing.
+            left = left or {key: list(captions[key]) for key in sorted(captions)}
+            purpose = f" {number}" if number else ""
+            ends = list(accumulate(self._weights[key] for key in left))
+            place = bits(f"caption_key{purpose}") / 2**64 * ends[-1]
+            key = list(left)[bisect(ends, place, hi=len(left) - 1)]
+            drawn.append(left[key].pop(bits(f"caption{purpose}") % len(left[key])))
+            if not left[key]:
+                del left[key]
+        return drawn
+
+    def count(self, sample: StoredSample) -> int:
+        """How many captions the sample has, of all keys. Raises BadSampleError."""
+        return sum(map(len, self._captions_by_key(sample).values()))
 
     @property
     def _weights(self) -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""What makes two pairs of a batch duplicates for the loss: their caption's tokens, or a value.
+"""What makes two captions of a batch duplicates for the loss: their tokens, or a sample's value.
 
 An identity is a 64-bit hash, the same on every rank and in every layout. That any two of 32,768
 different pairs have equal ones has a probability of 3e-11.

@@ -88,6 +88,36 @@ def test_lines_are_captions_where_that_is_asked_for(several):
     assert used(several, caption_lines=True) == drawn != used(several, caption_lines=True, seed=1)
 
 
+def test_several_captions_of_a_picture_are_rows_that_follow_one_another(several):
+    """Alike in every layout, with workers or without; the picture is that of one caption."""
+    options = {"caption_lines": True, "captions_per_image": 3}
+    data, alone = open_data(several, **options), open_data(several, caption_lines=True)
+    whole = data[range(64)]
+    assert torch.equal(whole.images, alone[range(64)].images)
+    of_pictures = whole.tokens.view(64, 3, -1)
+    assert torch.equal(of_pictures[:, 0], alone[range(64)].tokens)
+    for rows in of_pictures.tolist():
+        assert len(set(map(tuple, rows)) & set(map(row, CAPTIONS))) == 3
+    for rank in range(2):
+        for step in TrainingLoader(data, RankBatchSlice(32, 8, rank, 2), 0, 2, workers=1):
+            for batch in step:
+                expected = of_pictures[batch.positions].flatten(0, 1)
+                assert torch.equal(batch.tokens, expected) and len(batch.images) == 8
+    first = open_data(several, **options | {"captions_per_image": 6}, augment="none")[range(1)]
+    expected = [row(f"caption {letter}") for letter in "abcdab"]
+    assert list(map(tuple, first.tokens.tolist())) == expected
+
+
+def test_several_captions_are_asked_for_where_samples_have_one(tmp_path):
+    write_shard(tmp_path / "a.tar", {"0": {"jpg": picture(0), "txt": b"one\n", "json": b"{}"}})
+    config, shards = run_shards(tmp_path, caption_lines=True, captions_per_image=2)
+    with pytest.raises(InputError, match="2: none of the first 1 samples has more than one capt"):
+        check_samples(config, shards)
+    write_shard(tmp_path / "b.tar", {"0": {"jpg": picture(0), "txt": b"one\ntwo"}})
+    both = tmp_path / "a.tar", tmp_path / "b.tar"
+    check_samples(*run_shards(*both, caption_lines=True, captions_per_image=2))
+
+
 def test_a_source_has_its_own_rule(tmp_path):
     files = {"jpg": picture(0), "txt": b"one\ntwo", "json": b'{"alt": "three"}'}
     for name in "abcd":

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from webdataset.autodecode import basichandlers
 
-from parallel_clip.data.samples.captions import CaptionRule
+from parallel_clip.data.samples.captions import CaptionRule, RandomBits
 from parallel_clip.data.samples.transforms import sample_seed
 from parallel_clip.data.storage.shards import BadSampleError, StoredSample
 
@@ -19,7 +19,12 @@ def record(**values) -> StoredSample:
 
 
 def drawn(rule: CaptionRule, sample: StoredSample, count: int = 4000) -> Counter[str]:
-    return Counter(rule.draw(sample, partial(sample_seed, 5, n)) for n in range(count))
+    return Counter(draw_one(rule, sample, partial(sample_seed, 5, n)) for n in range(count))
+
+
+def draw_one(rule: CaptionRule, sample: StoredSample, bits: RandomBits) -> str:
+    (caption,) = rule.draw(sample, bits, 1)
+    return caption
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,8 @@ def test_json_in_every_encoding_that_webdataset_reads(encoding):
     ],
 )
 def test_bad_captions(files, key, reason):
-    for use in (CaptionRule.captions_of, partial(CaptionRule.draw, bits=lambda purpose: 0)):
+    draw = partial(CaptionRule.draw, bits=lambda purpose: 0, count=2)
+    for use in (CaptionRule.captions_of, draw, partial(CaptionRule.first, count=2)):
         with pytest.raises(BadSampleError, match=reason):
             use(CaptionRule(key), stored(**files))
 
@@ -112,22 +118,68 @@ def test_a_key_without_caption_leaves_its_part_to_the_others():
 def test_what_is_drawn_depends_on_neither_order_nor_scale_of_the_weights():
     sample = record(a="a", b="b", c="c")
     bits = [partial(sample_seed, 1, n) for n in range(200)]
-    one = [CaptionRule({"a": 1, "b": 2, "c": 5}).draw(sample, bit) for bit in bits]
-    other = [CaptionRule({"c": 10, "a": 2, "b": 4}).draw(sample, bit) for bit in bits]
+    one = [draw_one(CaptionRule({"a": 1, "b": 2, "c": 5}), sample, bit) for bit in bits]
+    other = [draw_one(CaptionRule({"c": 10, "a": 2, "b": 4}), sample, bit) for bit in bits]
     assert one == other and set(one) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("bits, caption", [(0, "a"), (2**63, "b"), (2**64 - 1, "b")])
 def test_the_ends_of_the_random_numbers(bits, caption):
     rule = CaptionRule({"b": 1.0, "a": 1.0})
-    assert rule.draw(record(a="a", b="b"), lambda purpose: bits) == caption
+    assert rule.draw(record(a="a", b="b"), lambda purpose: bits, 1) == [caption]
 
 
 @pytest.mark.parametrize("key, caption, text", [(0, 0, "1"), (0, 3, "2"), (2**63, 0, "3")])
 def test_key_and_caption_are_drawn_by_numbers_of_their_own(key, caption, text):
     bits = {"caption_key": key, "caption": caption}
-    found = CaptionRule({"a": 1, "b": 1}).draw(record(a=["1", "2"], b="3"), bits.__getitem__)
-    assert found == text
+    sample = record(a=["1", "2"], b="3")
+    assert CaptionRule({"a": 1, "b": 1}).draw(sample, bits.__getitem__, 1) == [text]
+
+
+LETTERS = "abcde"
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 12])
+def test_several_are_drawn_without_repetition_until_all_are_there(count):
+    sample, firsts = record(caption=list(LETTERS)), []
+    for n in range(300):
+        found = CaptionRule("caption").draw(sample, partial(sample_seed, 5, n), count)
+        assert len(found) == count
+        for start in range(0, count, len(LETTERS)):
+            turn = found[start : start + len(LETTERS)]
+            assert len(set(turn)) == len(turn)
+        assert set(found) == set(LETTERS) or count < len(LETTERS)
+        firsts += found[: len(LETTERS)]
+        # As many as are asked for, the ones before stay.
+        more = CaptionRule("caption").draw(sample, partial(sample_seed, 5, n), count + 2)
+        assert more[:count] == found
+    share = len(firsts) / len(LETTERS)
+    assert all(abs(times - share) < 4 * share**0.5 for times in Counter(firsts).values())
+
+
+def test_of_several_keys_each_draw_is_by_the_weights_of_what_is_left():
+    rule = CaptionRule({"caption": 7, "alt": 2, "title": 1})
+    sample = record(caption="a", alt=["b", "c"], title="d")
+    pairs = Counter(tuple(rule.draw(sample, partial(sample_seed, 5, n), 2)) for n in range(4000))
+    firsts = Counter()
+    for (first, _), times in pairs.items():
+        firsts[first] += times
+    assert firsts == drawn(rule, sample)
+    # "a" first, 7 of 10; then "alt" has 2 of what is left, 3, for both of its captions together.
+    expected = {("a", "b"): 4000 * 0.7 / 3, ("a", "d"): 4000 * 0.7 / 3, ("d", "a"): 400 * 7 / 9}
+    expected[("b", "c")] = 4000 * 0.1 * 0.2
+    for pair, times in expected.items():
+        assert abs(pairs[pair] - times) < 4 * times**0.5, pair
+    assert not any(first == second for first, second in pairs)
+
+
+def test_the_first_captions_are_those_of_the_most_probable_keys_in_order():
+    rule = CaptionRule({"x": 1, "y": 3, "z": 3})
+    sample = record(x=["1"], y=["2", "2b"], z="3")
+    assert rule.first(sample, 1) == rule.captions_of(sample)[:1] == ["2"]
+    assert rule.first(sample, 6) == ["2", "2b", "3", "1", "2", "2b"]
+    assert rule.first(record(x=["1"], y=" "), 3) == ["1", "1", "1"]
+    assert rule.count(sample) == 4 and rule.count(record(x="1")) == 1
 
 
 def test_evaluation_takes_the_most_probable_key_that_has_captions():

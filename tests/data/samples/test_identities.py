@@ -69,9 +69,9 @@ def shards(tmp_path):
     return tmp_path
 
 
-def open_data(shards, duplicates):
+def open_data(shards, duplicates, **data):
     tree = {"train": {"steps": 1}, "loss": {"duplicates": duplicates}}
-    config = config_from_dict(tree | {"data": {"train": [{"shards": str(shards)}]}})
+    config = config_from_dict(tree | {"data": {"train": [{"shards": str(shards)}], **data}})
     found = find_run_shards(config, print_nothing)
     check_samples(config, found)
     return build_training_data(config, found, Preprocess((16, 16)), ClipTokenizer(8))
@@ -96,6 +96,23 @@ def test_pairs_are_duplicates_alike_in_every_layout(shards, duplicates):
         for step in TrainingLoader(data, RankBatchSlice(12, 3, rank, 2), 0, 2, workers=1):
             for batch in step:
                 assert torch.equal(batch.identities, whole.identities[batch.positions])
+
+
+@pytest.mark.parametrize("duplicates", ["tokens", "key:id"])
+def test_each_of_several_captions_has_an_identity(tmp_path, duplicates):
+    for n, lines in enumerate((b"red dog\ncat", b"cat\ndog", b"cat")):
+        files = {"jpg": picture(n), "txt": lines, "json": b'{"id": %d}' % (n // 2)}
+        write_shard(tmp_path / f"{n}.tar", {f"{n}": files})
+    several = {"caption_lines": True, "captions_per_image": 2, "augment": "none"}
+    batch = open_data(tmp_path, duplicates, **several)[range(3)]
+    keys = [int(address.key) for address in batch.addresses]
+    expected = {"tokens": [["red", "cat"], ["cat", "dog"], ["cat", "cat"]],
+                "key:id": [[0, 0], [0, 0], [1, 1]]}[duplicates]  # fmt: skip
+    names = [name for key in keys for name in expected[key]]
+    assert batch.identities.shape == (6,) and len(batch.tokens) == 6
+    for one, name in zip(batch.identities, names, strict=True):
+        same = [number for number, other in enumerate(names) if other == name]
+        assert (batch.identities == one).nonzero().flatten().tolist() == same
 
 
 def test_nothing_is_hashed_where_it_is_not_asked_for(shards):
