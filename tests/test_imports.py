@@ -59,6 +59,7 @@ PURE = [
     "loss/exchange_plan.py",
     "pipeline/orders.py",
     "pipeline/timeline.py",
+    "plan/gradient_buffers.py",
     "plan/layout_plan.py",
     "plan/segments.py",
 ]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -122,6 +123,34 @@ def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None)
             alive -= size
         peak = max(peak, alive)
     return peak
+
+
+def peak_graphs_of_step(
+    rank: int, ranks: int, microbatches: int, stash: int, sizes: Sequence[int]
+) -> int:
+    """`peak_graphs` of what `rank` runs in a step, without its order where that is long. sizes: of
+    a graph in each of its chunks.
+
+    The stash is held from pass 1 on; beside it pass 2 holds as many graphs as a step of the others
+    alone: with one chunk min(P - rank, m - K). With several, two groups of the pipeline's size fill
+    it, and more pass through it one by one; that is so where m and K are whole groups (tested, not
+    proved), and else the order is gone through.
+    """
+    others = microbatches - stash
+    if len(sizes) == 1:
+        return sizes[0] * (stash + min(ranks - rank, others))
+    if microbatches % ranks or stash % ranks:
+        return peak_graphs(step_orders(ranks, microbatches, stash, len(sizes))[rank], sizes)
+    peak = stash * sum(sizes)
+    if others:
+        order = _order_of_rank(rank, ranks, min(others, 2 * ranks), len(sizes))
+        peak += peak_graphs(order, sizes)
+    return peak
+
+
+@cache
+def _order_of_rank(rank: int, ranks: int, microbatches: int, chunks: int) -> list[PipelineOp]:
+    return step_orders(ranks, microbatches, 0, chunks)[rank]
 
 
 def forward_sequence(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:
