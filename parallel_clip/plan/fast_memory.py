@@ -1,81 +1,42 @@
-"""Memory of the stages of a layout as `count_stages` counts it, quick enough to rank all layouts.
-
-State is arithmetic on the table of parameters. What a forward pass keeps is counted by the trainer's
-own code under fake tensors, as there, but once for what is alike: layers of a kind keep alike, so
-that one and two of them say what any number keeps; and a tower keeps the same whatever the other
-does. Closed forms for the saved tensors were not taken: they would be a second copy of the layers,
-to be kept right through each change of them.
-"""
+"""Memory of a layout's stages as `count_stages` counts it, quick enough to rank all layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Literal, NamedTuple
-
-import torch
-from torch import nn
 
 from parallel_clip.config import Config
-from parallel_clip.engine.fake_world import fake_rank
-from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
-from parallel_clip.model.architecture import Architecture, parameter_table
-from parallel_clip.model.clip import CLIPModel, normalised
-from parallel_clip.model.frozen import FrozenParts, FrozenTower
+from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.handover import MessageLayout
-from parallel_clip.model.layer_groups import layer_groups, layer_of
-from parallel_clip.model.megatron_config import DTYPES, ModelOptions
-from parallel_clip.model.parameters import Parameter
-from parallel_clip.plan.build import frozen_parts
-from parallel_clip.plan.gradient_buffers import buffer_size
+from parallel_clip.model.megatron_config import DTYPES
+from parallel_clip.plan.fast_activations import StageActivations
+from parallel_clip.plan.fast_state import StageStates
 from parallel_clip.plan.layout_plan import LayoutPlan
-from parallel_clip.plan.memory import RankMemory, saved_beside_message
-from parallel_clip.plan.saved_activations import SavedActivations
+from parallel_clip.plan.memory import RankMemory
 from parallel_clip.stages.partition import chunks_of
-from parallel_clip.stages.stage import LayerRange, Stage
-
-TowerName = Literal["vision", "text"]
-
-# Pairs of a probe. What does not grow with the pairs is less than so many bytes, so that one pass
-# tells both: bytes = constant + pairs × bytes of a pair.
-_PROBE_PAIRS = 8_000_009
-
-
-class _Saved(NamedTuple):
-    """Bytes that a tower keeps, by its parts: (constant, of a pair); and whether it keeps what the
-    stage before handed on, which is not among them."""
-
-    parts: dict[str, tuple[int, int]]
-    keeps_message: bool
 
 
 class FastMemory:
     """Of one model, as one config trains it; of its `parallel`, `batch` and `recompute` any. Keeps
-    what it has counted. Raises RuntimeError in a process that has joined a process group."""
+    what it has found. Raises RuntimeError in a process that has joined a process group."""
 
     def __init__(self, config: Config, architecture: Architecture):
-        self._config, self._architecture = config, architecture
-        self._frozen = frozen_parts(architecture, config.freeze)
+        self._architecture = architecture
         self._dtype = DTYPES[config.precision]
-        self._table = sorted(parameter_table(architecture), key=_order_in_module)
-        self._saved: dict[tuple, _Saved] = {}
-        self._states: dict[tuple, RankMemory] = {}
-        self._places = _places(architecture, self._table)
+        self._states = StageStates(config, architecture)
+        self._activations = StageActivations(config, architecture)
 
     def stages(self, config: Config, plan: LayoutPlan) -> tuple[RankMemory, ...]:
         """What the first rank of each pipeline stage holds, as `count_stages`."""
         layout, pairs, itemsize = plan.layout, plan.batch.micro_batch, self._dtype.itemsize
-        sequence_ranks = layout.tensor if layout.sequence else 1
-        messages = MessageLayout(self._architecture, plan.stages, sequence_ranks)
-        message_bytes = messages.length(pairs, training=True) * itemsize
+        message_bytes = self.message_bytes(plan)
         found = []
         for rank in range(layout.pipeline):
             chunks = chunks_of(plan.stages, layout.pipeline, rank)
-            state = self._state(chunks, layout, rank, config.parallel.distributed_optimizer)
+            state = self._states.of(chunks, layout, rank, config.parallel.distributed_optimizer)
             saved = tuple(
-                self._activations(chunk, layout, config.recompute, pairs, message_bytes)
+                self._activations.of(chunk, layout, config.recompute, pairs, message_bytes)
                 for chunk in chunks
             )
             pixels = prod(self._architecture.vision.image_size) if chunks[0].is_first else 0
@@ -83,298 +44,12 @@ class FastMemory:
             found.append(replace(state, activations=saved, pictures=pictures))
         return tuple(found)
 
-    def of_layer(self, tower: TowerName, layout: Layout, recompute: str) -> int:
-        """Bytes that a trained layer in the middle of a tower keeps of one pair."""
-        if getattr(self._frozen, tower).whole:
-            return 0
-        layers = getattr(self._architecture, tower).layers
-        first = min(getattr(self._frozen, tower).layers.matrices, layers - 1)
-        sizes = []
-        for count in (1, 2):
-            held = LayerRange(first, min(first + count, layers), layers)
-            found = self._tower(tower, held, layout, recompute).parts.values()
-            sizes.append(sum(of_pair for _, of_pair in found))
-        return sizes[1] - sizes[0] or sizes[0]
+    def message_bytes(self, plan: LayoutPlan) -> int:
+        """Of what a stage hands on of one microbatch."""
+        sequence_ranks = plan.layout.tensor if plan.layout.sequence else 1
+        messages = MessageLayout(self._architecture, plan.stages, sequence_ranks)
+        return messages.length(plan.batch.micro_batch, training=True) * self._dtype.itemsize
 
-    # -------------------------------------------------------------------------------------- state
-
-    def _state(
-        self, chunks: Sequence[Stage], layout: Layout, rank: int, distributed_optimizer: bool
-    ) -> RankMemory:
-        splits = distributed_optimizer and layout.data > 1
-        held = tuple((chunk.is_last, chunk.vision, chunk.text) for chunk in chunks)
-        key = held, layout.tensor, splits and layout.data, rank == 0
-        if key not in self._states:
-            of_chunks = [
-                self._chunk_state(chunk, layout, splits, first_stage=rank == 0) for chunk in chunks
-            ]
-            self._states[key] = RankMemory(
-                **{name: sum(getattr(each, name) for each in of_chunks) for name in _STATE_FIELDS},
-                activations=(),
-                keeps_pictures=not self._frozen.vision.layers.embedding,
-            )
-        return self._states[key]
-
-    def _chunk_state(
-        self, chunk: Stage, layout: Layout, splits: bool, first_stage: bool
-    ) -> RankMemory:
-        itemsize, averages = self._dtype.itemsize, self._config.ema.decay is not None
-        towers, logits, frozen = [], [], 0
-        replicated = 0
-        for parameter, place in zip(self._table, self._places, strict=True):
-            if not _holds(chunk, place):
-                continue
-            size, is_logit = prod(parameter.local_shape(layout.tensor)), place is None
-            whole = parameter.placement.axis is None
-            if parameter.name in self._frozen.names:
-                frozen += size
-                replicated += whole * itemsize * size
-            else:
-                (logits if is_logit else towers).append((size, whole))
-        total = RankMemory(frozen, frozen * itemsize, 0, 0, replicated, ())
-        groups = [(towers, itemsize), (logits, 4)]
-        if itemsize == 4:  # one dtype, one buffer
-            groups = [(logits + towers, 4)]
-        for tensors, bytes_each in groups:
-            sizes = [size for size, _ in tensors]
-            buffer = buffer_size(sizes, layout.data, splits, first_stage)
-            # Masters, where the weights are not fp32 themselves, and two moments.
-            state = 8 if bytes_each == 4 else 12
-            owned_whole = sum(
-                n for n, (_, whole) in zip(buffer.owned, tensors, strict=True) if whole
-            )
-            sizes_whole = sum(size for size, whole in tensors if whole)
-            total = RankMemory(
-                parameters=total.parameters + sum(sizes),
-                weights=total.weights + bytes_each * (buffer.numbers if splits else sum(sizes)),
-                gradients=total.gradients + 4 * buffer.numbers,
-                optimizer=total.optimizer + state * sum(buffer.owned),
-                replicated=total.replicated
-                + (bytes_each + 4) * sizes_whole
-                + (state + 4 * averages) * owned_whole,
-                activations=(),
-                averages=total.averages + 4 * averages * sum(buffer.owned),
-            )
-        return total
-
-    # -------------------------------------------------------------------------------- activations
-
-    def _activations(
-        self, stage: Stage, layout: Layout, recompute: str, pairs: int, message_bytes: int
-    ) -> dict[str, int]:
-        """Bytes that a forward pass of one microbatch keeps on a stage, by part of the model."""
-        sequence = layout.sequence and layout.tensor > 1
-        key = "stage", stage.is_last, stage.vision, stage.text, layout.tensor, sequence, recompute
-        if key not in self._saved:
-            saved = [
-                self._tower(name, getattr(stage, name), layout, recompute)
-                for name in ("vision", "text")
-                if getattr(stage, name).layers
-            ]
-            if stage.is_last:
-                saved.append(self._features(stage))
-            parts = {part: size for each in saved for part, size in each.parts.items()}
-            self._saved[key] = _Saved(parts, any(each.keeps_message for each in saved))
-        saved = self._saved[key]
-        found = {part: constant + pairs * each for part, (constant, each) in saved.parts.items()}
-        if saved.keeps_message:  # all of it, whichever part is used
-            found["what the stage before handed on"] = message_bytes
-        return found
-
-    def _features(self, stage: Stage) -> _Saved:
-        """The norms of the features, on the last stage."""
-        key = "features", stage.vision.layers > 0, stage.text.layers > 0
-        if key not in self._saved:
-            with fake_rank(Layout(1)):
-                self._saved[key] = self._probe_features(stage)
-        return self._saved[key]
-
-    def _probe_features(self, stage: Stage) -> _Saved:
-        inputs, received = [], []
-        for name in ("vision", "text"):
-            shape = _PROBE_PAIRS, self._architecture.embed_dim
-            features = torch.zeros(shape, dtype=self._dtype)
-            features.requires_grad_(not getattr(self._frozen, name).whole)
-            inputs.append(features)
-            if not getattr(stage, name).layers:
-                received.append(features)
-        with SavedActivations(nn.Module(), excluded=received) as saved:
-            kept = torch.stack([normalised(features) for features in inputs])
-        del kept
-        return _Saved(_by_pairs(saved.by_module), any(map(saved.was_kept, received)))
-
-    def _tower(self, tower: TowerName, held: LayerRange, layout: Layout, recompute: str) -> _Saved:
-        frozen: FrozenTower = getattr(self._frozen, tower)
-        kinds = _kinds(held, frozen)
-        saved = self._short_tower(tower, held, tuple(min(n, 2) for n in kinds), layout, recompute)
-        parts = dict(saved.parts)
-        for number, count in enumerate(kinds):
-            if count <= 2:
-                continue
-            one = tuple(1 if i == number else min(n, 2) for i, n in enumerate(kinds))
-            before = self._short_tower(tower, held, one, layout, recompute).parts
-            for part, (constant, of_pair) in saved.parts.items():
-                less = before.get(part, (0, 0))
-                more = constant - less[0], of_pair - less[1]
-                parts[part] = tuple(
-                    have + (count - 2) * add for have, add in zip(parts[part], more, strict=True)
-                )
-        return _Saved(parts, saved.keeps_message)
-
-    def _short_tower(
-        self,
-        tower: TowerName,
-        held: LayerRange,
-        counts: tuple[int, ...],
-        layout: Layout,
-        recompute: str,
-    ) -> _Saved:
-        """As `_tower`, of a part with `counts` layers of each kind."""
-        frozen: FrozenTower = getattr(self._frozen, tower)
-        after_trained = held.first > frozen.layers.without_backward
-        sequence = layout.sequence and layout.tensor > 1
-        key = (
-            *(tower, counts, held.has_embedding, held.has_head, after_trained),
-            *(layout.tensor, sequence, recompute),
-        )
-        if key not in self._saved:
-            options = ModelOptions(self._config.precision, recompute, sequence)
-            with fake_rank(Layout(layout.tensor, layout.tensor)) as groups:
-                self._saved[key] = self._probe(tower, held, counts, options, groups)
-        return self._saved[key]
-
-    def _probe(
-        self,
-        tower: TowerName,
-        held: LayerRange,
-        counts: tuple[int, ...],
-        options: ModelOptions,
-        groups: Groups,
-    ) -> _Saved:
-        """Build the trainer's own module of some layers of one tower, and run it."""
-        frozen: FrozenTower = getattr(self._frozen, tower)
-        layers, position = [], held.first
-        for kind, count in zip(_kinds(held, frozen), counts, strict=True):
-            layers += range(position, position + count)
-            position += kind
-        before = [held.first - 1] if held.first else []
-        behind = [] if held.is_finished else [held.stop]
-        architecture, parts = _shortened(
-            self._architecture, self._frozen, tower, [*before, *layers, *behind]
-        )
-        total = len(before) + len(layers) + len(behind)
-        short = LayerRange(len(before), len(before) + len(layers), total)
-        stages, number = _stages_around(tower, short, architecture)
-        model = CLIPModel(architecture, options, groups.tensor, stages, number, parts)
-        found, keeps_message = saved_beside_message(model, _PROBE_PAIRS, groups.device)
-        return _Saved(_by_pairs(found), keeps_message)
-
-
-_STATE_FIELDS = ("parameters", "weights", "gradients", "optimizer", "replicated", "averages")
-
-
-def _by_pairs(found: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """(constant, of a pair) of bytes that `_PROBE_PAIRS` pairs keep."""
-    of_parts = {part: divmod(size, _PROBE_PAIRS) for part, size in found.items()}
-    return {part: (constant, of_pair) for part, (of_pair, constant) in of_parts.items()}
-
-
-class _Place(NamedTuple):
-    """Where a parameter of a tower is: in a layer, or before (-1) or behind (None) all of them."""
-
-    tower: TowerName
-    layer: int | None
-
-
-def _order_in_module(parameter: Parameter) -> tuple[int, bool]:
-    """The order of a torch module's parameters: its own before those of the modules in it."""
-    tower = parameter.module.split(".")[0]
-    return ("vision", "text").index(tower) if "." in parameter.module else -1, (
-        parameter.module.count(".") > 1
-    )
-
-
-def _places(architecture: Architecture, table: Iterable[Parameter]) -> list[_Place | None]:
-    """Of each parameter; None: it is a logit parameter."""
-    groups = layer_groups(architecture)
-    places = []
-    for parameter in table:
-        tower = parameter.module.split(".")[0]
-        if tower not in ("vision", "text"):
-            places.append(None)
-            continue
-        layer = layer_of(parameter.module)
-        if layer is None and getattr(groups, tower).number[parameter.name] == 0:
-            layer = -1
-        places.append(_Place(tower, layer))
-    return places
-
-
-def _holds(stage: Stage, place: _Place | None) -> bool:
-    if place is None:
-        return stage.is_last
-    held: LayerRange = getattr(stage, place.tower)
-    if place.layer is None:
-        return held.has_head
-    return held.has_embedding if place.layer < 0 else held.first <= place.layer < held.stop
-
-
-def _kinds(held: LayerRange, frozen: FrozenTower) -> tuple[int, int, int]:
-    """Layers of a stage by kind: nothing trained in or before them; norms alone are trained; all
-    others."""
-    bounds = [held.first, frozen.layers.without_backward, frozen.layers.matrices, held.stop]
-    inside = [min(max(bound, held.first), held.stop) for bound in bounds]
-    first, leading, matrices, stop = inside
-    matrices = max(leading, matrices)
-    return leading - first, matrices - leading, stop - matrices
-
-
-def _shortened(
-    architecture: Architecture, frozen: FrozenParts, tower: TowerName, layers: Sequence[int]
-) -> tuple[Architecture, FrozenParts]:
-    """The model with only these layers of a tower, and what of them is frozen."""
-    short = replace(getattr(architecture, tower), layers=len(layers))
-    short_model = replace(architecture, **{tower: short})
-    of_tower: FrozenTower = getattr(frozen, tower)
-    if not of_tower.names:
-        return short_model, frozen
-    names = {p.module: p.name for p in parameter_table(architecture)}
-    kept = set()
-    for parameter in parameter_table(short_model):
-        module = parameter.module
-        if not module.startswith(f"{tower}."):
-            continue
-        number = layer_of(module)
-        if number is not None:
-            place = f"{tower}.block.layers."
-            module = module.replace(f"{place}{number}.", f"{place}{layers[number]}.", 1)
-        if names[module] in of_tower.names:
-            kept.add(parameter.name)
-    limits = of_tower.layers
-    limits = replace(
-        limits,
-        without_backward=sum(layer < limits.without_backward for layer in layers),
-        matrices=sum(layer < limits.matrices for layer in layers),
-    )
-    return short_model, replace(frozen, **{tower: FrozenTower(frozenset(kept), limits)})
-
-
-def _stages_around(
-    tower: TowerName, held: LayerRange, architecture: Architecture
-) -> tuple[list[Stage], int]:
-    """The stages of a pipeline of which one holds these layers of a tower and nothing else, and
-    its number: not the last one, and for a text tower not the first. The image tower has ended
-    before a text tower's stage, and no text tower has begun before an image tower's."""
-    other: TowerName = "text" if tower == "vision" else "vision"
-    total = getattr(architecture, other).layers
-    bounds = [(held.first, held.stop), (held.stop, held.total)]
-    if held.first or tower == "text":
-        bounds.insert(0, (0, held.first))
-    count, number = len(bounds), len(bounds) - 2
-    # Where all layers of the other tower are.
-    full = count - 1 if tower == "vision" else 0
-    stages = []
-    for n, bound in enumerate(bounds):
-        rest = LayerRange(0 if n <= full else total, total if n >= full else 0, total)
-        stages.append(Stage(n, count, **{tower: LayerRange(*bound, held.total), other: rest}))
-    return stages, number
+    def layer_bytes(self, layout: Layout, recompute: str) -> int:
+        """Bytes that a trained layer keeps of one pair, of the tower where it is more."""
+        return self._activations.of_layer(layout, recompute)
