@@ -9,14 +9,14 @@ trees that libraries take for small ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log2
-from typing import TYPE_CHECKING
+from math import ceil, inf, log2
+from typing import TYPE_CHECKING, Literal
 
 from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
     from parallel_clip.layout import Layout
-    from parallel_clip.plan.device_file import Device
+    from parallel_clip.plan.device_file import Device, Link
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Route:
     def broadcast(self, size: float, ranks: int) -> float:
         """`size` bytes from one rank to all."""
         return 0.0 if ranks == 1 else size / self.bandwidth + self.latency * ceil(log2(ranks))
+
+
+NO_ROUTE = Route(inf, 0.0)  # of a rank alone
 
 
 def ring_bytes(size: float, ranks: int) -> float:
@@ -89,18 +92,25 @@ class Routes:
     def _route(self, stride: int, ranks: int) -> Route:
         """Of a group of `ranks` that are `stride` apart. One that spans nodes goes out of each by
         as many links as it has members there."""
-        inside = self.device.inside
+        if ranks == 1:
+            return NO_ROUTE
+        inside = self._link("inside", "within a node")
         bandwidth = inside.bandwidth * inside.reached
         fits = stride * ranks <= self.nodes_of and self.nodes_of % (stride * ranks) == 0
-        if ranks == 1 or self.layout.world <= self.nodes_of or fits:
+        if self.layout.world <= self.nodes_of or fits:
             return Route(bandwidth, inside.latency)
-        between = self.device.between
-        if between is None:
-            raise InputError(
-                f"{self.layout.world} GPUs with {self.nodes_of} in a node need links between "
-                f"nodes, and the device file of {self.device.name} has no section `between`; add "
-                "one: {bandwidth: 50e9, reached: 0.9, latency: 2e-5}"
-            )
+        between = self._link("between", "between nodes")
         members = max(1, self.nodes_of // stride)
         outside = members * between.bandwidth * between.reached
         return Route(min(bandwidth, outside), between.latency)
+
+    def _link(self, section: Literal["inside", "between"], where: str) -> Link:
+        found = getattr(self.device, section)
+        if found is None:
+            raise InputError(
+                f"{self.layout.world} GPUs with {self.nodes_of} in a node need links {where}, and "
+                f"the device file of {self.device.name} has no section `{section}`; add one: "
+                f"{section}: {{bandwidth: 50e9, reached: 0.9, latency: 2e-5}}, with a line in "
+                "`sources`, or measure with `parallel-clip plan --calibrate FILE` under torchrun"
+            )
+        return found

@@ -63,7 +63,7 @@ class Device(_Section):
     memory: bytes; None: not said. memory_bandwidth: bytes a second, reads and writes together;
     streamed: the part of it that copies, sums and norms reach; activated: the part that activation
     functions and exponentials reach. operation_seconds: of the host, to start one operation.
-    inside: between GPUs of a node; between: of different nodes, None: not known. overhead: what a
+    inside: between GPUs of a node; between: of different nodes; None: not known. overhead: what a
     step takes as a multiple of what its kernels take by themselves, from a measured step. sources:
     where each figure is from, by key.
     """
@@ -76,7 +76,7 @@ class Device(_Section):
     operation_seconds: Positive
     bf16: Precision | None = None
     fp32: Precision
-    inside: Link
+    inside: Link | None = None
     between: Link | None = None
     overhead: Annotated[float, Field(ge=1)] = 1.0
     sources: dict[str, str]

@@ -4,7 +4,7 @@ import pytest
 
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
-from parallel_clip.plan.collective_time import Route, Routes
+from parallel_clip.plan.collective_time import NO_ROUTE, Route, Routes
 from parallel_clip.plan.kernel_time import Kernels, interpolate
 from tests.plan.ideal_device import FULL_RATE, PEAK, ideal_device, link
 
@@ -53,8 +53,8 @@ def routes(world: int, tensor: int = 1, pipeline: int = 1, nodes_of: int = 8) ->
 
 
 def test_groups_within_a_node_use_its_links():
-    for found in (routes(8), routes(8, 2, 2), routes(64, tensor=8)):
-        assert found.tensor == Route(300, 1.0)
+    assert routes(8, 2, 2).tensor == routes(64, tensor=8).tensor == Route(300, 1.0)
+    assert routes(8).tensor == NO_ROUTE
     assert routes(8).data == routes(8).world == Route(300, 1.0)
 
 
@@ -67,8 +67,12 @@ def test_groups_that_span_nodes_use_the_links_of_their_members_there():
     assert routes(64, tensor=2, pipeline=8).model == Route(50, 2.0)
 
 
-def test_links_between_nodes_that_are_not_known():
+def test_links_that_are_not_known():
     alone = ideal_device(between=None)
-    assert Routes(alone, Layout(8), 8).world.latency > 0
+    assert Routes(alone, Layout(8), 8).world.bandwidth > 0
     with pytest.raises(InputError, match="16 GPUs with 8 in a node need links between nodes"):
         Routes(alone, Layout(16), 8).data  # noqa: B018
+    alone = ideal_device(inside=None)
+    assert Routes(alone, Layout(1), 8).world.all_reduce(100, 1) == 0
+    with pytest.raises(InputError, match="need links within a node.*no section `inside`"):
+        Routes(alone, Layout(2), 8).data  # noqa: B018
