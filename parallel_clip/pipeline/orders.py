@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from itertools import chain
+from operator import ge
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
@@ -141,16 +142,29 @@ def peak_graphs_of_step(
         return sizes[0] * (stash + min(ranks - rank, others))
     if microbatches % ranks or stash % ranks:
         return peak_graphs(step_orders(ranks, microbatches, stash, len(sizes))[rank], sizes)
-    peak = stash * sum(sizes)
-    if others:
-        order = _order_of_rank(rank, ranks, min(others, 2 * ranks), len(sizes))
-        peak += peak_graphs(order, sizes)
-    return peak
+    moments = _fullest_moments(rank, ranks, min(others, 2 * ranks), len(sizes)) if others else ()
+    graphs = (sum(n * size for n, size in zip(each, sizes, strict=True)) for each in moments)
+    return stash * sum(sizes) + max(graphs, default=0)
 
 
 @cache
-def _order_of_rank(rank: int, ranks: int, microbatches: int, chunks: int) -> list[PipelineOp]:
-    return step_orders(ranks, microbatches, 0, chunks)[rank]
+def _fullest_moments(
+    rank: int, ranks: int, microbatches: int, chunks: int
+) -> tuple[tuple[int, ...], ...]:
+    """The graphs of each chunk that are alive at once in a step without a stash: whenever one ends.
+    A search over layouts asks for the same few again and again."""
+    alive, moments = [0] * chunks, set()
+    for op in step_orders(ranks, microbatches, 0, chunks)[rank]:
+        if op.kind is OpKind.FORWARD_AGAIN:
+            alive[op.chunk] += 1
+        elif op.kind is OpKind.BACKWARD:
+            moments.add(tuple(alive))
+            alive[op.chunk] -= 1
+    return tuple(
+        each
+        for each in moments
+        if not any(other != each and all(map(ge, other, each)) for other in moments)
+    )
 
 
 def forward_sequence(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:

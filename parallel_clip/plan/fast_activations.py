@@ -119,18 +119,12 @@ class StageActivations:
         frozen: FrozenTower = getattr(self._frozen, tower)
         kinds = _kinds(held, frozen)
         saved = self._short_tower(tower, held, tuple(min(n, 2) for n in kinds), layout, recompute)
-        parts = dict(saved.parts)
+        parts = saved.parts
         for number, count in enumerate(kinds):
-            if count <= 2:
-                continue
-            one = tuple(1 if i == number else min(n, 2) for i, n in enumerate(kinds))
-            before = self._short_tower(tower, held, one, layout, recompute).parts
-            for part, (constant, of_pair) in saved.parts.items():
-                less = before.get(part, (0, 0))
-                more = constant - less[0], of_pair - less[1]
-                parts[part] = tuple(
-                    have + (count - 2) * add for have, add in zip(parts[part], more, strict=True)
-                )
+            if count > 2:
+                one = tuple(1 if i == number else min(n, 2) for i, n in enumerate(kinds))
+                before = self._short_tower(tower, held, one, layout, recompute).parts
+                parts = _added(parts, _added(saved.parts, before, -1), count - 2)
         return _Saved(parts, saved.keeps_message)
 
     def _short_tower(
@@ -149,6 +143,19 @@ class StageActivations:
             *(tower, counts, held.has_embedding, held.has_head, after_trained),
             *(layout.tensor, sequence, recompute),
         )
+        if key not in self._saved and held.has_head and held.first and not frozen.names:
+            # A probe is spared: the head adds the same behind any layers.
+            def kept(first: int, stop: int) -> dict[str, tuple[int, int]]:
+                part = LayerRange(first, stop, 3)
+                return self._short_tower(tower, part, (0, 0, part.layers), layout, recompute).parts
+
+            whole = LayerRange(0, 1, 1)
+            with_head = self._short_tower(tower, whole, (0, 0, 1), layout, recompute).parts
+            middle = self._short_tower(
+                tower, LayerRange(1, 1 + counts[2], 4), counts, layout, recompute
+            )
+            parts = _added(with_head, kept(0, 1), -1)
+            self._saved[key] = _Saved(_added(middle.parts, parts), middle.keeps_message)
         if key not in self._saved:
             options = ModelOptions(self._config.precision, recompute, sequence)
             with fake_rank(Layout(layout.tensor, layout.tensor)) as groups:
@@ -180,6 +187,19 @@ class StageActivations:
         model = CLIPModel(architecture, options, groups.tensor, stages, number, parts)
         found, keeps_message = saved_beside_message(model, _PROBE_PAIRS, groups.device)
         return _Saved(_by_pairs(found), keeps_message)
+
+
+def _added(
+    parts: Mapping[str, tuple[int, int]], others: Mapping[str, tuple[int, int]], times: int = 1
+) -> dict[str, tuple[int, int]]:
+    """Each part with `times` that of the others."""
+    return {
+        name: tuple(
+            one + times * other
+            for one, other in zip(parts.get(name, (0, 0)), others.get(name, (0, 0)), strict=True)
+        )
+        for name in [*parts, *(name for name in others if name not in parts)]
+    }
 
 
 def _by_pairs(found: Mapping[str, int]) -> dict[str, tuple[int, int]]:
