@@ -8,7 +8,6 @@ processes measure at once, since those of a machine share its memory. Takes abou
 from __future__ import annotations
 
 import datetime
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +222,6 @@ def _overhead(device: Device, groups: Groups) -> float:
     )
     architecture = load_architecture(name)
     plan = make_layout_plan(architecture.costs, ranks, config)
-    measured = statistics.median(timed_steps(config, architecture, plan, groups, REPEATS))
+    measured = min(timed_steps(config, architecture, plan, groups, REPEATS))
     found = predict_step(plan, architecture, config, device, nodes_of=ranks)
     return max(1.0, 1 + (measured - found.seconds) / found.compute)
