@@ -198,7 +198,7 @@ def _with_largest_batch(config: Config, search: LayoutSearch) -> Config:
     microbatch, two passes and full recomputation, memory grows with the batch by its features and
     the loss alone."""
     best = 0
-    layers = max(search.costs.vision.layers, search.costs.text.layers)
+    layers = search.costs.vision.layers + search.costs.text.layers
     for tensor in tensor_sizes(search.gpus, search.nodes_of):
         for pipeline in filter(lambda size: size <= layers, divisors(search.gpus // tensor)):
             shape = with_layout(config, tensor=tensor, pad=True, pipeline=pipeline, virtual=1)
@@ -222,7 +222,7 @@ def _with_largest_batch(config: Config, search: LayoutSearch) -> Config:
     # So that GPUs and microbatches divide it: two leading binary digits, as people choose batches.
     unit = max(search.gpus, 1 << max(0, best.bit_length() - 3))
     unit = -(-unit // search.gpus) * search.gpus
-    best = max(best // unit * unit, best // search.gpus * search.gpus if best < unit else 0) or best
+    best = best // unit * unit or best
     batch = config.batch.model_copy(update={"global_": best})
     return config.model_copy(update={"batch": batch})
 

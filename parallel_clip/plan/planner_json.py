@@ -37,7 +37,7 @@ def _layout_tree(answer: Answer, found: PlannedLayout) -> dict[str, Any]:
         **_settings(found.config, answer.question.gpus),
         "stash": plan.stash,
         "exchange": "gather" if plan.exchange.gathered else "ring",
-        "memory_bytes": _memory_tree(found.memory),
+        **_memory_tree(found.memory),
         "fullest_stage": found.stage,
         "step_seconds": time.seconds,
         "samples_per_second": time.samples_per_second,
@@ -71,18 +71,9 @@ def _settings(config: Config, gpus: int) -> dict[str, Any]:
 
 
 def _memory_tree(memory: RankBytes) -> dict[str, Any]:
+    kinds = ("weights", "gradients", "optimizer", "activations", "loss", "other", "total")
+    of_other = ("inputs", "work", "buffers", "slack")
     return {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "loss": memory.loss,
-        "other": memory.other,
-        "total": memory.total,
-        "of_other": {
-            "inputs": memory.inputs,
-            "work": memory.work,
-            "buffers": memory.buffers,
-            "slack": memory.slack,
-        },
+        "memory_bytes": {kind: getattr(memory, kind) for kind in kinds},
+        "other_bytes": {kind: getattr(memory, kind) for kind in of_other},
     }

@@ -1,7 +1,7 @@
 """All layouts of a model on a number of GPUs that fit into their memory, the quickest first.
 
 What is tried: tensor sizes that divide a node, padded where they do not divide the model; pipelines
-up to the model's layers; 1, 2, 3, 4, 6 or 8 virtual stages a rank, where a step has whole groups of
+up to both towers' layers; 1, 2, 3, 4, 6 or 8 virtual stages a rank, where a step has whole groups of
 microbatches; microbatches that divide a data rank's share; each kind of recomputation; the largest
 stash that fits. Sequence parallelism is on wherever the tensor size is above 1, and the optimizer's
 state is split over the data ranks: both save memory and cost no time.
@@ -130,7 +130,7 @@ class LayoutSearch:
 
     def _shapes(self, tensor: int) -> Iterator[Config]:
         """A config for each pipeline and virtual pipeline size."""
-        layers = max(self.costs.vision.layers, self.costs.text.layers)
+        layers = self.costs.vision.layers + self.costs.text.layers
         pad = not _divides(tensor, self.costs)
         for pipeline in divisors(self.gpus // tensor):
             for virtual in VIRTUAL if pipeline > 1 else VIRTUAL[:1]:

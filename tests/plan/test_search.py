@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_with_what_it_needs(run, tmp_path):
         (["--gpus", "8", "--gpu-memory", "80"], "has no unit; write 80GB"),
         (["--gpus", "8", "--gpu-memory", "8XB"], "such as 80GB"),
         (["--gpus", "8"], "plan needs --gpu-memory 80GB"),
-        (["--gpus", "8", "--gpu-memory", "8GB", "--layout", "tensor=3"], "cannot be split"),
+        (["--gpus", "8", "--gpu-memory", "8GB", "--layout", "tensor=3"], "does not divide"),
         (["--gpus", "8", "--gpu-memory", "8GB", "--layout", "tensr=3"], "'tensr=3' is none of"),
         (["--gpus", "8", "--gpu-memory", "8GB", "--gpu", "h1000"], "h100"),
         (["--gpus", "8", "--gpu-memory", "8GB", "--plot", "a.txt"], "name a .png"),
