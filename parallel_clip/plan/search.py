@@ -1,10 +1,10 @@
 """All layouts of a model on a number of GPUs that fit into their memory, the quickest first.
 
 What is tried: tensor sizes that divide a node, padded where they do not divide the model; pipelines
-up to both towers' layers; 1, 2, 3, 4, 6 or 8 virtual stages a rank, where a step has whole groups of
-microbatches; microbatches that divide a data rank's share; each kind of recomputation; the largest
-stash that fits. Sequence parallelism is on wherever the tensor size is above 1, and the optimizer's
-state is split over the data ranks: both save memory and cost no time.
+of as many stages as both towers have layers; 1, 2, 3, 4, 6 or 8 virtual stages a rank, where a step
+has whole groups of microbatches; microbatches that divide a data rank's share; each kind of
+recomputation; the largest stash that fits. Sequence parallelism is on wherever the tensor size is
+above 1, and the optimizer's state is split over the data ranks: both save memory and cost no time.
 
 What is passed over, since it cannot be better than what was found: microbatches larger than one
 that does not fit with full recomputation, as memory grows with them; microbatches so small that a
