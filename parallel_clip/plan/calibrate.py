@@ -8,6 +8,7 @@ processes measure at once, since those of a machine share its memory. Takes abou
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from parallel_clip.plan.collective_time import ring_bytes
 from parallel_clip.plan.device_file import Device, device_from_dict, device_names, read_device
 from parallel_clip.plan.layout_plan import make_layout_plan
 from parallel_clip.plan.step_time import predict_step
-from parallel_clip.plan.timed_step import slowest_of_ranks, timed_steps
+from parallel_clip.plan.timed_step import Clock, slowest_of_ranks, timed_steps
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 REPEATS = 7
@@ -63,9 +64,12 @@ def calibrate(path: str | Path, launch: Launch) -> Device:
     return device_from_dict(tree, str(path))
 
 
-def measure_device(groups: Groups, launch: Launch, quick: bool = False) -> dict[str, Any]:
-    """The tree of a device file; the same on all ranks. quick: the smallest sizes alone."""
-    timer = _Timer(groups, 1 if quick else REPEATS)
+def measure_device(
+    groups: Groups, launch: Launch, quick: bool = False, clock: Clock = time.perf_counter
+) -> dict[str, Any]:
+    """The tree of a device file; the same on all ranks. quick: the smallest sizes alone; clock: as
+    in `timed_steps`."""
+    timer = _Timer(groups, 1 if quick else REPEATS, clock)
     known = next((n for n in device_names() if n.upper() in describe_device().upper()), None)
     sheet = read_device(known) if known else None
     when = f"measured {datetime.date.today()} on {host_name()}, {groups.layout.world} processes"
@@ -80,7 +84,7 @@ def measure_device(groups: Groups, launch: Launch, quick: bool = False) -> dict[
     tree["overhead"] = 1.0
     tree["sources"]["overhead"] = "not measured"
     if not quick:
-        tree["overhead"] = _overhead(device_from_dict(tree, "calibration"), groups)
+        tree["overhead"] = _overhead(device_from_dict(tree, "calibration"), groups, clock)
         tree["sources"]["overhead"] = f"{when}: a step of {_step_model()[0]}"
     if sheet:
         tree["sources"] |= {"memory_bandwidth": f"the data sheet, as of {known}"}
@@ -90,8 +94,9 @@ def measure_device(groups: Groups, launch: Launch, quick: bool = False) -> dict[
 class _Timer:
     """Times operations on this process's device, on all ranks at once."""
 
-    def __init__(self, groups: Groups, repeats: int):
-        self.groups, self.device, self.repeats = groups, groups.device, repeats
+    def __init__(self, groups: Groups, repeats: int, clock: Clock):
+        self.groups, self.device = groups, groups.device
+        self.repeats, self.clock = repeats, clock
 
     def __call__(self, function: Callable[[], object], calls: int = 1) -> float:
         """Seconds of a call, the least of several times `calls` calls: what else runs on a machine
@@ -101,7 +106,7 @@ class _Timer:
             for _ in range(calls):
                 function()
 
-        return min(slowest_of_ranks(several, self.repeats, self.groups)) / calls
+        return min(slowest_of_ranks(several, self.repeats, self.groups, self.clock)) / calls
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, device=self.device).to(dtype)
@@ -206,7 +211,7 @@ def _step_model() -> tuple[str, int]:
     return ("ViT-B-16", 128) if has_cuda() else ("ViT-S-32-alt", 8)
 
 
-def _overhead(device: Device, groups: Groups) -> float:
+def _overhead(device: Device, groups: Groups, clock: Clock) -> float:
     """What kernels take in a measured step as a multiple of what they take by themselves."""
     name, pairs = _step_model()
     ranks = groups.layout.world
@@ -222,6 +227,6 @@ def _overhead(device: Device, groups: Groups) -> float:
     )
     architecture = load_architecture(name)
     plan = make_layout_plan(architecture.costs, ranks, config)
-    measured = min(timed_steps(config, architecture, plan, groups, REPEATS))
+    measured = min(timed_steps(config, architecture, plan, groups, REPEATS, clock))
     found = predict_step(plan, architecture, config, device, nodes_of=ranks)
     return max(1.0, 1 + (measured - found.seconds) / found.compute)
