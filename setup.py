@@ -18,7 +18,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["parallel_clip", "parallel_clip.*"]),
-    package_data={"parallel_clip": ["**/*.txt", "**/*.txt.gz", "**/*.json", "**/LICENSE*"]},
+    package_data={
+        "parallel_clip": ["**/*.txt", "**/*.txt.gz", "**/*.json", "**/*.yaml", "**/LICENSE*"]
+    },
     entry_points={"console_scripts": ["parallel-clip = parallel_clip.cli:main"]},
     install_requires=[
         "torch>=2.8",

@@ -324,12 +324,35 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parent) -> None:
-    parser = parent.add_parser("plan", help="find a layout for a number of GPUs (not built yet)")
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--gpus", type=_positive, required=True, metavar="N")
-    parser.add_argument("--gpu-memory", required=True, metavar="80GB")
-    parser.add_argument("--json", metavar="FILE")
+    parser = parent.add_parser(
+        "plan",
+        help="find the layouts that train a model best on a number of GPUs",
+        description="Rank the layouts of CONFIG's model that fit, by predicted step time. Opens no "
+        "shard and needs no GPU. docs/planning.md has examples.",
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys")
+    parser.add_argument("--gpus", type=_positive, metavar="N", help="in all")
+    parser.add_argument("--gpu-memory", metavar="80GB", help="that a GPU may fill")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="a100, h100, h200, b200 or a file (h100)"
+    )
+    parser.add_argument(
+        "--nodes-of", type=_positive, default=8, metavar="N", help="GPUs in a node (8)"
+    )
+    parser.add_argument(
+        "--layout",
+        metavar="tensor=2,pipeline=4",
+        help="this one alone; also virtual_pipeline, micro, recompute, schedule, stash",
+    )
+    parser.add_argument(
+        "--max-batch", action="store_true", help="for the largest batch.global that fits"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all layouts; - prints them alone")
+    parser.add_argument("--plot", metavar="FILE.png", help="a picture of all layouts")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="measure this machine, and write it as a file for --gpu"
+    )
     parser.set_defaults(run=commands.plan)
 
 

@@ -185,11 +185,65 @@ def data_pack(options: argparse.Namespace, launch: Launch) -> None:
     print(f"{len(shards):,} shards in {options.target}")
 
 
-def plan(options: argparse.Namespace, launch: Launch) -> None:
-    raise InputError(
-        "plan is not built yet; `parallel-clip train CONFIG --dry-run --world-size N` prints what "
-        "one layout holds in memory"
+def plan(options: argparse.Namespace, launch: Launch) -> int | None:
+    if options.calibrate is not None:
+        return _calibrate(options, launch)
+    _check_plan_options(options, launch)
+    from parallel_clip.evaluate.results import check_json_target, write_json
+    from parallel_clip.plan.planner import Question, answer
+    from parallel_clip.plan.planner_json import answer_tree
+    from parallel_clip.plan.planner_plot import check_plot_target, draw_layouts
+    from parallel_clip.plan.planner_report import answer_words, nothing_fits
+
+    check_json_target(options.json)
+    check_plot_target(options.plot)
+    found = answer(
+        Question(
+            load_config(options.config, options.overrides),
+            options.gpus,
+            options.gpu_memory,
+            options.gpu,
+            options.nodes_of,
+            options.layout,
+            options.max_batch,
+        )
     )
+    if options.json is not None:
+        write_json(answer_tree(found), options.json)
+    if not found.result.layouts:  # an answer too: the JSON says what each would need
+        raise InputError(nothing_fits(found))
+    if options.json != "-":
+        print(answer_words(found))
+    if options.plot is not None:
+        draw_layouts(found, options.plot)
+
+
+def _check_plan_options(options: argparse.Namespace, launch: Launch) -> None:
+    if launch.world_size > 1:
+        raise InputError("plan runs in one process; start it without torchrun")
+    given = {
+        "CONFIG": options.config,
+        "--gpus N": options.gpus,
+        "--gpu-memory 80GB": options.gpu_memory,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise InputError(
+            f"plan needs {', '.join(missing)}: parallel-clip plan CONFIG --gpus 128 --gpu-memory "
+            "80GB; or --calibrate FILE alone"
+        )
+    if options.layout is not None and options.max_batch:
+        raise InputError("--layout is one layout of one batch, --max-batch looks for a batch")
+
+
+def _calibrate(options: argparse.Namespace, launch: Launch) -> None:
+    if options.config is not None or options.gpus is not None:
+        raise InputError("--calibrate FILE measures this machine, and takes nothing beside it")
+    from parallel_clip.plan.calibrate import calibrate
+
+    device = calibrate(options.calibrate, launch)
+    if launch.is_rank_zero:
+        print(f"{device.name}: {options.calibrate}")
 
 
 def doctor(options: argparse.Namespace, launch: Launch) -> None:

@@ -179,7 +179,7 @@ def one_message(ranks: list[Ended]) -> str:
         (["train"], "CONFIG"),
         (["tran", "config.yaml"], "'tran'"),
         ([], "COMMAND"),
-        (["plan", "config.yaml", "--gpus", "8", "--gpu-memory", "80GB"], "not built yet"),
+        (["plan", "config.yaml", "--gpus", "8", "--gpu-memory", "80"], "has no unit"),
         (["convert", "bert", "new", "--to", "run"], "CLIPModel and SiglipModel"),
         (["convert", "other", "new", "--to", "huggingface", "--bin"], "--bin is for --to openclip"),
         (["convert", "other", "new", "--to", "openclip", "--license", "My own"], "of a licence"),

@@ -59,8 +59,16 @@ PURE = [
     "loss/exchange_plan.py",
     "pipeline/orders.py",
     "pipeline/timeline.py",
+    "plan/gradient_buffers.py",
     "plan/layout_plan.py",
     "plan/segments.py",
+    "plan/device_file.py",
+    "plan/kernel_time.py",
+    "plan/collective_time.py",
+    "plan/tower_time.py",
+    "plan/pipeline_time.py",
+    "plan/loss_time.py",
+    "plan/step_time.py",
 ]
 PURE_MAY_USE = sys.stdlib_module_names | {"numpy", "pydantic", "pydantic_core", "yaml"}
 IMPURE = ["torch", "megatron"]

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import cache
 from itertools import chain
+from operator import ge
 from typing import NamedTuple
 
 from parallel_clip.errors import InputError
@@ -122,6 +124,47 @@ def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None)
             alive -= size
         peak = max(peak, alive)
     return peak
+
+
+def peak_graphs_of_step(
+    rank: int, ranks: int, microbatches: int, stash: int, sizes: Sequence[int]
+) -> int:
+    """`peak_graphs` of what `rank` runs in a step, without its order where that is long. sizes: of
+    a graph in each of its chunks.
+
+    The stash is held from pass 1 on; beside it pass 2 holds as many graphs as a step of the others
+    alone: with one chunk min(P - rank, m - K). With several, two groups of the pipeline's size fill
+    it, and more pass through it one by one; that is so where m and K are whole groups (tested, not
+    proved), and else the order is gone through.
+    """
+    others = microbatches - stash
+    if len(sizes) == 1:
+        return sizes[0] * (stash + min(ranks - rank, others))
+    if microbatches % ranks or stash % ranks:
+        return peak_graphs(step_orders(ranks, microbatches, stash, len(sizes))[rank], sizes)
+    moments = _fullest_moments(rank, ranks, min(others, 2 * ranks), len(sizes)) if others else ()
+    graphs = (sum(n * size for n, size in zip(each, sizes, strict=True)) for each in moments)
+    return stash * sum(sizes) + max(graphs, default=0)
+
+
+@cache
+def _fullest_moments(
+    rank: int, ranks: int, microbatches: int, chunks: int
+) -> tuple[tuple[int, ...], ...]:
+    """The graphs of each chunk that are alive at once in a step without a stash: whenever one ends.
+    A search over layouts asks for the same few again and again."""
+    alive, moments = [0] * chunks, set()
+    for op in step_orders(ranks, microbatches, 0, chunks)[rank]:
+        if op.kind is OpKind.FORWARD_AGAIN:
+            alive[op.chunk] += 1
+        elif op.kind is OpKind.BACKWARD:
+            moments.add(tuple(alive))
+            alive[op.chunk] -= 1
+    return tuple(
+        each
+        for each in moments
+        if not any(other != each and all(map(ge, other, each)) for other in moments)
+    )
 
 
 def forward_sequence(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:

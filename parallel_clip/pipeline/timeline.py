@@ -107,37 +107,66 @@ def simulate(
         ValueError: the ranks wait for one another in a circle, or for an op that none of them has.
     """
     ranks = len(orders)
-    stages = ranks * (1 + max(op.chunk for order in orders for op in order))
-    costs.check_stages(stages)
-    arrivals: dict[_Message, float] = {}
+    placed = in_order(orders)
+    costs.check_stages(1 + max(each.stage for each in placed))
+    arrivals: list[float] = []
     spans: list[list[Span]] = [[] for _ in orders]
     clocks = [0.0] * ranks
-    while any(len(done) < len(order) for done, order in zip(spans, orders, strict=True)):
-        moved = False
-        for rank, order in enumerate(orders):
-            for op in order[len(spans[rank]) :]:
-                stage = op.chunk * ranks + rank
-                received, sent = _messages(op, stage, stages - 1)
-                if received and received not in arrivals:
-                    break
-                start = max(clocks[rank], arrivals.get(received, 0.0))
-                if taken is not None:
-                    end = start + taken[rank, op]
-                else:
-                    end = start + (loss if op.kind is OpKind.LOSS else costs.seconds(op, stage))
-                spans[rank].append(Span(rank, op, start, end))
-                clocks[rank] = end
-                moved = True
-                if sent:
-                    arrivals[sent] = end + costs.message_seconds(op)
-        if not moved:
-            raise ValueError("no rank can go on: each waits for an input that nobody will send")
+    for rank, op, stage, sender, _ in placed:
+        start = clocks[rank] if sender is None else max(clocks[rank], arrivals[sender])
+        if taken is not None:
+            end = start + taken[rank, op]
+        else:
+            end = start + (loss if op.kind is OpKind.LOSS else costs.seconds(op, stage))
+        spans[rank].append(Span(rank, op, start, end))
+        clocks[rank] = end
+        arrivals.append(end + costs.message_seconds(op))
     return Timeline(
         spans=[span for done in spans for span in done],
         total=max(clocks),
         busy=[sum(span.end - span.start for span in done) for done in spans],
-        messages=len(arrivals),
+        messages=sum(each.sends for each in placed),
     )
+
+
+class PlacedOp(NamedTuple):
+    """An op of a rank, on virtual stage `stage`; sender: the place in the list of
+    the op whose message it receives, None: it receives none; sends: whether it sends one."""
+
+    rank: int
+    op: PipelineOp
+    stage: int
+    sender: int | None
+    sends: bool
+
+
+def in_order(orders: Sequence[Sequence[PipelineOp]]) -> list[PlacedOp]:
+    """The ops of all ranks, [P], each after those that it waits for.
+
+    Raises:
+        ValueError: the ranks wait for one another in a circle, or for an op that none of them has.
+    """
+    ranks = len(orders)
+    last = ranks * (1 + max(op.chunk for order in orders for op in order)) - 1
+    placed: list[PlacedOp] = []
+    senders: dict[_Message, int] = {}
+    done = [0] * ranks
+    while any(count < len(order) for count, order in zip(done, orders, strict=True)):
+        before = len(placed)
+        for rank, order in enumerate(orders):
+            for op in order[done[rank] :]:
+                stage = op.chunk * ranks + rank
+                received, sent = _messages(op, stage, last)
+                if received and received not in senders:
+                    break
+                if sent:
+                    senders[sent] = len(placed)
+                sender = senders[received] if received else None
+                placed.append(PlacedOp(rank, op, stage, sender, sent is not None))
+                done[rank] += 1
+        if len(placed) == before:
+            raise ValueError("no rank can go on: each waits for an input that nobody will send")
+    return placed
 
 
 def ideal_step_seconds(

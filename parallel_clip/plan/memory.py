@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
 from parallel_clip.optimizer.adamw import MegatronAdamW
 from parallel_clip.optimizer.train_state import TrainState
-from parallel_clip.pipeline.orders import peak_graphs
+from parallel_clip.pipeline.orders import peak_graphs_of_step
 from parallel_clip.plan.build import build_planned_state, frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.saved_activations import SavedActivations, storage_id
@@ -123,10 +124,18 @@ def measure_rank_memory(
 def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dict[str, int]:
     """Bytes that a forward pass of `pairs` keeps for backward, by part of the model; a pair is a
     picture with all its texts."""
+    return saved_beside_message(model, pairs, device, counts_message=True)[0]
+
+
+def saved_beside_message(
+    model: CLIPModel, pairs: int, device: torch.device, counts_message: bool = False
+) -> tuple[dict[str, int], bool]:
+    """As `saved_activations`, but for what the stage before hands on, unless `counts_message`; and
+    whether that is kept."""
     vision, text = model.architecture.vision, model.architecture.text
     texts = pairs * model.captions
     tokens = torch.zeros(texts, text.context_length, dtype=torch.int64, device=device)
-    images = kept = None
+    images = kept = message = None
     if model.stage.is_first:
         dtype = model.config.params_dtype  # in which they are fed
         images = torch.zeros(pairs, 3, *vision.image_size, dtype=dtype, device=device)
@@ -137,10 +146,12 @@ def saved_activations(model: CLIPModel, pairs: int, device: torch.device) -> dic
         message = torch.zeros(length, 1, 1, dtype=model.config.pipeline_dtype, device=device)
         model.set_input_tensor([message.requires_grad_()])
     inputs = [x for x in (images, tokens) if x is not None]
+    if message is not None and not counts_message:
+        inputs.append(message)
     with SavedActivations(model, excluded=inputs) as saved:
         features = model(images, tokens, kept)
     del features  # it held what was counted
-    return saved.by_module
+    return saved.by_module, message is not None and saved.was_kept(message)
 
 
 def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -182,11 +193,12 @@ def peak_memory(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemo
     Backward needs the pictures of every microbatch that has a graph on the first stage, if their
     embedding is trained, and those of one more are fetched ahead.
     """
-    order, kept = plan.orders(stash)[pipeline_rank], 1
+    layout, count, kept = plan.layout, plan.batch.microbatches, 1
+    place = pipeline_rank, layout.pipeline, count, stash
     if held.keeps_pictures:
-        kept = peak_graphs(order, [1, *[0] * (plan.layout.virtual_pipeline - 1)])
-    pictures = held.pictures * min(kept + 1, plan.batch.microbatches)
-    return PeakMemory(peak_graphs(order, held.saved_by_chunk), pictures)
+        kept = peak_graphs_of_step(*place, [1, *[0] * (layout.virtual_pipeline - 1)])
+    pictures = held.pictures * min(kept + 1, count)
+    return PeakMemory(peak_graphs_of_step(*place, held.saved_by_chunk), pictures)
 
 
 def fit_stash_to_memory(
@@ -218,9 +230,10 @@ def largest_stash(plan: LayoutPlan, memory: Sequence[RankMemory], limit: int) ->
     # With virtual stages those that run again are whole groups: a group in part would stall the
     # others (see timeline.py).
     group = plan.microbatch_group or 1
-    candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)}, reverse=True)
-    fitting = (k for k in candidates if max(filled_bytes(plan, memory, k)) <= limit)
-    return next(fitting, None)
+    candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)})
+    # The more are kept, the more is filled.
+    fitting = bisect_right(candidates, limit, key=lambda k: max(filled_bytes(plan, memory, k)))
+    return candidates[fitting - 1] if fitting else None
 
 
 def filled_bytes(plan: LayoutPlan, memory: Sequence[RankMemory], stash: int) -> list[int]:

@@ -20,6 +20,7 @@ class SavedActivations:
         self._model = model
         self._excluded = {storage_id(tensor) for tensor in (*model.parameters(), *excluded)}
         self._kept: dict[int, tuple[str, torch.UntypedStorage]] = {}
+        self._seen: set[int] = set()
         self._running: list[str] = []
         self._hooks: list = []
         self.by_module: dict[str, int] = {}
@@ -27,6 +28,10 @@ class SavedActivations:
     @property
     def total(self) -> int:
         return sum(self.by_module.values())
+
+    def was_kept(self, tensor: Tensor) -> bool:
+        """Whether the memory behind a tensor was kept, be it excluded or not."""
+        return storage_id(tensor) in self._seen
 
     def __enter__(self) -> "SavedActivations":
         for name, module in self._model.named_modules():
@@ -49,6 +54,7 @@ class SavedActivations:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         memory = storage_id(tensor)
+        self._seen.add(memory)
         if memory not in self._excluded and memory not in self._kept:
             kind = self._running[-1] if self._running else ""
             self._kept[memory] = (kind, tensor.untyped_storage())

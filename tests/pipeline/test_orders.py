@@ -13,6 +13,7 @@ from parallel_clip.pipeline.orders import (
     PipelineOp,
     microbatch_group_size,
     peak_graphs,
+    peak_graphs_of_step,
     step_orders,
     warmup_forwards,
 )
@@ -263,3 +264,23 @@ def test_peak_graphs_of_interleaved_two_pass(ranks, microbatches, chunks):
 def test_steps_that_cannot_be(step, message):
     with pytest.raises(InputError, match=message):
         step_orders(**step)
+
+
+@given(steps(), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_the_peak_of_a_step_without_its_order(step, sizes):
+    ranks, microbatches, stash, chunks = step
+    for rank, order in enumerate(step_orders(*step)):
+        found = peak_graphs_of_step(rank, ranks, microbatches, stash, sizes[:chunks])
+        assert found == peak_graphs(order, sizes)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_peak_of_many_groups_is_that_of_two(ranks, chunks):
+    for groups in range(1, 8):
+        for stash in range(0, groups * ranks + 1, ranks):
+            orders = step_orders(ranks, groups * ranks, stash, chunks)
+            for rank, order in enumerate(orders):
+                sizes = [5, 1, 3][:chunks]
+                found = peak_graphs_of_step(rank, ranks, groups * ranks, stash, sizes)
+                assert found == peak_graphs(order, sizes)
