@@ -45,7 +45,10 @@ def config_for(layout: Layout, micro=5, count=4, **settings):
     return config_from_dict(
         {
             "train": {"steps": 1},
-            "data": {"train": [{"shards": "none.tar"}]},
+            "data": {
+                "train": [{"shards": "none.tar", "caption_lines": True}],
+                "captions_per_image": settings.pop("captions", 1),
+            },
             "batch": {"global": micro * count * layout.data, "micro": micro},
             "precision": "bf16",
             "parallel": parallel,
@@ -66,6 +69,7 @@ def config_for(layout: Layout, micro=5, count=4, **settings):
         (SMALL, Layout(2, pipeline=2), {"freeze": {"vision": "all"}}),
         (SIGLIP, Layout(2, tensor=2, sequence=True), {"recompute": "selective"}),
         (PE_CORE, Layout(4, tensor=2, pipeline=2), {"micro": 1}),
+        (SMALL, Layout(2, pipeline=2), {"captions": 3}),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )

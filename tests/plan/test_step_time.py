@@ -164,13 +164,14 @@ def test_stages_train_the_parameters_of_the_table(model, tensor):
     assert found == sum(math.prod(p.local_shape(tensor)) for p in table)
 
 
+@pytest.mark.parametrize("captions", [1, 3])
 @pytest.mark.parametrize("sequence_ranks", [1, 2])
 @pytest.mark.parametrize("stages", [1, 2, 5])
-def test_messages_are_those_of_the_model(stages, sequence_ranks):
+def test_messages_are_those_of_the_model(stages, sequence_ranks, captions):
     architecture = load_architecture("ViT-L-14")
     parts = partition(architecture.costs, stages)
-    real = MessageLayout(architecture, parts, sequence_ranks).length(PAIRS, training=True)
-    assert max(1, message_numbers(parts, architecture, PAIRS, sequence_ranks)) == real
+    real = MessageLayout(architecture, parts, sequence_ranks, captions).length(PAIRS, training=True)
+    assert max(1, message_numbers(parts, architecture, PAIRS, sequence_ranks, captions)) == real
 
 
 def test_messages_take_their_time():
