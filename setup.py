@@ -52,13 +52,14 @@ setup(
             "protobuf",
             "ruff",
             "aiohttp",
-            "s3fs",
+            "s3fs>=2023.1",
             "moto[server]",  # a server of S3
             "pyarrow",  # img2dataset's tables
             "matplotlib",  # the tests of benchmarks/
         ],  # fmt: skip
         "remote": ["fsspec", "aiohttp"],  # https://; gs:// needs gcsfs as well
-        "s3": ["fsspec", "aiohttp", "s3fs"],
+        # Without a bound pip may take s3fs 0.4, of 2020, which fits the newest boto of others.
+        "s3": ["fsspec", "aiohttp", "s3fs>=2023.1"],
         # Tokenizers of SigLIP, SigLIP 2 and T5; it describes its files in protobuf.
         "sentencepiece": ["sentencepiece", "protobuf"],
         "demo": ["open_clip_torch", "matplotlib"],

@@ -137,7 +137,7 @@ def open_data(shards: str, decode: str = "exact") -> TrainingData:
 def our_batches(shards: str, workers: int, decode: str) -> Iterator[int]:
     """Of one epoch: samples in each batch."""
     data = open_data(shards, decode)
-    steps = data.samples_per_epoch // BATCH
+    steps = data.order.orders[0].samples_per_epoch // BATCH
     for microbatches in TrainingLoader(
         data, RankBatchSlice(BATCH, BATCH), 0, steps, workers=workers
     ):
@@ -147,7 +147,7 @@ def our_batches(shards: str, workers: int, decode: str) -> Iterator[int]:
 def their_batches(shards: str, workers: int) -> Iterator[int]:
     import open_clip
 
-    samples = open_data(shards).samples_per_epoch
+    samples = open_data(shards).order.orders[0].samples_per_epoch
     options = Namespace(
         train_data=shards,
         train_num_samples=samples,
@@ -255,7 +255,7 @@ def measure_memory(shards: str, epochs: int) -> list[float]:
 
 def _measure_memory(shards: str, epochs: int) -> list[float]:
     data = open_data(shards)
-    steps_per_epoch = data.samples_per_epoch // BATCH
+    steps_per_epoch = data.order.orders[0].samples_per_epoch // BATCH
     loader = TrainingLoader(
         data, RankBatchSlice(BATCH, BATCH), 0, epochs * steps_per_epoch, workers=1, patience=600
     )

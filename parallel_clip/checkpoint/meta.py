@@ -24,7 +24,8 @@ class Meta:
 
     step: optimizer steps done; position: samples of the global order consumed; bad_samples:
     replaced so far; source_samples: pairs seen of each source; data: identifies the training
-    samples and their order, see `RunShards.fingerprint`; model and preprocess: OpenCLIP's
+    samples and their order, see `RunShards.fingerprint`, beside `shards`, where each source was
+    said to be; model and preprocess: OpenCLIP's
     model_cfg and preprocess_cfg; tokenizer: as in `data.tokenizer`, a path made absolute;
     run_model: the model that `phases` change, None where it is `model`; has_averages: whether it
     has those of the weights (`ema.decay`); updates: of the optimizer, which are fewer than the

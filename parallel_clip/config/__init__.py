@@ -1,5 +1,6 @@
 """The config of a run. Everything outside this folder imports from here."""
 
+from parallel_clip.config.blends import Blend, TrainingSources, training_sources
 from parallel_clip.config.keys import (
     BadSteps,
     Config,
@@ -25,6 +26,7 @@ from parallel_clip.config.resume import is_allowed, resume_differences
 
 __all__ = [
     "BadSteps",
+    "Blend",
     "Config",
     "Data",
     "DataSource",
@@ -38,6 +40,7 @@ __all__ = [
     "Loss",
     "Stages",
     "Train",
+    "TrainingSources",
     "Until",
     "boundaries",
     "parse_bytes",
@@ -47,4 +50,5 @@ __all__ = [
     "load_config",
     "is_allowed",
     "resume_differences",
+    "training_sources",
 ]

@@ -240,7 +240,9 @@ class DataSource(ConfigSection):
 
 
 class Data(ConfigSection):
-    train: list[DataSource] = Field([], description="sources of training pairs, at least one")
+    train: list[DataSource] = Field(
+        [], description="sources of training pairs, at least one, unless each phase has some"
+    )
     caption_key: CaptionKey | None = Field(
         None,
         description="key of the sample's `.json` that holds the caption, or several with the "
@@ -384,6 +386,11 @@ class Phase(ConfigSection):
     )
     lr: float | None = Field(
         None, ge=0, description="in place of `optimizer.lr`; null: `optimizer.lr`"
+    )
+    sources: list[DataSource] | None = Field(
+        None,
+        description="what the phase trains on; sources and weights of an earlier phase go on where "
+        "it stopped; null: `data.train`",
     )
 
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from parallel_clip.config import file as config_file
-from parallel_clip.config.keys import Config, Data, Optimizer, parse_bytes, parse_seconds
+from parallel_clip.config.blends import check_blends, training_sources
+from parallel_clip.config.keys import Config, Optimizer, parse_bytes, parse_seconds
 from parallel_clip.config.phases import check_phases
 from parallel_clip.config.resume import check_allowed
 from parallel_clip.config.schema import describe_type, fields_of, keys_of, section_of, show
@@ -111,9 +112,7 @@ def check_consistency(config: Config) -> Iterator[str]:
     if len(lengths) != 1:
         given = " and ".join(f"train.{key}" for key in lengths) or "none"
         yield f"give exactly one of train.steps, train.samples and train.epochs; given: {given}"
-    if not config.data.train:
-        yield "data.train names no shards; give some, e.g. data.train.0.shards=shards/{0..9}.tar"
-
+    yield from check_blends(config)
     init = config.init
     if init.projection == "new" and (init.from_, init.vision, init.text) == (None, None, None):
         yield (
@@ -136,7 +135,7 @@ def check_consistency(config: Config) -> Iterator[str]:
     elif parallel.memory is not None:
         yield from _complaint_of(parse_bytes, parallel.memory)
     yield from _complaint_of(parse_bytes, config.data.cache, "data.cache")
-    yield from _useless_caption_lines(config.data)
+    yield from _useless_caption_lines(config)
     if config.train.time_limit is not None:
         yield from _complaint_of(parse_seconds, config.train.time_limit, "train.time_limit")
     yield from check_allowed(config.resume.allow)
@@ -197,15 +196,16 @@ def _rates_of_what_is_locked(config: Config) -> Iterator[str]:
         yield f"optimizer.layer_decay {decay:g} is for towers, and both are frozen; leave it out"
 
 
-def _useless_caption_lines(settings: Data) -> Iterator[str]:
+def _useless_caption_lines(config: Config) -> Iterator[str]:
     """Where lines of a `.txt` are asked for, and captions are taken from the `.json`."""
+    settings, found = config.data, training_sources(config)
     from_json = [
-        (settings.caption_key, source.caption_key) != (None, None) for source in settings.train
+        (settings.caption_key, source.caption_key) != (None, None) for source in found.sources
     ]
     wrong = ["data"] if settings.caption_lines and from_json and all(from_json) else []
-    for number, source in enumerate(settings.train):
-        if source.caption_lines and from_json[number]:
-            wrong.append(f"data.train.{number}")
+    for key, source, is_json in zip(found.keys, found.sources, from_json, strict=True):
+        if source.caption_lines and is_json:
+            wrong.append(key)
     for key in wrong:
         yield (
             f"{key}.caption_lines is for captions in .txt, and caption_key takes them from .json; "

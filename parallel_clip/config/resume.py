@@ -38,7 +38,7 @@ _FREE = (
     "train.time_limit",
     "run_dir",
 )
-_SHARDS = re.compile(r"data\.train\.\d+\.shards")
+_SHARDS = re.compile(r"(data\.train|phases\.\d+\.sources)\.\d+\.shards")
 # What the order of samples and the position in it depend on.
 _NEVER = ("batch.global", "seed", "model", "data.train")
 

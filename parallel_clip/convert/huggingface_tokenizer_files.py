@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from parallel_clip.convert.zero_shot_pipeline import pipeline_line
 from parallel_clip.data.samples.clean_text import text_cleaner
 from parallel_clip.data.samples.huggingface_tokenizer import as_tokenizer_json
 from parallel_clip.data.samples.saved_tokenizer import (
@@ -160,9 +161,9 @@ def huggingface_tokenizer(
     if saved.pads_left and not siglip:
         notes.append(
             "the tokenizer pads on the left, and the text tower works on the padding: call "
-            'AutoTokenizer\'s with padding="max_length", and the zero-shot pipeline with '
-            'tokenizer_kwargs={"padding": "max_length"}; padding to the longest text, as that '
-            "pipeline does for a CLIPModel, gives other features"
+            'AutoTokenizer\'s with padding="max_length"; padding to the longest text, as the '
+            "zero-shot pipeline does for a CLIPModel, gives other features: with `classify` the "
+            f"pipeline, write: {pipeline_line(padding='max_length')}"
         )
     return WrittenTokenizer(files | {TOKENIZER_CONFIG: _json(settings)}, tuple(notes))
 

@@ -12,6 +12,7 @@ import yaml
 from parallel_clip import __version__
 from parallel_clip.convert.huggingface_config_writer import is_siglip
 from parallel_clip.convert.training_facts import MixedFacts, TrainingFacts
+from parallel_clip.convert.zero_shot_pipeline import text_length_line
 from parallel_clip.data.samples.transforms import Preprocess
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture, parameter_table
@@ -92,7 +93,7 @@ def model_card(
         "## Use",
         f"With FOLDER the folder of this file or the name of its repository"
         f"{'' if to == 'huggingface' else ' (then `hf-hub:` for `local-dir:`)'}:",
-        _USE[to],
+        *_use(architecture, to),
         "## Training",
         *(_mixed_parts(mixed) if mixed else _training_parts(training)),
         "## Licence",
@@ -102,6 +103,14 @@ def model_card(
         f"Converted by parallel_clip {__version__}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(architecture: Architecture, to: str) -> Iterator[str]:
+    yield _USE[to]
+    line = text_length_line(architecture)
+    if to == "huggingface" and line is not None:
+        yield "The pipeline pads texts to another length than this model's, unless told:"
+        yield f"```python\n{line}\n```"
 
 
 def _training_parts(training: TrainingFacts | None) -> Iterator[str]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from parallel_clip.convert.huggingface_config_writer import is_siglip
 from parallel_clip.convert.model_card import CARD
+from parallel_clip.convert.zero_shot_pipeline import PIPELINE_TOKENS, text_length_line
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.timm_json import TRUNK_KEYS
 from parallel_clip.model.timm_trunks import trunk_size
-
-_PIPELINE_TOKENS = 64  # to which transformers' zero-shot pipeline pads the texts of SigLIP
 
 
 def target_notes(architecture: Architecture, source: Path, to: str) -> Iterator[str]:
@@ -53,9 +52,10 @@ def _huggingface_notes(architecture: Architecture) -> Iterator[str]:
             "a CLIPModel has no logit_bias: its logits are without it; the file keeps it, and "
             "transformers reports it as unexpected"
         )
-    if is_siglip(architecture) and text.context_length != _PIPELINE_TOKENS:
+    line = text_length_line(architecture)
+    if line is not None:
         yield (
             f"the model takes {text.context_length} tokens, and transformers' zero-shot pipeline "
-            f"pads texts of SigLIP to {_PIPELINE_TOKENS}: call it with "
-            f'tokenizer_kwargs={{"max_length": {text.context_length}}}'
+            f"pads texts of SigLIP to {PIPELINE_TOKENS}: with `classify` the pipeline, "
+            f"write: {line}"
         )

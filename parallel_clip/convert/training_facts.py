@@ -55,7 +55,7 @@ def _rows(meta: Meta) -> Iterator[tuple[str, str]]:
     yield "optimizer steps", f"{meta.step:,}"
     if meta.position:
         yield "pairs seen", f"{meta.position:,}"
-    yield from _data_rows(meta, config.get("data", {}))
+    yield from _data_rows(meta, config)
     if meta.bad_samples:
         yield "pairs replaced, as they could not be read", f"{meta.bad_samples:,}"
     if "loss" in config:
@@ -87,17 +87,21 @@ def _rows(meta: Meta) -> Iterator[tuple[str, str]]:
 
 
 def _data_rows(meta: Meta, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A row a source, in the order in which sources are numbered."""
     counted = (meta.data or {}).get("sources", [])
-    for number, source in enumerate(config.get("train", [])):
-        shards = source["shards"]
-        names = ", ".join(map(short_path, [shards] if isinstance(shards, str) else shards))
-        words = [f"`{names}`"]
+    named = [source["shards"] for source in config.get("data", {}).get("train", [])]
+    for number, shards in enumerate((meta.data or {}).get("shards", named)):
+        words = [_shard_words(shards)]
         if number < len(counted):
             counts = counted[number]
             words.append(f"{counts['shards']:,} shards, {counts['samples']:,} pairs")
         if number < len(meta.source_samples):
             words.append(f"{meta.source_samples[number]:,} seen")
         yield "training data", "; ".join(words)
+
+
+def _shard_words(shards: str | list[str]) -> str:
+    return f"`{', '.join(map(short_path, [shards] if isinstance(shards, str) else shards))}`"
 
 
 def _optimizer_words(optimizer: Mapping[str, Any]) -> str:
@@ -125,6 +129,8 @@ def _phase_words(phase: Mapping[str, Any]) -> str:
     for key, name in (("patch_dropout", "patch dropout"), ("lr", "learning rate")):
         if phase[key] is not None:
             words.append(f"{name} {phase[key]:g}")
+    sources = phase.get("sources") or ()
+    words += [f"{_shard_words(source['shards'])} × {source['weight']:g}" for source in sources]
     until = "to the end" if phase["until"] is None else f"until {_until_words(phase['until'])}"
     return f"{until}: {', '.join(words) or 'as the model'}"
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from parallel_clip.config import Loss, parse_bytes
+from parallel_clip.config import Loss, parse_bytes, training_sources
 from parallel_clip.data.order.reading import machine_reading
+from parallel_clip.data.order.run_order import taken_by
 from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.layer_groups import layer_groups
 from parallel_clip.plan.describe_segments import segment_table
-from parallel_clip.plan.run_plan import RunPlan
+from parallel_clip.plan.run_plan import BlendPlan, RunPlan
 from parallel_clip.stages.costs import units_per_rank
 from parallel_clip.stages.padding import padding_words
 
@@ -61,33 +62,57 @@ def describe_run(plan: RunPlan) -> str:
 
 
 def describe_data(plan: RunPlan) -> str:
-    """A line for each source, and one for all."""
-    sources = zip(
-        plan.config.data.train, plan.data_fingerprint["sources"], plan.epoch_pairs, strict=True
-    )
-    lines = [
-        f"  source {number}: {found['shards']:,} shards, {found['samples']:,} samples, weight "
-        f"{source.weight:g}: {pairs:,} pairs an epoch"
-        for number, (source, found, pairs) in enumerate(sources)
-    ]
-    return "\n".join([*lines, f"  an epoch: {sum(plan.epoch_pairs):,} pairs"])
+    """A line for each source, and one for all; for each blend of sources, where phases have
+    several."""
+    found = training_sources(plan.config)
+    taken = taken_by(plan.stretches, plan.steps * plan.batch.global_batch)
+    lines = []
+    for number, (weights, blend) in enumerate(zip(found.blends, plan.blends, strict=True)):
+        for source, counted in enumerate(plan.data_fingerprint["sources"]):
+            if weights[source]:
+                lines.append(
+                    f"  source {source}: {counted['shards']:,} shards, {counted['samples']:,} "
+                    f"samples, weight {weights[source]:g}: {blend.pairs[source]:,} pairs an epoch"
+                )
+        line = f"  an epoch: {blend.epoch:,} pairs"
+        if len(plan.blends) > 1:
+            line += f"; {taken[number] / blend.epoch:.4g} epochs{_of_phases(plan, number)}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _of_phases(plan: RunPlan, blend: int) -> str:
+    """' of phases 0 and 2', where phases have different blends."""
+    numbers = training_sources(plan.config).phases_of(blend)
+    if len(plan.blends) == 1:
+        return ""
+    return f" of phase{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def describe_reading(plan: RunPlan, ranks_per_machine: int) -> list[str]:
     """How much a machine reads, and whether the cache is large enough for it."""
-    reading, layout, cache = plan.reading, plan.layout, plan.config.data.cache
+    lines = []
+    for number, blend in enumerate(plan.blends):
+        lines += _reading_lines(plan, blend, _of_phases(plan, number), ranks_per_machine)
+    return lines
+
+
+def _reading_lines(
+    plan: RunPlan, reading: BlendPlan, of_phases: str, ranks_per_machine: int
+) -> list[str]:
+    layout, cache = plan.layout, plan.config.data.cache
     if reading.sample_bytes is None:
         return []
     # In the order of ranks, those of the first pipeline stage, which read, come first.
     machines = max(1, -(-layout.data * layout.tensor // ranks_per_machine))
     found = machine_reading(
-        sum(plan.epoch_pairs),
+        reading.epoch,
         reading.streams,
         reading.sample_bytes,
         machines,
         PAGE if reading.is_fetched else 1,
     )
-    line = f"  reading: {_gigabytes(found.own * machines)} an epoch"
+    line = f"  reading: {_gigabytes(found.own * machines)} an epoch{of_phases}"
     if machines > 1:
         each = _gigabytes(found.own)
         line += f"; {machines} machines of {ranks_per_machine} processes, each {each}"

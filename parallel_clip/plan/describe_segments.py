@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from parallel_clip.config import Blend, training_sources
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.plan.segment_plan import SegmentPlan
 from parallel_clip.plan.stage_estimate import StepEstimate, estimate_step
@@ -21,15 +22,20 @@ def segment_table(plan: RunPlan) -> list[str]:
     if len(plan.segments) == 1:
         return []
     counted = all(each.memory is not None for each in plan.segments)
+    blends = training_sources(plan.config).blends
     table = Table(box=SIMPLE_HEAD, title_justify="left")
     for column in ("phase", "steps", "pixels", "tokens", "lr", "frozen", "vision", "text"):
         table.add_column(column, no_wrap=True)
+    if len(blends) > 1:
+        table.add_column("sources", no_wrap=True)
     if counted:
         table.add_column("GiB", justify="right", no_wrap=True)
     for each in plan.segments:
         row = [str(each.segment.number), _steps(each), _pixels(each), _tokens(each)]
         row += [f"{each.segment.lr:g}", _frozen(each) or "-"]
         row += [_layers(each, "vision"), _layers(each, "text")]
+        if len(blends) > 1:
+            row.append(_sources(blends[each.segment.blend]))
         if counted:
             row.append(f"{peak_bytes(estimate_segment(each)) / _GIB:.2f}")
         table.add_row(*row)
@@ -59,6 +65,10 @@ def estimate_segment(plan: SegmentPlan) -> StepEstimate:
 def peak_bytes(step: StepEstimate) -> int:
     """Of the fullest stage."""
     return max(stage.peak for stage in step.stages)
+
+
+def _sources(weights: Blend) -> str:
+    return ", ".join(str(number) for number, weight in enumerate(weights) if weight)
 
 
 def _steps(plan: SegmentPlan) -> str:

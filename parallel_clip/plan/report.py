@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.config import Config
-from parallel_clip.plan.describe import describe_reading, describe_run
+from parallel_clip.plan.describe import describe_data, describe_reading, describe_run
 from parallel_clip.plan.describe_segments import estimate_segment, peak_bytes
 from parallel_clip.plan.layout_plan import stash_depends_on_memory
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
@@ -30,7 +30,11 @@ def dry_run_report(config: Config, world_size: int) -> str:
     step = max(steps, key=peak_bytes)
     segment = plan.segments[steps.index(step)].segment
     # How many processes a machine will have is not known here; 8 is usual.
-    lines = [describe_run(plan), *describe_reading(plan, min(8, world_size))]
+    lines = [
+        describe_run(plan),
+        describe_data(plan),
+        *describe_reading(plan, min(8, world_size)),
+    ]
     if len(steps) > 1:
         lines.append(f"  below: steps {segment.first + 1:,} to {segment.stop:,}, the fullest")
     if plan.layout.pipeline > 1:

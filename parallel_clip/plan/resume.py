@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from parallel_clip.checkpoint import commit, durable
 from parallel_clip.checkpoint.commit import EVALUATIONS_FILE
@@ -21,7 +20,6 @@ from parallel_clip.config import (
     load_config,
     resume_differences,
 )
-from parallel_clip.data.index.shard_list import ListedShard, describe_differences, read_list
 from parallel_clip.errors import InputError
 
 CONFIG_FILE = "config.yaml"
@@ -184,50 +182,3 @@ def _check_writable(run_dir: Path) -> None:
         raise InputError(
             f"run_dir {run_dir}: no permission to write in {existing}; choose another run_dir"
         )
-
-
-def require_same_data(
-    resume: ResumePoint,
-    data_fingerprint: dict[str, Any],
-    list_shards: Callable[[], Sequence[ListedShard]],
-    run_dir: Path,
-) -> None:
-    """Check that a run resumes over the samples that it began with: with others the order would be
-    another one, and some would come twice and some never. A folder that was moved is no change.
-
-    list_shards: those of training, as they are now; asked for only to name what differs.
-
-    Raises:
-        InputError: a source has other shards than when the checkpoint was written.
-    """
-    if resume.step == 0 or resume.meta.data is None:
-        return  # a conversion has seen no samples of ours
-    before = resume.meta.data
-    if before.get("order") != data_fingerprint["order"]:
-        raise InputError(
-            f"{resume.checkpoint} was written by a version of parallel_clip that puts samples in "
-            "another order; go on with that version, or begin a new run from its weights: "
-            f"init.from={resume.checkpoint}"
-        )
-    sources = zip(before["sources"], data_fingerprint["sources"], strict=True)
-    changed = [
-        f"source {number} had {old['samples']:,} samples in {old['shards']:,} shards, and now has "
-        f"{new['samples']:,} in {new['shards']:,}"
-        for number, (old, new) in enumerate(sources)
-        if not _is_same_source(old, new)
-    ]
-    if not changed:
-        return
-    known = read_list(run_dir / SHARDS_FILE)
-    named = f" ({describe_differences(known, list_shards())})" if known is not None else ""
-    raise InputError(
-        f"the training data are not those of {resume.checkpoint}: {'; '.join(changed)}{named}. "
-        f"Restore them, or begin a new run from its weights: init.from={resume.checkpoint}"
-    )
-
-
-def _is_same_source(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """By all that both say: an earlier version, and a dry run, say nothing of the contents."""
-    return all(
-        old[key] == new[key] for key in old.keys() & new.keys() if None not in (old[key], new[key])
-    )

@@ -16,7 +16,7 @@ from parallel_clip.convert.initial_weights import InitialWeights
 from parallel_clip.convert.weight_source import SourceMetadata
 from parallel_clip.data.feeding.open import check_samples
 from parallel_clip.data.feeding.run_shards import RunShards, find_run_shards
-from parallel_clip.data.index.shard_list import read_list
+from parallel_clip.data.order.run_order import Stretch, taken_by
 from parallel_clip.data.samples.tokenizer import TokenizerSource
 from parallel_clip.data.samples.transforms import Preprocess, check_augment_options
 from parallel_clip.engine.versions import versions
@@ -28,25 +28,30 @@ from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.memory import RankMemory
 from parallel_clip.plan.phase_models import phase_models
-from parallel_clip.plan.resume import (
-    SHARDS_FILE,
-    ResumePoint,
-    find_resume_point,
-    require_same_data,
-)
+from parallel_clip.plan.resume import ResumePoint, find_resume_point
+from parallel_clip.plan.same_samples import listed_before, require_same_data, require_same_past
 from parallel_clip.plan.segment_plan import SegmentPlan, plan_segments, told_of_phase
-from parallel_clip.plan.segments import find_segments
+from parallel_clip.plan.segments import find_segments, sample_stretches
 from parallel_clip.plan.start_model import check_trainable, find_start_model
 from parallel_clip.plan.update_words import update_words
 
 
-class Reading(NamedTuple):
-    """What the order makes of the shards: its streams, the bytes of a sample on average (None: not
-    known), and whether the shards are fetched from addresses."""
+class BlendPlan(NamedTuple):
+    """What the order of a blend of sources makes of their shards.
 
+    pairs: in an epoch, of each source of the run; streams: of the order; sample_bytes: of a sample
+    on average, None where it is not known; is_fetched: whether shards are fetched from addresses.
+    """
+
+    pairs: tuple[int, ...]
     streams: int
     sample_bytes: float | None
     is_fetched: bool
+
+    @property
+    def epoch(self) -> int:
+        """All pairs of an epoch."""
+        return sum(self.pairs)
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,10 @@ class RunPlan:
     model: that of the config, which phases change; segments: the parts of the run in which nothing
     changes, in order; initial: where the weights of a run that begins are from, None where they are
     random or it goes on; tokenizer_name: what a checkpoint notes as `data.tokenizer`; steps: of the
-    whole run; data_fingerprint: what the order of samples is computed from; epoch_pairs: of each
-    source in an epoch; reading: what the order makes machines read; left_out: paths of the shards
-    that `data.missing: skip` does without; prompts: of `evaluate.zero_shot`; versions: of the
-    packages on rank 0; notes: what to tell of the model, its preprocessing and its updates.
+    whole run; data_fingerprint: what the order of samples is computed from; blends: of
+    `training_sources`; left_out: paths of the shards that `data.missing: skip` does without;
+    prompts: of `evaluate.zero_shot`; versions: of the packages on rank 0; notes: what to tell of
+    the model, its preprocessing and its updates.
 
     What `resume` says decides which segment it is that runs: with another one, it is the plan of
     another part of the run.
@@ -74,8 +79,7 @@ class RunPlan:
     tokenizer_name: str | None
     steps: int
     data_fingerprint: dict[str, Any]
-    epoch_pairs: tuple[int, ...]
-    reading: Reading
+    blends: tuple[BlendPlan, ...]
     left_out: tuple[str, ...]
     prompts: ClassPrompts | None
     versions: dict[str, str | None]
@@ -100,6 +104,16 @@ class RunPlan:
     def peak_at(self, step: int) -> float:
         """The highest learning rate of the phase of step `step`, counted from 0."""
         return self._segment_of(step).segment.lr
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Which positions of the run are of the order of which blend."""
+        return sample_stretches((each.segment for each in self.segments), self.batch.global_batch)
+
+    def epochs_by(self, position: int) -> int:
+        """How many epochs, of all blends together, end by a position of the run."""
+        taken = taken_by(self.stretches, position)
+        return sum(taken[number] // blend.epoch for number, blend in enumerate(self.blends))
 
     def _segment_of(self, step: int) -> SegmentPlan:
         found = (each for each in self.segments if step < each.segment.stop)
@@ -176,6 +190,7 @@ def make_run_plan(
     start = find_start_model(config, resume)
     config, models = start.config, phase_models(start.config, start.architecture)
     check_trainable(start.architecture, config.model.override)
+    kept = require_same_past(resume, config)
     updates = update_words(start.architecture, config.optimizer, config.freeze)
     for number, model in enumerate(models):  # before shards are looked for, which may take long
         with told_of_phase(config, number):
@@ -191,15 +206,15 @@ def make_run_plan(
     tokenizer_path = built_tokenizer.path
 
     prompts = read_class_prompts(config.evaluate.zero_shot)
-    begun_with = read_list(Path(config.run_dir) / SHARDS_FILE) if resume.checkpoint else None
+    begun_with = listed_before(Path(config.run_dir), kept) if resume.checkpoint else None
     shards = find_run_shards(config, print, counts_suffice=dry_run, begun_with=begun_with)
     check_samples(config, shards)
-    steps = training_steps(
-        config.train, shards.order.samples_per_epoch, config.batch.global_, config.schedule
-    )
+    # Epochs count where all phases have one blend.
+    epoch = shards.orders[0].samples_per_epoch
+    steps = training_steps(config.train, epoch, config.batch.global_, config.schedule)
     fingerprint = shards.fingerprint
     if resume.step < steps:  # else there is nothing to resume
-        require_same_data(resume, fingerprint, lambda: shards.listed, Path(config.run_dir))
+        require_same_data(resume, fingerprint, kept, lambda: shards.listed, Path(config.run_dir))
     segments, memory_notes = plan_segments(
         config, models, find_segments(config, steps), preprocess, world_size, dry_run
     )
@@ -213,8 +228,15 @@ def make_run_plan(
         str(Path(tokenizer_path).absolute()) if tokenizer_path else config.data.tokenizer,
         steps,
         fingerprint,
-        tuple(shards.order.source_samples),
-        Reading(shards.order.streams, shards.sample_bytes, shards.is_fetched),
+        tuple(
+            BlendPlan(
+                tuple(order.source_samples),
+                order.streams,
+                shards.sample_bytes(order),
+                shards.is_fetched(order),
+            )
+            for order in shards.orders
+        ),
         tuple(shards.left_out),
         prompts,
         versions(),

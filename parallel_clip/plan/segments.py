@@ -10,11 +10,22 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from parallel_clip.config import Config, Freeze, PartlyFrozen, Phase, Until, boundaries, parse_until
+from parallel_clip.config import (
+    Config,
+    Freeze,
+    PartlyFrozen,
+    Phase,
+    Until,
+    boundaries,
+    parse_until,
+    training_sources,
+)
+from parallel_clip.data.order.run_order import ONE_ORDER, Stretch, find_stretches
 from parallel_clip.errors import InputError
+from parallel_clip.layout import training_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,8 @@ class Segment:
     """Steps [first, stop) of a run, counted from 0, in which nothing changes.
 
     number: of its phase in `phases`, 0 where there are none; phase: what the config says of it; lr:
-    the peak of its learning rates; freeze: what is frozen in it.
+    the peak of its learning rates; freeze: what is frozen in it; blend: the number of that which it
+    trains on, in `training_sources`.
     """
 
     first: int
@@ -31,6 +43,7 @@ class Segment:
     phase: Phase
     lr: float
     freeze: Freeze
+    blend: int
 
     def config_of(self, config: Config) -> Config:
         """`config` with what is frozen in this segment."""
@@ -50,15 +63,32 @@ def find_segments(config: Config, steps: int) -> tuple[Segment, ...]:
     }
     ends = [last_steps[key] for key in last_steps if key.startswith("phases.")]
     _check_order(config, ends)
-    phases = config.phases or [Phase()]
+    phases, blends = config.phases or [Phase()], training_sources(config).of_phase
     segments = []
     for first, stop in pairwise(sorted({0, *last_steps.values(), steps})):
         number = sum(end <= first for end in ends)
         freeze = _freeze_at(config.freeze, first, last_steps)
         phase = phases[number]
         lr = config.optimizer.lr if phase.lr is None else phase.lr
-        segments.append(Segment(first, stop, number, phase, lr, freeze))
+        segments.append(Segment(first, stop, number, phase, lr, freeze, blends[number]))
     return tuple(segments)
+
+
+def sample_stretches(segments: Iterable[Segment], global_batch: int) -> tuple[Stretch, ...]:
+    """Which positions of a run are of the order of which blend."""
+    return find_stretches((each.first * global_batch, each.blend) for each in segments)
+
+
+def configured_stretches(config: Config) -> tuple[Stretch, ...]:
+    """`sample_stretches` of a run of this config, whose length is only asked for where it counts.
+
+    Raises:
+        InputError: as `find_segments`.
+    """
+    if len(training_sources(config).blends) == 1:
+        return ONE_ORDER
+    steps = training_steps(config.train, 0, config.batch.global_, config.schedule)  # no epochs
+    return sample_stretches(find_segments(config, steps), config.batch.global_)
 
 
 def last_step(until: Until, key: str, steps: int, global_batch: int) -> int:

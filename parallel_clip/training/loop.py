@@ -12,6 +12,7 @@ import numpy as np
 
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.checkpoint.meta import Meta
+from parallel_clip.config import training_sources
 from parallel_clip.engine import device
 from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
@@ -95,10 +96,10 @@ class TrainingLoop:
             groups,
             plan.batch.global_batch,
             plan.steps,
-            sum(plan.epoch_pairs),
+            plan.epochs_by,
             plan.config.data.max_bad_fraction,
             before.bad_samples if before else 0,
-            list(before.source_samples if before else ()) or [0] * len(plan.epoch_pairs),
+            _seen_of_sources(before, len(plan.blends[0].pairs)),
         )
 
     def run(self, feed: DeviceFeed) -> bool:
@@ -261,7 +262,8 @@ class TrainingLoop:
             bad_samples=self.samples.bad_samples,
             source_samples=tuple(self.samples.source_samples),
             run_model=plan.model.json if changed else None,
-            data=plan.data_fingerprint,
+            data=plan.data_fingerprint
+            | {"shards": [source.shards for source in training_sources(plan.config).sources]},
             has_averages=self.state.average is not None,
             updates=self.updates,
             frozen=tuple(sorted(plan.frozen.names)),
@@ -281,3 +283,10 @@ class TrainingLoop:
         except OSError:  # while it runs, a save decides whether it goes on
             if state != "running":
                 raise
+
+
+def _seen_of_sources(before: Meta | None, sources: int) -> list[int]:
+    """Pairs seen so far of each source. Phases that are still to come may have other sources than
+    when the checkpoint was written, of which it has seen none."""
+    seen = list(before.source_samples[:sources]) if before else []
+    return seen + [0] * (sources - len(seen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,15 +27,15 @@ from parallel_clip.training.run_folder import (
 class SampleLog:
     """Counts samples over all ranks, and writes to the run folder which were bad.
 
-    steps and epoch: of the whole run, and pairs of an epoch; bad_samples: bad ones so far, on every
-    rank; source_samples: pairs so far of each source.
+    steps: of the whole run; epochs_by: how many epochs end by a position; bad_samples: bad ones so
+    far, on every rank; source_samples: pairs so far of each source.
     """
 
     run_dir: Path
     groups: Groups
     global_batch: int
     steps: int
-    epoch: int
+    epochs_by: Callable[[int], int]
     max_bad_fraction: float
     bad_samples: int
     source_samples: list[int]
@@ -68,7 +68,8 @@ class SampleLog:
 
     def _check_limit(self, step: int) -> None:
         seen, limit = step * self.global_batch, self.max_bad_fraction
-        ends = step == self.steps or seen // self.epoch > (seen - self.global_batch) // self.epoch
+        before = seen - self.global_batch
+        ends = step == self.steps or self.epochs_by(seen) > self.epochs_by(before)
         too_many = ends and self.bad_samples > limit * seen
         if not too_many and not is_above(self.bad_samples, seen, limit):
             return

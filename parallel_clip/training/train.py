@@ -195,7 +195,7 @@ def _train_segment(plan: RunPlan, job: _Job, shards: RunShards, state: TrainStat
         loss_kind=config.loss.kind,
         batch=config.evaluate.batch,
     )
-    data = build_training_data(config, shards, plan.preprocess, tokenizer)
+    data = build_training_data(config, shards, plan.preprocess, tokenizer, plan.stretches)
     feed = DeviceFeed(
         _loader(plan, data, groups) if groups.reads_data else None,
         plan.architecture,

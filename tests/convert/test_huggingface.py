@@ -160,15 +160,22 @@ def test_half_precision_but_for_the_logit_parameters(tmp_path, precision):
 LABELS = ["a cat, on a Mat", "dog photo", "Photo of a   DOG."]
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_a_zero_shot_pipeline_just_works(tmp_path, family):
+def told_as_said(classify, said):
+    """The pipeline, after the line of Python that the conversion gives for it, if it does."""
+    for line in (note.split(" write: ")[1] for note in said if " write: " in note):
+        exec(line, {"classify": classify})
+    return classify
+
+
+@pytest.mark.parametrize("family, tokens", [("clip", 16), ("siglip", 64), ("siglip", 11)])
+def test_a_zero_shot_pipeline_just_works(tmp_path, family, tokens):
     """Tokenizer, pictures and probabilities are those of our own model."""
     if family == "clip":
-        model_cfg = small_model(text={"vocab_size": 49408, "context_length": 16})
+        model_cfg = small_model(text={"vocab_size": 49408, "context_length": tokens})
         settings = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation": "bilinear"}
     else:
         text = KINDS["timm-siglip2"]["text_cfg"] | {
-            "context_length": 64, "hf_tokenizer_name": "timm/x",
+            "context_length": tokens, "hf_tokenizer_name": "timm/x",
             "tokenizer_kwargs": {"clean": "canonicalize"},
         }  # fmt: skip
         model_cfg = KINDS["timm-siglip2"] | {"text_cfg": text}
@@ -182,7 +189,7 @@ def test_a_zero_shot_pipeline_just_works(tmp_path, family):
     )
     if family == "siglip":
         make_unigram(source)
-    convert_checkpoint(source, target, "huggingface")
+    said = convert_checkpoint(source, target, "huggingface")
     encoder = load_encoder(source)
     transform = evaluation_transform(encoder.preprocess)
     pixels = encoder.encode_image(transform(picture())[None])
@@ -192,14 +199,16 @@ def test_a_zero_shot_pipeline_just_works(tmp_path, family):
         expected = logits.softmax(-1)
     else:
         expected = torch.sigmoid(logits + state["logit_bias"])
-    classify = pipeline("zero-shot-image-classification", model=str(target))
+    classify = told_as_said(pipeline("zero-shot-image-classification", model=str(target)), said)
+    assert ("_preprocess_params" in (target / "README.md").read_text()) == (tokens == 11)
     found = classify(picture(), candidate_labels=LABELS, hypothesis_template="{}")
     found = {entry["label"]: entry["score"] for entry in found}
     for label, probability in zip(LABELS, expected[0].tolist(), strict=True):
         # The pipeline rounds probabilities of a sigmoid to four places, and resizes on tensors.
         assert found[label] == pytest.approx(probability, abs=1e-3)
     processor = AutoProcessor.from_pretrained(target)
-    inputs = processor(text=LABELS, images=picture(), padding="max_length", return_tensors="pt")
+    fitted = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    inputs = processor(text=LABELS, images=picture(), **fitted)
     theirs = AutoModel.from_pretrained(target)(**inputs).logits_per_image
     ours = logits + state.get("logit_bias", 0)
     torch.testing.assert_close(theirs, ours, rtol=1e-2, atol=1e-2)
@@ -220,7 +229,7 @@ def test_features_of_texts_with_padding_on_either_side(tmp_path, monkeypatch, si
     make_unigram(source)
     settings = {"pad_token": "<pad>", "padding_side": side}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    convert_checkpoint(source, tmp_path / "hf", "huggingface")
+    said = convert_checkpoint(source, tmp_path / "hf", "huggingface")
     plain = reference.build_model(model_cfg).eval()
     plain.load_state_dict(state)
     # open_clip opens the folder that is written for it, as this one names no class.
@@ -235,6 +244,11 @@ def test_features_of_texts_with_padding_on_either_side(tmp_path, monkeypatch, si
         expected = plain.encode_text(tokenizer(texts))
         found = model.get_text_features(**inputs)
     assert distance(getattr(found, "pooler_output", found), expected) < 1e-5
+    if side == "left":  # on the right, padding changes nothing
+        classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "hf"))
+        settings = told_as_said(classify, said)._preprocess_params
+        prepared = classify.preprocess(picture(), texts, "{}", **settings)["text_inputs"][0]
+        assert torch.equal(prepared["input_ids"], inputs["input_ids"])
 
 
 def test_a_folder_of_siglip_without_a_processor_says_what_is_taken(tmp_path):

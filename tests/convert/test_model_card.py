@@ -122,16 +122,29 @@ def test_the_facts_of_training(tmp_path):
 def test_phases_and_thawed_towers_are_facts(tmp_path):
     meta = meta_of()
     phases = [{"until": "90%", "resolution": 112, "patch_dropout": 0.5, "lr": None}]
-    phases += [{"until": None, "resolution": None, "patch_dropout": None, "lr": None}]
+    phases += [{"until": 5000, "resolution": None, "patch_dropout": None, "lr": None}]
+    clean = {"shards": "s3://me:pass@bucket/clean/{0..9}.tar?signed", "weight": 2.0}
+    phases += [phases[1] | {"until": None, "sources": [clean]}]
     freeze = {"vision": {"unlocked_groups": 1, "norms": False, "unfreeze_at": 4000}, "text": None}
     config = meta.config | {"phases": phases, "freeze": freeze}
     rows = read_training_facts(tmp_path, replace(meta, config=config)).rows
     assert [value for what, value in rows if what == "phase"] == [
         "until 90% of the steps: resolution 112, patch dropout 0.5",
-        "to the end: as the model",
+        "until 5,000 pairs: as the model",
+        "to the end: `clean/{0..9}.tar` × 2",
     ]
     frozen = "all but the last 1 of its layer groups, until 4,000 pairs"
     assert ("not trained, of the vision tower", frozen) in rows
+
+
+def test_each_source_of_a_run_is_a_fact_whichever_phase_has_it(tmp_path):
+    counted = [{"shards": 3, "samples": 30}, {"shards": 1, "samples": 10}]
+    data = {"sources": counted, "shards": ["big/{0..2}.tar", ["clean/0.tar"]]}
+    rows = read_training_facts(tmp_path, meta_of(data=data)).rows
+    assert [value for what, value in rows if what == "training data"] == [
+        "`big/{0..2}.tar`; 3 shards, 30 pairs; 40,000 seen",
+        "`clean/0.tar`; 1 shards, 10 pairs; 960 seen",
+    ]
 
 
 def test_a_checkpoint_without_a_run_folder_has_no_figures(tmp_path):

@@ -47,6 +47,7 @@ def test_twenty_steps_in_three_phases(case, tmp_path):
     small = model_cfg(vision={"patch_size": PATCH, "image_size": SMALL})
     weights = reference.make_checkpoint(large, seed=1, folder=tmp_path / "begun")
     shards = reference.make_shards(tmp_path / "shards", case.batch, image_size=32, seed=2)
+    others = reference.make_shards(tmp_path / "others", case.batch, image_size=32, seed=3)
     config = {
         "init": {"from": str(tmp_path / "begun")},
         "parallel": case.parallel,
@@ -58,7 +59,7 @@ def test_twenty_steps_in_three_phases(case, tmp_path):
         "phases": [
             {"until": "50%", "resolution": SMALL, "patch_dropout": 0.5},
             {"until": SECOND * case.batch + 1, "lr": RATES[1]},
-            {"lr": RATES[2]},
+            {"lr": RATES[2], "sources": [{"shards": others}]},
         ],
         "data": {"train": [{"shards": shards}], "augment": "none", "workers": 1},
         "ema": {"decay": DECAY},
@@ -72,16 +73,18 @@ def test_twenty_steps_in_three_phases(case, tmp_path):
     assert "from step 11 on: 30 x 30 pixels, 26 tokens, highest learning rate 0.0002" in said
     assert "vision positions interpolated from 5 x 5 to 3 x 3" in said
     checkpoints = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert checkpoints == ["step_00000010", "step_00000020"], "a change of lr alone needs none"
+    assert checkpoints == ["step_00000010", "step_00000020"], (
+        "a change of lr and sources needs none"
+    )
 
-    def batch_at(size: int) -> reference.Batch:
-        folder = tmp_path / f"at {size}"
+    def batch_at(size: int, of: str = "shards") -> reference.Batch:
+        folder = tmp_path / f"{of} at {size}"
         folder.mkdir()
         described = {"model_cfg": large, "preprocess_cfg": {"size": size, **reference.PREPROCESS}}
         (folder / "open_clip_config.json").write_text(json.dumps(described))
-        return reference.batch_from_shards(tmp_path / "shards", folder)
+        return reference.batch_from_shards(tmp_path / of, folder)
 
-    first, second = batch_at(SMALL), batch_at(LARGE)
+    first, second, third = batch_at(SMALL), batch_at(LARGE), batch_at(LARGE, "others")
     positions = {
         (line["step"], Path(line["shard"]).name, line["key"]): line["position"]
         for line in read_ledger(tmp_path / "run")
@@ -97,7 +100,7 @@ def test_twenty_steps_in_three_phases(case, tmp_path):
         [
             ReferencePhase(FIRST, small, first, rates[0], kept),
             ReferencePhase(SECOND - FIRST, large, second, rates[1]),
-            ReferencePhase(STEPS - SECOND, large, second, rates[2]),
+            ReferencePhase(STEPS - SECOND, large, third, rates[2]),
         ],
         weights,
         ema_decay=DECAY,

@@ -15,6 +15,7 @@ from parallel_clip.plan.memory import RankMemory
 from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.report import dry_run_report
 from parallel_clip.plan.run_plan import make_run_plan
+from tests.data.shard_files import write_shards
 from tests.plan.small_plans import EVEN, small_config
 from tests.small_models import KINDS, small_model
 
@@ -84,6 +85,30 @@ def test_each_model_of_a_run_is_planned_and_a_learning_rate_makes_no_new_one(tmp
     assert "below: steps 5 to 6, the fullest" in report
     rows = [line.split() for line in report.splitlines() if line.startswith("  3 ")]
     assert rows[0][:7] == ["3", "9", "to", "10", "32", "x", "32"]
+
+
+def test_other_sources_make_no_new_model_and_are_told(tmp_path):
+    write_shards(tmp_path / "clean", [3, 2])
+    clean = {"shards": str(tmp_path / "clean"), "weight": 2.0}
+    phases = [{"until": "40%"}, {"until": "60%", "sources": [clean]}, {}]
+    plan, _ = make_run_plan(phased(small_config(tmp_path, 1), phases), 1)
+    assert plan.stop == 10 and plan.stretches == ((0, 0, 0), (8, 1, 0), (12, 0, 8))
+    assert [blend.pairs for blend in plan.blends] == [(2, 0), (0, 10)]
+    assert [plan.epochs_by(position) for position in (0, 2, 8, 12, 14, 20)] == [0, 1, 4, 4, 5, 8]
+
+    report = dry_run_report(plan.config, 1).splitlines()
+    rows = [line.split() for line in report]
+    head = next(row for row in rows if row[:2] == ["phase", "steps"])
+    assert head[-2:] == ["sources", "GiB"]
+    of_phases = rows[rows.index(head) + 2 :][:3]
+    assert [(row[0], row[3], row[-2]) for row in of_phases] == [
+        ("0", "4", "0"), ("1", "6", "1"), ("2", "10", "0"),
+    ]  # fmt: skip
+    assert "  source 0: 1 shards, 2 samples, weight 1: 2 pairs an epoch" in report
+    assert "  an epoch: 2 pairs; 8 epochs of phases 0 and 2" in report
+    assert "  source 1: 2 shards, 5 samples, weight 2: 10 pairs an epoch" in report
+    assert "  an epoch: 10 pairs; 0.4 epochs of phase 1" in report
+    assert sum("reading" in line and "of phase" in line for line in report) == 2
 
 
 def test_a_layout_that_does_not_fit_one_of_the_phases_is_told_with_it(tmp_path, monkeypatch):

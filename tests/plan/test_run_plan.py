@@ -26,7 +26,7 @@ def test_a_memory_limit_decides_the_stash_of_the_plan(tmp_path):
 
 def test_a_plan_says_what_it_trains_on(tmp_path):
     plan = small_plan(tmp_path, 4)
-    assert (plan.steps, plan.epoch_pairs, plan.is_finished) == (1, (2,), False)
+    assert (plan.steps, plan.blends[0].pairs, plan.is_finished) == (1, (2,), False)
     assert plan.data_fingerprint["sources"][0]["samples"] == 2
     assert plan.tokenizer.build(plan.architecture.text).path is None and plan.tokenizer_name is None
     assert not (tmp_path / "run").exists() and not list(tmp_path.rglob("shards.index"))

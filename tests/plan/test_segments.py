@@ -4,7 +4,7 @@ import pytest
 
 from parallel_clip.config import config_from_dict
 from parallel_clip.errors import InputError
-from parallel_clip.plan.segments import find_segments
+from parallel_clip.plan.segments import configured_stretches, find_segments
 
 BATCH = 10
 
@@ -57,6 +57,20 @@ def test_towers_are_thawed_inside_a_phase_or_with_one():
         (5, 10, 0, 0.1, ["text"]),
         (10, 20, 1, 0.1, []),
     ]
+
+
+def test_samples_are_of_the_sources_of_their_phase():
+    """From a whole batch on; what is thawed or another learning rate changes no order."""
+    other = {"sources": [{"shards": "b.tar"}]}
+    phases = [{"until": "50%"}, {"until": 129, "lr": 0.2, **other}, {"until": 150, **other}, {}]
+    freeze = {"vision": {"unfreeze_at": "25%"}}
+    assert [s.blend for s in find_segments(config_of(phases, freeze), 20)] == [0, 0, 1, 1, 0]
+    assert configured_stretches(config_of(phases, freeze)) == (
+        (0, 0, 0),
+        (100, 1, 0),
+        (150, 0, 100),
+    )
+    assert configured_stretches(config_of([{"until": "50%"}, {}])) == ((0, 0, 0),)
 
 
 @pytest.mark.parametrize(

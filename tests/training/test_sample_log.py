@@ -19,7 +19,9 @@ from parallel_clip.training.sample_log import SampleLog
 
 def two_steps(groups: Groups, run_dir: Path, limit: float) -> tuple[int, list[int], str]:
     """Steps of 2 pairs a rank, one of them bad in step 2: the counts, and the error."""
-    log = SampleLog(run_dir, groups, 4, 2, 8, limit, bad_samples=1, source_samples=[10, 0])
+    log = SampleLog(
+        run_dir, groups, 4, 2, lambda position: position // 8, limit, 1, source_samples=[10, 0]
+    )
     error = ""
     for step in (1, 2):
         first = 4 * (step - 1) + 2 * groups.data_rank

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
+from parallel_clip.config import training_sources
 from parallel_clip.data.feeding.evaluation_data import EvaluationData
 from parallel_clip.data.feeding.run_shards import RunShards
 from parallel_clip.data.feeding.training_data import TrainingData
+from parallel_clip.data.order.run_order import ONE_ORDER, RunOrder, Stretch
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import PictureRule, decode_picture, label_of
 from parallel_clip.data.samples.identities import IdentityRule
@@ -25,7 +27,7 @@ from parallel_clip.data.storage.shards import BadSampleError, ShardFiles, ShardI
 from parallel_clip.errors import InputError
 
 if TYPE_CHECKING:
-    from parallel_clip.config import Config, Data
+    from parallel_clip.config import Config
 
 Need = Literal["captions", "labels"]
 
@@ -42,7 +44,7 @@ def check_samples(config: Config, shards: RunShards) -> None:
     """`check_first_samples` of each source of training pairs and each held-out set, and that a key
     named by `loss.duplicates` is there."""
     settings = config.data
-    for rule, table in zip(_caption_rules(settings), shards.train, strict=True):
+    for rule, table in zip(_caption_rules(config), shards.train, strict=True):
         check_first_samples(table, "captions", rule, settings.max_pixels)
     for name, table in shards.held_out.items():
         rule = CaptionRule(settings.caption_key)
@@ -112,9 +114,14 @@ def check_first_samples(
 
 
 def build_training_data(
-    config: Config, shards: RunShards, preprocess: Preprocess, tokenizer: Tokenizer
+    config: Config,
+    shards: RunShards,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    stretches: Sequence[Stretch] = ONE_ORDER,
 ) -> TrainingData:
-    """The training pairs of a run."""
+    """The training pairs of a run. stretches: which of the orders of `shards` its positions are
+    of."""
     settings = config.data
     augment = settings.augment == "train"
     here = settings.normalize == "worker"
@@ -128,11 +135,11 @@ def build_training_data(
         shrink = None
     return TrainingData(
         shards.train,
-        shards.order,
+        RunOrder(shards.orders, stretches, config.seed),
         transform,
         tokenizer,
         any_caption=augment,
-        captions=_caption_rules(settings),
+        captions=_caption_rules(config),
         pictures=PictureRule(settings.max_pixels, shrink, resized),
         identity=IdentityRule.of(config.loss.duplicates),
     )
@@ -168,13 +175,14 @@ def build_held_out_data(
     return {name: built[id(table)] for name, table in shards.held_out.items()}
 
 
-def _caption_rules(settings: Data) -> list[CaptionRule]:
+def _caption_rules(config: Config) -> list[CaptionRule]:
     """Of each source of training pairs."""
+    settings = config.data
     return [
         CaptionRule(
             settings.caption_key if source.caption_key is None else source.caption_key,
             settings.caption_lines if source.caption_lines is None else source.caption_lines,
             keep_empty=settings.empty_caption == "keep",
         )
-        for source in settings.train
+        for source in training_sources(config).sources
     ]

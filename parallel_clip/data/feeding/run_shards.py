@@ -1,7 +1,7 @@
-"""The shards of a run, and the order in which its samples are taken.
+"""The shards of a run, and the orders in which their samples are taken.
 
 Rank 0 finds and checks all shards (`find_run_shards`) and saves their index; the other ranks open
-them by that index (`reopen_run_shards`). Order, length and fingerprint of a run follow from the
+them by that index (`reopen_run_shards`). Orders, length and fingerprint of a run follow from the
 shards and the config alone.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from braceexpand import braceexpand
 
-from parallel_clip.config import parse_bytes
+from parallel_clip.config import parse_bytes, training_sources
 from parallel_clip.data.index.index_folder import FolderIndex
 from parallel_clip.data.index.scan import FEW
 from parallel_clip.data.index.shard_list import (
@@ -37,6 +37,7 @@ from parallel_clip.data.index.shard_table import (
     scan_unindexed,
     table_of,
 )
+from parallel_clip.data.order.run_order import order_seed
 from parallel_clip.data.order.sample_order import VERSION as ORDER_VERSION
 from parallel_clip.data.order.sample_order import Order, OrderSource
 from parallel_clip.data.storage.addresses import StorageSettings, configure_storage, is_remote
@@ -54,15 +55,16 @@ Folders = dict[str, FolderIndex]
 
 @dataclass(frozen=True)
 class RunShards:
-    """The shards that a config names, and the order in which training samples are taken.
+    """The shards that a config names, and the orders in which training samples are taken.
 
-    held_out: of the keys of HELD_OUT_NEEDS that `evaluate` has set; left_out: the paths of those of
-    `data.train` that `data.missing: skip` does without.
+    train and orders: of each source and each blend of `training_sources`; held_out: of the keys of
+    HELD_OUT_NEEDS that `evaluate` has set; left_out: the paths of those of training that
+    `data.missing: skip` does without.
     """
 
-    train: list[ShardTable]  # of each entry of `data.train`
+    train: list[ShardTable]
     held_out: dict[str, ShardTable]
-    order: Order
+    orders: list[Order]
     left_out: list[str] = field(default_factory=list)
 
     def save_index(self, say: Print = print) -> None:
@@ -94,23 +96,24 @@ class RunShards:
         """The shards of training, apart from where they lie."""
         return list_shards(self.train)
 
-    @property
-    def sample_bytes(self) -> float | None:
+    def sample_bytes(self, order: Order) -> float | None:
         """The bytes that a sample of an epoch takes in its shard, on average; None where they are
         not known."""
         total = 0.0
-        for table, pairs in zip(self.train, self.order.source_samples, strict=True):
+        for table, pairs in zip(self.train, order.source_samples, strict=True):
+            if pairs == 0:
+                continue
             sizes = table.bytes()
             known = sizes >= 0
             if not known.any():
                 return None
             total += pairs * float(sizes[known].sum()) / max(1, int(table.counts[known].sum()))
-        return total / self.order.samples_per_epoch
+        return total / order.samples_per_epoch
 
-    @property
-    def is_fetched(self) -> bool:
-        """Whether shards of training lie at addresses."""
-        return any(is_remote(path) for table in self.train for path in table.paths)
+    def is_fetched(self, order: Order) -> bool:
+        """Whether shards of an order lie at addresses."""
+        sources = zip(self.train, order.source_samples, strict=True)
+        return any(is_remote(path) for table, pairs in sources if pairs for path in table.paths)
 
 
 def find_run_shards(
@@ -125,33 +128,32 @@ def find_run_shards(
     Scans shards that no saved index has, which is said, and keeps what it scans where there are
     many (`scan_unindexed`); writes nothing else. counts_suffice: does not scan those whose number
     of samples a file beside them has, which is enough where no sample is read; writes nothing.
-    begun_with: the shards of the run to be resumed: one that `data.missing: skip` left out then
-    stays out, though it is there now.
+    begun_with: the shards of the sources that the run to be resumed began with: one that
+    `data.missing: skip` left out then stays out, though it is there now.
 
     Raises:
         InputError: no shards, missing, changed or broken ones, an epoch without samples, or wrong
             settings of `data`.
     """
     settings, folders = config.data, Folders()
-    if not settings.train:
+    keys = training_sources(config).keys
+    if not keys:
         raise InputError("data.train names no shards; give a list of {shards: ...}")
     use_storage(settings)
     # Few are scanned again in no time: nothing is written for them before the run is known to be
     # right.
     keep_above = None if counts_suffice else FEW
     left_out: list[str] = []
-    paths = _training_paths(settings)
+    paths = _training_paths(config)
     if any(is_remote(path) for source in paths for path in source):
         place, why = pages_folder()
         say(f"pages of shards at addresses: at most {settings.cache} in {place} ({why})")
     train = []
-    for number, named in enumerate(paths):
+    for number, (named, key) in enumerate(zip(paths, keys, strict=True)):
         table = table_of(named, say, folders)
         if settings.missing == "skip":
-            known = None
-            if begun_with is not None:
-                known = [shard for shard in begun_with if shard.source == number]
-            table = _without_missing(table, number, settings, left_out, known, say, keep_above)
+            known = [shard for shard in begun_with or () if shard.source == number] or None
+            table = _without_missing(table, key, settings, left_out, known, say, keep_above)
         else:
             table = check_and_scan(table, say, counts_suffice=counts_suffice, keep_above=keep_above)
         train.append(table)
@@ -162,7 +164,7 @@ def find_run_shards(
         counts_suffice=counts_suffice,
         keep_above=keep_above,
     )
-    return RunShards(train, _held_out(config, find), _order(config, train), left_out)
+    return RunShards(train, _held_out(config, find), _orders(config, train), left_out)
 
 
 def reopen_run_shards(
@@ -183,12 +185,12 @@ def reopen_run_shards(
         scan_unindexed(
             table_of(paths, print_nothing, folders).without(left_out), print_nothing
         )
-        for paths in _training_paths(config.data)
+        for paths in _training_paths(config)
     ]  # fmt: skip
     held_out = _held_out(config, partial(open_shards, folders=folders))
     for table in (*train, *held_out.values()) if check else ():
         check_shards(table, local_only=True)
-    return RunShards(train, held_out, _order(config, train), list(left_out))
+    return RunShards(train, held_out, _orders(config, train), list(left_out))
 
 
 def use_storage(settings: Data) -> None:
@@ -203,13 +205,14 @@ def use_storage(settings: Data) -> None:
     )
 
 
-def _training_paths(settings: Data) -> list[list[str]]:
+def _training_paths(config: Config) -> list[list[str]]:
     """The shards of each source, but for those that `data.exclude` names."""
-    sources = [expand_shards(source.shards) for source in settings.train]
-    patterns = [text for pattern in settings.exclude for text in braceexpand(pattern)]
+    found = training_sources(config)
+    patterns = [text for pattern in config.data.exclude for text in braceexpand(pattern)]
     unused = set(patterns)
     kept: list[list[str]] = []
-    for number, paths in enumerate(sources):
+    for source, key in zip(found.sources, found.keys, strict=True):
+        paths = expand_shards(source.shards)
         kept.append([])
         for path in paths:
             found = [p for p in patterns if _is_named(path, p)]
@@ -217,12 +220,10 @@ def _training_paths(settings: Data) -> list[list[str]]:
             if not found:
                 kept[-1].append(path)
         if not kept[-1]:
-            raise InputError(
-                f"data.exclude leaves none of the {len(paths):,} shards of data.train.{number}"
-            )
+            raise InputError(f"data.exclude leaves none of the {len(paths):,} shards of {key}")
     if unused:
         raise InputError(
-            f"data.exclude names {', '.join(sorted(unused)[:5])}, which is no shard of data.train; "
+            f"data.exclude names {', '.join(sorted(unused)[:5])}, which is no shard of training; "
             "a pattern is compared with the file's name and with its whole path"
         )
     return kept
@@ -234,15 +235,15 @@ def _is_named(path: str, pattern: str) -> bool:
 
 def _without_missing(
     table: ShardTable,
-    number: int,
+    key: str,
     settings: Data,
     left_out: list[str],
     begun_with: list[ListedShard] | None,
     say: Print,
     keep_above: int | None,
 ) -> ShardTable:
-    """The table of source `number` without the shards that are missing or cannot be used, which go
-    to `left_out`. begun_with: of this source."""
+    """The table of the source at `key` of the config without the shards that are missing or cannot
+    be used, which go to `left_out`. begun_with: of this source."""
     total = len(table)
     faults = find_faults(table)
     table = table.without(faults)
@@ -250,13 +251,14 @@ def _without_missing(
     table = scan_unindexed(table, say, keep_above=keep_above, bad=bad)
     table, faults = table.without(bad), faults | bad
     if begun_with is not None:
-        listed = [shard._replace(source=number) for shard in list_shards([table])]
+        source = begun_with[0].source
+        listed = [shard._replace(source=source) for shard in list_shards([table])]
         back = [table.paths[n] for n in shards_added(begun_with, listed)]
         faults |= {path: f"shard {path} was left out when the run began" for path in back}
         table = table.without(back)
     if not len(table):
         raise InputError(
-            f"none of the {total:,} shards of data.train.{number} can be used:\n"
+            f"none of the {total:,} shards of {key} can be used:\n"
             + "\n".join(first_five(list(faults.values())))
         )
     if not faults:
@@ -264,7 +266,7 @@ def _without_missing(
     fraction = len(faults) / total
     if fraction > settings.max_missing_fraction:
         raise InputError(
-            f"{len(faults):,} of {total:,} shards of data.train.{number} cannot be used, "
+            f"{len(faults):,} of {total:,} shards of {key} cannot be used, "
             f"{fraction:.2%}, and data.max_missing_fraction is "
             f"{settings.max_missing_fraction:.2%}:\n" + "\n".join(first_five(list(faults.values())))
         )
@@ -288,9 +290,18 @@ def _held_out(config: Config, find: Callable[[Any], ShardTable]) -> dict[str, Sh
     return held_out
 
 
-def _order(config: Config, train: Sequence[ShardTable]) -> Order:
-    sources = [
-        OrderSource(table.counts, source.weight, source.samples)
-        for source, table in zip(config.data.train, train, strict=True)
-    ]
-    return Order(sources, config.seed, config.batch.global_)
+def _orders(config: Config, train: Sequence[ShardTable]) -> list[Order]:
+    """The order of each blend, over all sources: those that it lacks have a weight of 0."""
+    found, orders = training_sources(config), []
+    for number, blend in enumerate(found.blends):
+        sources = [
+            OrderSource(table.counts, weight, source.samples)
+            for source, weight, table in zip(found.sources, blend, train, strict=True)
+        ]
+        try:
+            order = Order(sources, order_seed(config.seed, number), config.batch.global_)
+        except InputError as error:
+            of_phase = f"phases.{found.phases_of(number)[0]}: " if len(found.blends) > 1 else ""
+            raise InputError(f"{of_phase}{error}") from None
+        orders.append(order)
+    return orders

@@ -15,7 +15,8 @@ from torch.utils.data import default_collate
 from parallel_clip.data.feeding.sample_records import BadSample, StoredAddress
 from parallel_clip.data.feeding.workers import report_progress
 from parallel_clip.data.index.shard_table import ShardTable
-from parallel_clip.data.order.sample_order import Order, SampleAddress
+from parallel_clip.data.order.run_order import RunOrder
+from parallel_clip.data.order.sample_order import SampleAddress
 from parallel_clip.data.samples.captions import CaptionRule
 from parallel_clip.data.samples.decode import PictureRule, decode_picture, pillows_limit
 from parallel_clip.data.samples.identities import IdentityRule, identities_of_tokens
@@ -61,7 +62,7 @@ class TrainingData:
     """
 
     sources: Sequence[ShardTable]
-    order: Order
+    order: RunOrder
     transform: Transform
     tokenizer: Tokenizer
     _: KW_ONLY
@@ -74,10 +75,6 @@ class TrainingData:
         self._files = ShardFiles()
         sources = self.sources
         self._shard = lru_cache(RECENT_SHARDS)(lambda source, shard: sources[source][shard])
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return self.order.samples_per_epoch
 
     def __getitem__(self, positions: range) -> Microbatch:
         """Read the pairs at `positions`; BadDataError where no substitute of a bad one is good."""
@@ -114,7 +111,7 @@ class TrainingData:
         bits = partial(sample_seed, self.order.seed, position)
         for attempt in range(MAX_SUBSTITUTES + 1):
             if attempt:
-                address = self.order.at(self.order.substitute(position, attempt))
+                address = self.order.substitute(position, attempt)
             report_progress(address.source, address.shard, address.index)
             shard = self._shard(address.source, address.shard)
             try:

@@ -39,8 +39,8 @@ VERSION = 3  # of all that follows; a checkpoint notes it
 
 @dataclass(frozen=True)
 class OrderSource:
-    """A source of samples: their number in each shard, how often an epoch has each (`weight`), and
-    how many of the first are used (`samples`; None: all)."""
+    """A source of samples: their number in each shard, how often an epoch has each (`weight`, 0 for
+    a source that is left out), and how many of the first are used (`samples`; None: all)."""
 
     shard_samples: Sequence[int] | np.ndarray
     weight: float = 1.0
@@ -81,8 +81,8 @@ class Order:
         if self.samples_per_epoch == 0:
             raise InputError(
                 f"an epoch has no samples: the sources hold {[p.samples for p in self._parts]} at "
-                f"weights {[source.weight for source in sources]}; raise data.train.*.weight or "
-                "data.train.*.samples"
+                f"weights {[source.weight for source in sources]}; raise a weight, or `samples` of "
+                "a source"
             )
         self.streams = stream_count(self.samples_per_epoch, batch)
         self._stride = max(1, int(0.618 * self.samples_per_epoch))

@@ -163,7 +163,7 @@ class World:
         first, seen = (begun.step, list(begun.seen)) if begun else (0, [])
         if begun and begun.fingerprint != shards.fingerprint:
             raise Refused(describe_differences(begun.listed, shards.listed))
-        per_epoch = shards.order.samples_per_epoch
+        per_epoch = shards.orders[0].samples_per_epoch
         last = -(-per_epoch // BATCH) if steps is None else first + steps
         ranks = self.dice.choice([1, 2, 3, 6])
         views = [shards]
@@ -181,7 +181,7 @@ class World:
 
     def _read(self, shards: RunShards, positions: list[int], files: ShardFiles) -> list[int]:
         numbers = []
-        found = shards.order.of_positions(np.array(positions, np.int64))
+        found = shards.orders[0].of_positions(np.array(positions, np.int64))
         for source, shard, index in zip(found.source, found.shard, found.index, strict=True):
             table = shards.train[int(source)]
             try:

@@ -123,7 +123,7 @@ def test_every_sample_comes_once_an_epoch(tmp_path):
     write_shards(tmp_path / "once", [7, 4])
     write_shards(tmp_path / "thrice", [6])
     data = open_data(source(tmp_path / "once"), source(tmp_path / "thrice", weight=3.0, samples=5))
-    assert data.samples_per_epoch == 11 + 3 * 5
+    assert data.order.orders[0].samples_per_epoch == 11 + 3 * 5
     read = [a for (batch,) in load(data, 13, 13, steps=6) for a in batch.addresses]
     for epoch in range(3):
         times = Counter(read[26 * epoch : 26 * (epoch + 1)])
@@ -134,7 +134,7 @@ def test_every_sample_comes_once_an_epoch(tmp_path):
 
 def test_augmentation_is_the_positions_own(shards):
     one, other = open_data(source(shards), seed=1), open_data(source(shards), seed=2)
-    n = one.samples_per_epoch
+    n = one.order.orders[0].samples_per_epoch
     first_epoch = {a.key: image for a, image in rows(one, range(n))}
     second_epoch = {a.key: image for a, image in rows(one, range(n, 2 * n))}
     other_seed = {a.key: image for a, image in rows(other, range(n))}
@@ -194,7 +194,7 @@ def test_a_bad_sample_is_replaced_and_told_of(tmp_path, files, reason):
     assert (bad.source, bad.shard, bad.key) == (0, str(path), "the/bad")
     assert "the/bad" in str(bad) and str(path) in str(bad)
     keys = [address.key for address in batch.addresses]
-    assert keys[bad.position] == keys[data.order.substitute(bad.position, 1)]
+    assert keys[bad.position] == keys[data.order.orders[0].substitute(bad.position, 1)]
     assert set(keys) == set(good)
     assert data.order.at(bad.position).index == 9
 

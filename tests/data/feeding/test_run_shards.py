@@ -1,6 +1,7 @@
 """Which shards a run is over: `data.exclude`, `data.missing`, counts beside shards, bytes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_shards_that_are_missing_or_cut_are_left_out_where_that_is_asked_for(
     shards.save_index(print_nothing)
     assert [path[-10:] for path in shards.left_out] == ["000003.tar", "000150.tar"]
     assert len(names(shards)) == 198 and not {"000003.tar", "000150.tar"} & set(names(shards))
-    assert shards.order.samples_per_epoch == 300 - 2 - 1
+    assert shards.orders[0].samples_per_epoch == 300 - 2 - 1
     (line,) = [line for line in said if "leaves out" in line]
     assert "data.missing: skip leaves out 2 of 200 shards" in line and "000150.tar" in line
     # Another rank leaves out the same, whatever it sees.
@@ -110,6 +111,19 @@ def test_a_shard_that_was_left_out_stays_out_when_the_run_goes_on(folder):
     assert find_run_shards(config, print_nothing).fingerprint != begun.fingerprint
 
 
+def test_a_source_that_the_run_did_not_begin_with_is_taken_as_it_is(folder):
+    (folder / "000007.tar").rename(folder / "away")
+    begun = find_run_shards(config_of(folder, missing="skip"), print_nothing)
+    (folder / "away").rename(folder / "000007.tar")
+    write_shards(folder.parent / "clean", [3])
+    tree = config_of(folder, missing="skip").to_tree()
+    tree["phases"] = [{"until": "50%"}, {"sources": [{"shards": str(folder.parent / "clean")}]}]
+    config = config_from_dict(tree)
+    shards = find_run_shards(config, print_nothing, begun_with=begun.listed)
+    assert [len(table) for table in shards.train] == [199, 1]
+    assert shards.left_out == begun.left_out
+
+
 @pytest.mark.parametrize(
     "exclude, gone",
     [
@@ -167,5 +181,29 @@ def test_damaged_statistics_are_no_count(folder):
 def test_the_bytes_of_a_sample_are_a_mean_over_an_epoch(folder):
     shards = find_run_shards(config_of(folder), print_nothing)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    assert shards.sample_bytes == pytest.approx(size / 300)
-    assert not shards.is_fetched
+    (order,) = shards.orders
+    assert shards.sample_bytes(order) == pytest.approx(size / 300)
+    assert not shards.is_fetched(order)
+
+
+def test_phases_have_orders_over_one_list_of_shards(folder):
+    """Of the sources of their own alone, in which a source that comes twice is opened once."""
+    write_shards(folder.parent / "clean", [3])
+    clean, few = {"shards": str(folder.parent / "clean")}, {"shards": f"{folder}/00000?.tar"}
+    tree = config_of(folder).to_tree()
+    tree["phases"] = [{"until": "50%"}, {"sources": [clean, few]}]
+    config = config_from_dict(tree)
+    shards = find_run_shards(config, print_nothing)
+    assert [table.samples for table in shards.train] == [300, 3, 15]
+    assert [order.source_samples for order in shards.orders] == [[300, 0, 0], [0, 3, 15]]
+    size = sum(path.stat().st_size for path in shards_of(shards.train[1:]))
+    assert shards.sample_bytes(shards.orders[1]) == pytest.approx(size / 18)
+    shards.save_index(print_nothing)
+    assert reopen_run_shards(config, check=True).fingerprint == shards.fingerprint
+    tree["phases"][1]["sources"] = [{**clean, "weight": 0.1}]
+    with pytest.raises(InputError, match=r"^phases.1: an epoch has no samples"):
+        find_run_shards(config_from_dict(tree), print_nothing)
+
+
+def shards_of(tables):
+    return [Path(path) for table in tables for path in table.paths]

@@ -171,7 +171,7 @@ def test_shards_that_are_denied_are_left_out_where_missing_ones_are(served, tmp_
     }
     said = []
     shards = find_run_shards(config_from_dict(tree), said.append)
-    assert shards.order.samples_per_epoch == 7
+    assert shards.orders[0].samples_per_epoch == 7
     assert any("000002.tar: access is denied (403)" in line for line in said)
     tree["data"]["missing"] = "error"
     with pytest.raises(InputError, match="000002.tar: access is denied"):
