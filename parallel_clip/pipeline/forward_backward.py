@@ -36,6 +36,7 @@ from parallel_clip.model.clip import Again, CLIPModel
 from parallel_clip.pipeline.communicator import gradient_messages
 from parallel_clip.pipeline.inputs import StepInputs
 from parallel_clip.pipeline.logit_parameters import shared_logit_parameters
+from parallel_clip.pipeline.measured_bias import measured_bias
 
 
 class LossFunction(Protocol):
@@ -69,16 +70,19 @@ def forward_backward(
     loss: LossFunction,
     stash: int,
     loss_pipeline_group: ProcessGroup | None = None,
+    set_bias: Callable[[Tensor], None] | None = None,
 ) -> LossReport:
     """Accumulate the gradient of the global batch's loss in the model.
 
     chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
     stash: how many microbatches keep their graphs; loss_pipeline_group: the pipeline group where
-    `loss` is computed on all stages, None where it is on the last alone. Gradients are summed over
-    microbatches in fp32 and averaged over data-parallel ranks, as `loss` expects of its caller.
+    `loss` is computed on all stages, None where it is on the last alone; set_bias: sets the model's
+    bias, on the last stage, to what is measured on this batch before its loss is computed
+    (measured_bias.py). Gradients are summed over microbatches in fp32 and averaged over
+    data-parallel ranks, as `loss` expects of its caller.
     The report is that of the loss on the last stage, and zero on the others.
     """
-    step = TwoPassStep(chunks, inputs, loss, stash, loss_pipeline_group)
+    step = TwoPassStep(chunks, inputs, loss, stash, loss_pipeline_group, set_bias)
     step.first_pass()
     step.compute_loss()
     step.second_pass()
@@ -106,6 +110,7 @@ class TwoPassStep:
     loss: LossFunction
     stash: int
     loss_pipeline_group: ProcessGroup | None = None
+    set_bias: Callable[[Tensor], None] | None = None
 
     def __post_init__(self):
         self.last: CLIPModel = self.chunks[-1].module
@@ -131,7 +136,10 @@ class TwoPassStep:
         last = self.last
         if not last.stage.is_last and self.loss_pipeline_group is None:
             return
-        leaves, identities = self._all_features().requires_grad_(), self.inputs.identities
+        leaves, identities = self._all_features(), self.inputs.identities
+        if self.set_bias is not None:
+            self._measure_bias(leaves, self.set_bias)
+        leaves.requires_grad_()
         if self.loss_pipeline_group is not None:
             logit_scale_and_bias = shared_logit_parameters([last], self.loss_pipeline_group)
         if not last.stage.is_last:  # the loss adds this rank's part on the last stage
@@ -146,6 +154,19 @@ class TwoPassStep:
         self.feature_grads = leaf_grad.split([f.shape[1] for f in self.features], dim=1)
         bad_images, bad_texts = leaves.detach().isfinite().logical_not().sum(dim=(1, 2)).float()
         self.report = LossReport(value.detach(), bad_images, bad_texts)
+
+    def _measure_bias(self, features: Tensor, set_bias: Callable[[Tensor], None]) -> None:
+        if self.loss_pipeline_group is not None:
+            scale, _ = shared_logit_parameters([self.last], self.loss_pipeline_group)
+        else:
+            scale = self.last.logit_scale.detach().exp()
+        images, texts = features
+        identities = self.inputs.identities
+        bias = measured_bias(
+            lambda bias: self.loss(images, texts, scale, bias, identities=identities), scale
+        )
+        if self.last.stage.is_last:
+            set_bias(bias)
 
     def _all_features(self) -> Tensor:
         """[2, m·b, D], on the stages that work on the loss."""
