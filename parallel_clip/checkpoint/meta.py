@@ -31,6 +31,7 @@ class Meta:
     has those of the weights (`ema.decay`); updates: of the optimizer, which are fewer than the
     steps where bad ones were skipped; frozen: names of the parameters that are not trained and have
     no moments; trained_since: after how many updates others began to be, where not at once;
+    measures_bias: whether `logit_bias` is still to be measured, on the batch of the next step;
     grad_norms and skipped: what `bad_steps` remembers of the last steps; config: of the run, all
     keys; layout and versions: those that wrote the checkpoint.
     """
@@ -50,6 +51,7 @@ class Meta:
     updates: int = 0
     frozen: tuple[str, ...] = ()
     trained_since: dict[str, int] = field(default_factory=dict)
+    measures_bias: bool = False
     grad_norms: tuple[float, ...] = ()
     skipped: tuple[int, ...] = ()
     config: dict[str, Any] | None = None

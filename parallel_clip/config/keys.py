@@ -76,6 +76,19 @@ class Init(ConfigSection):
         description="projections of init.*'s towers to features; new: random, where theirs do not "
         "fit the model, or all where all fit",
     )
+    logit_scale: float | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="multiplier of the logits that the run begins with; null: that of init.from, "
+        "else of the model's JSON",
+    )
+    logit_bias: Literal["measured"] | float | None = Field(
+        None,
+        description="bias of the logits that the run begins with (sigmoid); measured: that with "
+        "the smallest loss on the first batch; null: that of init.from, or measured where this has "
+        "none, else of the model's JSON",
+    )
 
 
 class Loss(ConfigSection):

@@ -119,6 +119,11 @@ def check_consistency(config: Config) -> Iterator[str]:
             "init.projection new is for weights of init.from, init.vision or init.text, and none "
             "of these is given; leave it out"
         )
+    if init.logit_bias is not None and config.loss.kind == "infonce":
+        yield (
+            f"init.logit_bias {init.logit_bias} is for loss.kind sigmoid: InfoNCE does not change "
+            "where all logits do alike, and its model has no bias; leave it out"
+        )
     if config.loss.label_smoothing and config.loss.kind == "sigmoid":
         yield (
             f"loss.label_smoothing {config.loss.label_smoothing:g} is for loss.kind infonce: the "

@@ -30,7 +30,8 @@ from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.model.compare import Tower
 from parallel_clip.model.resize_positions import PositionGrid, position_grids, resize_embedding
 
-# A model trained with InfoNCE has no bias: one that goes on with sigmoid begins with ours.
+# A model trained with InfoNCE has no bias; with which one that goes on with sigmoid begins:
+# plan/logit_start.py.
 _OPTIONAL = ("logit_bias",)
 
 
@@ -40,12 +41,14 @@ class InitialWeights:
 
     sources: paths, each with the parts of the model that come from it; resized: the grid of the
     source's positions, by the names of those that are interpolated; drawn: names that are of these
-    parts and drawn at random all the same.
+    parts and drawn at random all the same; lacks_bias: whether the logit parameters are from a
+    source that has no bias, and the model has one.
     """
 
     sources: tuple[tuple[str, frozenset[Part]], ...]
     resized: Mapping[str, PositionGrid]
     drawn: frozenset[str]
+    lacks_bias: bool = False
 
     def __str__(self) -> str:
         if len(self.sources) == 1 and self.sources[0][1] == ALL_PARTS:
@@ -110,7 +113,12 @@ def find_initial_weights(
                     notes.append(_resize_note(architecture, part_of(name), old, new))
     drawn, projection_notes = _drawn_projections(weights, architecture, projection)
     where = tuple((initial.path, initial.parts) for initial in sources)
-    return InitialWeights(where, resized, drawn), [*dict.fromkeys(notes), *projection_notes]
+    lacks_bias = architecture.init_logit_bias is not None and any(
+        "logits" in initial.parts and "logit_bias" not in held.stored_names
+        for initial, held in weights.items()
+    )
+    found = InitialWeights(where, resized, drawn, lacks_bias)
+    return found, [*dict.fromkeys(notes), *projection_notes]
 
 
 def _part_weights(

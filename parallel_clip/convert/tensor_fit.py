@@ -250,7 +250,8 @@ def _way_out(fit: TensorFit, metadata: SourceMetadata, option: str) -> str:
     if fit.missing == ["logit_bias"] and not fit.extra:
         return (
             "the model has a logit_bias, as the sigmoid loss needs it, and the weights are of one "
-            f"without: give {option} a JSON file without init_logit_bias"
+            f"without: train from them with init.from, or give {option} a JSON file without "
+            "init_logit_bias"
         )
     return _other_model(metadata, option)
 

@@ -38,6 +38,7 @@ from parallel_clip.model.clip import Again, CLIPModel
 from parallel_clip.pipeline.communicator import gradient_messages
 from parallel_clip.pipeline.inputs import StepInputs
 from parallel_clip.pipeline.logit_parameters import shared_logit_parameters
+from parallel_clip.pipeline.measured_bias import measured_bias
 
 
 class LossFunction(Protocol):
@@ -71,16 +72,19 @@ def forward_backward(
     loss: LossFunction,
     stash: int,
     loss_pipeline_group: ProcessGroup | None = None,
+    set_bias: Callable[[Tensor], None] | None = None,
 ) -> LossReport:
     """Accumulate the gradient of the global batch's loss in the model.
 
     chunks: this rank's stages, in order: one, or as many as there are virtual stages a rank;
     stash: how many microbatches keep their graphs; loss_pipeline_group: the pipeline group where
-    `loss` is computed on all stages, None where it is on the last alone. Gradients are summed over
-    microbatches in fp32 and averaged over data-parallel ranks, as `loss` expects of its caller.
+    `loss` is computed on all stages, None where it is on the last alone; set_bias: sets the model's
+    bias, on the last stage, to what is measured on this batch before its loss is computed
+    (measured_bias.py). Gradients are summed over microbatches in fp32 and averaged over
+    data-parallel ranks, as `loss` expects of its caller.
     The report is that of the loss on the last stage, and zero on the others.
     """
-    step = TwoPassStep(chunks, inputs, loss, stash, loss_pipeline_group)
+    step = TwoPassStep(chunks, inputs, loss, stash, loss_pipeline_group, set_bias)
     step.first_pass()
     step.compute_loss()
     step.second_pass()
@@ -108,6 +112,7 @@ class TwoPassStep:
     loss: LossFunction
     stash: int
     loss_pipeline_group: ProcessGroup | None = None
+    set_bias: Callable[[Tensor], None] | None = None
 
     def __post_init__(self):
         self.last: CLIPModel = self.chunks[-1].module
@@ -134,9 +139,12 @@ class TwoPassStep:
         last = self.last
         if not last.stage.is_last and self.loss_pipeline_group is None:
             return
-        both = self._all_features().tensor_split([self.microbatches * self.pairs])
-        images, texts = (features.requires_grad_() for features in both)
+        images, texts = self._all_features().tensor_split([self.microbatches * self.pairs])
         identities = self.inputs.identities
+        if self.set_bias is not None:
+            self._measure_bias(images, texts, self.set_bias)
+        images.requires_grad_()
+        texts.requires_grad_()
         if self.loss_pipeline_group is not None:
             logit_scale_and_bias = shared_logit_parameters([last], self.loss_pipeline_group)
         if not last.stage.is_last:  # the loss adds this rank's part on the last stage
@@ -152,6 +160,20 @@ class TwoPassStep:
         self.feature_grads = list(zip(*parts, strict=True))
         bad = (features.detach().isfinite().logical_not().sum() for features in (images, texts))
         self.report = LossReport(value.detach(), *(count.float() for count in bad))
+
+    def _measure_bias(
+        self, images: Tensor, texts: Tensor, set_bias: Callable[[Tensor], None]
+    ) -> None:
+        if self.loss_pipeline_group is not None:
+            scale, _ = shared_logit_parameters([self.last], self.loss_pipeline_group)
+        else:
+            scale = self.last.logit_scale.detach().exp()
+        identities = self.inputs.identities
+        bias = measured_bias(
+            lambda bias: self.loss(images, texts, scale, bias, identities=identities), scale
+        )
+        if self.last.stage.is_last:
+            set_bias(bias)
 
     def _all_features(self) -> Tensor:
         """[m·b + m·b·k, D], pictures first, on the stages that work on the loss."""

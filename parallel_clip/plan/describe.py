@@ -58,6 +58,7 @@ def describe_run(plan: RunPlan) -> str:
         lines.append(f"  goes on from {plan.resume.checkpoint} (step {plan.resume.step})")
     elif plan.initial is not None:
         lines.append(f"  starts from {plan.initial}")
+    lines += [f"  {words}" for words in plan.logits.words]
     lines += [f"  {note}" for note in plan.notes]
     lines.append(f"  steps: {plan.steps}")
     lines += segment_table(plan)

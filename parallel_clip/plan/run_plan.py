@@ -26,6 +26,7 @@ from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.frozen import FrozenParts
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
+from parallel_clip.plan.logit_start import LogitStart
 from parallel_clip.plan.memory import RankMemory
 from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.resume import ResumePoint, find_resume_point
@@ -64,7 +65,8 @@ class RunPlan:
     whole run; data_fingerprint: what the order of samples is computed from; blends: of
     `training_sources`; left_out: paths of the shards that `data.missing: skip` does without;
     prompts: of `evaluate.zero_shot`; versions: of the packages on rank 0; notes: what to tell of
-    the model, its preprocessing and its updates.
+    the model, its preprocessing and its updates; logits: what a run that begins has in place of its
+    weights' multiplier and bias.
 
     What `resume` says decides which segment it is that runs: with another one, it is the plan of
     another part of the run.
@@ -84,6 +86,7 @@ class RunPlan:
     prompts: ClassPrompts | None
     versions: dict[str, str | None]
     notes: tuple[str, ...]
+    logits: LogitStart = LogitStart()
 
     @property
     def current(self) -> SegmentPlan:
@@ -241,6 +244,7 @@ def make_run_plan(
         prompts,
         versions(),
         (),
+        start.logits,
     )
     _, words = resolve_preprocess(plan.architecture.vision.image_size, preprocess)
     notes = start.notes, (f"preprocessing: {words}",), built_tokenizer.notes, updates, memory_notes

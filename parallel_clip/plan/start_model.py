@@ -31,6 +31,7 @@ from parallel_clip.model.compare import (
 from parallel_clip.model.known_models import known_name, load_model
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.model.resize_model import with_sizes
+from parallel_clip.plan.logit_start import LogitStart, find_logit_start
 from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.resume import MODEL_FILE, ResumePoint
 
@@ -44,7 +45,8 @@ class StartModel:
     """config: with `model.name` resolved; architecture: of the config, which phases change;
     tokenizer_from: the checkpoint that says which tokenizer
     the model takes; preprocess: OpenCLIP's preprocess_cfg by what says it, lowest in rank first;
-    initial: None where a run goes on, or begins at random; notes: what to tell the user."""
+    initial: None where a run goes on, or begins at random; notes: what to tell the user; logits: in
+    place of what the weights have."""
 
     config: Config
     architecture: Architecture
@@ -52,6 +54,7 @@ class StartModel:
     preprocess: Settings
     initial: InitialWeights | None = None
     notes: tuple[str, ...] = ()
+    logits: LogitStart = LogitStart()
 
 
 def find_start_model(config: Config, resume: ResumePoint) -> StartModel:
@@ -125,6 +128,7 @@ def _of_new_run(config: Config) -> StartModel:
         preprocess,
         initial,
         tuple(notes),
+        find_logit_start(init, initial is not None and initial.lacks_bias),
     )
 
 
@@ -199,11 +203,13 @@ def _of_converted_run(config: Config, resume: ResumePoint) -> StartModel:
     """Of a run folder that `convert` wrote, with a model and no config."""
     init = config.init
     given = {"init.from": init.from_, "init.vision": init.vision, "init.text": init.text}
-    keys = [key for key, path in given.items() if path is not None]
+    given |= {"init.logit_scale": init.logit_scale, "init.logit_bias": init.logit_bias}
+    keys = [key for key, value in given.items() if value is not None]
     if keys:
         raise InputError(
             f"{config.run_dir} holds a converted checkpoint to train, and {' and '.join(keys)} "
-            "would begin with other weights; leave one of both out, or choose another run_dir"
+            "would begin with other weights; leave one of both out, or choose another run_dir, "
+            f"with init.from={config.run_dir} where its weights are meant"
         )
     opened = open_source(resume.checkpoint, verify=False)  # all ranks verify it together, later
     name = config.model.name

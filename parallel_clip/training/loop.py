@@ -66,6 +66,8 @@ class TrainingLoop:
             tuple(before.skipped) if before else (),
         )
         self.updates = before.updates if before else 0
+        # Until a step is good.
+        self.measures_bias = before.measures_bias if before else plan.logits.measures_bias
         self.step = TrainStep(
             state,
             build_loss(plan.config.loss, groups, on_all_stages, plan.batch.captions),
@@ -184,11 +186,15 @@ class TrainingLoop:
             batch.inputs,
             lr,
             lambda: [*counts, device.peak_memory_bytes(), *self._own_flags()],
+            self.measures_bias,
         )
         self.progress.mark("writing logs")
         self.samples.count(step, batch, told[:, : len(counts)])
         self.told_flags = told[:, len(counts) + 1 :]
         if record.complaint is None:
+            if self.measures_bias and self.log is not None:
+                print(f"logit_bias measured on the first batch: {record.logit_bias:.4g}")
+            self.measures_bias = False
             self.updates += 1
             if self.state.average is not None:
                 self.state.average.after_update(self.updates)
@@ -268,6 +274,7 @@ class TrainingLoop:
             updates=self.updates,
             frozen=tuple(sorted(plan.frozen.names)),
             trained_since=plan.trained_since,
+            measures_bias=self.measures_bias,
             grad_norms=tuple(self.policy.grad_norms),
             skipped=tuple(self.policy.skipped),
             config=plan.config.to_record(),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel_clip.config import Loss
@@ -44,17 +45,25 @@ class TrainStep:
     world: ProcessGroup | None = None
 
     def __call__(
-        self, inputs: StepInputs, lr: float, tell: Callable[[], Sequence[float]] = tuple
+        self,
+        inputs: StepInputs,
+        lr: float,
+        tell: Callable[[], Sequence[float]] = tuple,
+        measures_bias: bool = False,
     ) -> StepResult:
         """Run forward, backward and the optimizer; the same record on every rank. `tell` is called
-        once all of this rank's work but the update is under way.
+        once all of this rank's work but the update is under way. measures_bias: begin with the
+        bias that is best for this batch, instead of the model's.
 
         Where any rank has a complaint, no weight, moment or counter changes, and the record has it.
         """
         state, group = self.state, self.pipeline_group
         loss_group = group if self.loss_on_all_stages else None
         state.optimizer.zero_grad()
-        report = forward_backward(state.wrapped, inputs, self.loss, self.stash, loss_group)
+        set_bias = self._set_bias if measures_bias else None
+        report = forward_backward(
+            state.wrapped, inputs, self.loss, self.stash, loss_group, set_bias
+        )
         of_loss = torch.cat([torch.stack(report), own_logit_parameters(state.chunks)])
         broadcast_from_last_stage(of_loss, group)
         squared_norm, all_finite = state.optimizer.squared_gradient_norm()
@@ -78,6 +87,14 @@ class TrainStep:
         bias = own.logit_bias if has_bias else None
         record = StepRecord(loss, grad_norm, lr, own.logit_scale, bias, complaint)
         return StepResult(record, everyones[:, _NUMBERS:])
+
+    def _set_bias(self, bias: Tensor) -> None:
+        """On the last stage; its own where `bias` is NaN."""
+        tensor = self.state.chunks[-1].logit_bias
+        bias = torch.where(bias.isnan(), tensor.detach(), bias)
+        self.state.set_weight(tensor, bias)
+        if self.state.average is not None:
+            self.state.average.set(tensor, bias)
 
     def _first_complaint(self, found: Sequence[_Found]) -> tuple[str | None, _Found | None]:
         """The complaint of the first rank that has one, with what it found: a flipped bit may show

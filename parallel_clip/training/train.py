@@ -6,6 +6,8 @@ import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from parallel_clip.checkpoint.checkpointer import Checkpointer
 from parallel_clip.config import parse_seconds
 from parallel_clip.convert.initial_weights import InitialReader
@@ -245,7 +247,7 @@ def _set_weights(
     groups: Groups,
     tick: Callable[[], None],
 ) -> None:
-    """From the checkpoint to resume, else from `init.*`, else random. tick: called at each
+    """From the checkpoint to resume, else by `init.*`, else random. tick: called at each
     tensor, to show that this goes on."""
     if plan.resume.checkpoint is not None:
         checkpointer.load(plan.resume.checkpoint, state)
@@ -256,7 +258,10 @@ def _set_weights(
     rank, size = groups.tensor_rank, groups.layout.tensor
     for parameter, tensor in state.global_parameters():
         tick()
-        whole = initial.read(parameter.name) if initial is not None else None
+        given = plan.logits.value(parameter.name)
+        whole = torch.tensor(given) if given is not None else None
+        if whole is None and initial is not None:
+            whole = initial.read(parameter.name)
         if whole is None:
             whole = initial_value(parameter, plan.config.seed)
         part = local_slice(whole.float(), parameter.placement, rank, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,12 +20,13 @@ LOSSES = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
 
 
 class Way(NamedTuple):
-    """How a step runs: in how many microbatches, how many of them keep their graphs, and whether
-    all stages work on the loss."""
+    """How a step runs: in how many microbatches, how many of them keep their graphs, whether all
+    stages work on the loss, and whether the bias is measured first."""
 
     microbatches: int
     stash: int
     loss_on_all_stages: bool = False
+    measures_bias: bool = False
 
 
 def steps(
@@ -59,6 +61,7 @@ def steps(
             ),
             way.stash,
             groups.pipeline if way.loss_on_all_stages else None,
+            partial(built.set_weight, built.chunks[-1].logit_bias) if way.measures_bias else None,
         )
         gradients = {
             p.name: tensor.main_grad.clone()

@@ -169,6 +169,43 @@ def test_with_several_texts_a_picture(processes, loss, layout, recompute, freeze
                 assert distance(ours[name], gradient) < 1e-5, (way, name)
 
 
+MEASURED = {
+    "data2-tensor2-sequence": [Way(2, 1)],
+    "tensor2-sequence-pipeline2": [Way(2, 0), Way(2, 2, loss_on_all_stages=True)],
+}
+
+
+@pytest.mark.parametrize("layout", MEASURED)
+def test_a_measured_bias_is_that_of_the_whole_batch(processes, layout):
+    """Then the probabilities of all logits add up to the pairs, by OpenCLIP's features."""
+    weights, images, tokens, _ = inputs("sigmoid")
+    model = reference.build_model(MODELS["sigmoid"])
+    model.load_state_dict(weights)
+    pictures, texts, scale, _ = model.double()(images.double(), tokens)
+    logits, low, high = scale * pictures @ texts.t(), -100.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (logits + middle).sigmoid().sum() < BATCH else (low, middle)
+    model.logit_bias.data.fill_(low)
+    value = open_clip.loss.SigLipLoss()(pictures, texts, scale, model.logit_bias)
+    value.backward()
+    gradients = {name: p.grad.float() for name, p in model.named_parameters()}
+    assert abs(gradients.pop("logit_bias")) < 1e-9
+    ways = [way._replace(measures_bias=True) for way in MEASURED[layout]]
+    answers = processes.run(
+        LAYOUTS[layout], steps, model_cfg=MODELS["sigmoid"], weights=weights, images=images,
+        tokens=tokens, kept=None, loss="sigmoid", ways=ways, settings={},
+    )  # fmt: skip
+    table = parameter_table(architecture_from_json(MODELS["sigmoid"], "small"))
+    for way in ways:
+        assert all(a[way][0] == pytest.approx(value.item(), rel=1e-6) for a in answers), way
+        for ranks in copies(LAYOUTS[layout], answers):
+            ours = whole_tensors(table, [rank[way][1] for rank in ranks])
+            assert abs(ours["logit_bias"]) < 1e-5
+            for name, gradient in gradients.items():
+                assert distance(ours[name], gradient) < 1e-5, (way, name)
+
+
 FROZEN = [
     ("vision", "pipeline3", "none"),
     ("text", "pipeline2-virtual2", "full"),

@@ -17,6 +17,8 @@ from parallel_clip.training.bad_steps import BadStepPolicy
 from parallel_clip.training.step import TrainStep
 from tests.ranks import Weights, config_of, loaded_training, own_microbatches
 
+LOSSES = {"infonce": ClipLoss, "sigmoid": SigLipLoss}
+
 
 class Task(NamedTuple):
     """A model with its weights, the global batch of every step, and the config of a run."""
@@ -35,7 +37,7 @@ def train(
     config = config_of(groups.layout, **task.settings)
     architecture = architecture_from_json(task.model_cfg, "small")
     built = loaded_training(groups, config, architecture, task.weights)
-    loss = {"infonce": ClipLoss, "sigmoid": SigLipLoss}[config.loss.kind](group=groups.data)
+    loss = LOSSES[config.loss.kind](group=groups.data)
     batch = own_microbatches(groups, task.images, task.tokens, microbatches)
     stash = choose_stash(config.parallel, microbatches)
     step = TrainStep(built, loss, stash, groups.pipeline)
@@ -65,8 +67,8 @@ def masters(groups: Groups, task: Task) -> dict[str, tuple[Tensor, Tensor, list[
 
 
 def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
-    """What a step complains of about pictures that are not finite, and whether the weights
-    stayed."""
+    """What a step complains of about pictures that are not finite, and whether the weights stayed;
+    with the sigmoid loss, the step was to measure the bias."""
     config = config_of(groups.layout, **task.settings)
     architecture = architecture_from_json(task.model_cfg, "small")
     built = loaded_training(groups, config, architecture, task.weights)
@@ -74,8 +76,9 @@ def bad_number(groups: Groups, task: Task) -> tuple[str, bool]:
     images[0] = torch.inf
     batch = own_microbatches(groups, images, task.tokens, 1)
     before = [p.detach().clone() for _, p in built.global_parameters()]
-    complain, loss = BadStepPolicy(BadSteps()).complaint, ClipLoss(group=groups.data)
+    kind = config.loss.kind
+    complain, loss = BadStepPolicy(BadSteps()).complaint, LOSSES[kind](group=groups.data)
     step = TrainStep(built, loss, 1, groups.pipeline, complain=complain, world=groups.world)
-    complaint = step(batch, lr=1e-3).record.complaint
+    complaint = step(batch, lr=1e-3, measures_bias=kind == "sigmoid").record.complaint
     after = [p for _, p in built.global_parameters()]
     return complaint or "no complaint", all(map(torch.equal, before, after))

@@ -133,9 +133,10 @@ def without_key_bias(name: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat([query, value]) for query, _, value in (x.chunk(3) for x in tensors)]
 
 
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("layout", [Layout(2), Layout(2, pipeline=2)], ids=str)
-def test_a_step_whose_numbers_are_not_finite_is_not_done(processes, layout):
-    given = task("infonce", BATCH, None, True)
+def test_a_step_whose_numbers_are_not_finite_is_not_done(processes, layout, loss):
+    given = task(loss, BATCH, None, True)
     for message, unchanged in processes.run(layout, bad_number, task=given):
         assert "loss is nan" in message
         assert "not finite: image features of rank" in message and "text" not in message
