@@ -144,6 +144,14 @@ class StageActivations:
             *(tower, counts, held.has_embedding, held.has_head, after_trained),
             *(layout.tensor, sequence, recompute),
         )
+        if key not in self._saved and not held.first and counts[2] == 2 and not frozen.names:
+            # A probe is spared: a second layer adds the same behind an embedding as behind a layer.
+            first, one, two = (
+                self._short_tower(tower, part, (0, 0, layers), layout, recompute)
+                for part, layers in ((held, 1), (LayerRange(1, 2, 4), 1), (LayerRange(1, 3, 4), 2))
+            )
+            layer = _added(two.parts, one.parts, -1)
+            self._saved[key] = _Saved(_added(first.parts, layer), first.keeps_message)
         if key not in self._saved and held.has_head and held.first and not frozen.names:
             # A probe is spared: the head adds the same behind any layers.
             def kept(first: int, stop: int) -> dict[str, tuple[int, int]]:

@@ -44,10 +44,11 @@ def pipeline_seconds(
     return total
 
 
-def _shortened(count: int, ranks: int) -> tuple[int, int]:
-    """So few microbatches in place of `count`, and how many groups of `ranks` these are fewer."""
-    groups = max(0, count // ranks - SETTLED)
-    return count - groups * ranks, groups
+def _shortened(count: int, ranks: int) -> tuple[int, float]:
+    """So few microbatches in place of `count`, and how many times `ranks` these are fewer. Of a
+    long step always as many, so that few orders of ops are computed for a search."""
+    few = SETTLED * ranks
+    return (few, (count - few) / ranks) if count >= few + ranks else (count, 0.0)
 
 
 def _simulated(
