@@ -15,12 +15,7 @@ TEST='launch/demo_data/test-{0000..0001}.tar'
 source launch/environment.sh
 setup_environment demo
 
-processes=2
-if [ "$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" -eq 1 ]; then
-    processes=1
-    echo "One GPU: one process and parallel.tensor=1 (two processes need a GPU each)."
-fi
-
+processes="$(demo_processes)"
 echo "== Training, the model split over $processes process(es)"
 PROCESSES="$processes" bash launch/torchrun.sh configs/demo.yaml \
     run_dir="$RUN" parallel.tensor="$processes" parallel.sequence=true "$@"

@@ -70,6 +70,15 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def training_seconds(metrics: list[dict]) -> float:
+    """How long all steps of a run took, from the lines of its metrics.jsonl."""
+    before = [0, *(line["step"] for line in metrics)]
+    return sum(
+        line["step_seconds"] * (line["step"] - earlier)
+        for line, earlier in zip(metrics, before, strict=False)
+    )
+
+
 @torch.no_grad()
 def openclip_features(
     folder: Path, pictures: list[TestPicture], captions: list[str]
@@ -169,11 +178,7 @@ def draw_contact_sheet(
 def read_figures(run: Path, difference: float, chance: float) -> dict[str, Any]:
     """What the demo shows, as JSON has it: lengths, speed, fractions from 0 to 1."""
     metrics = read_lines(run / "metrics.jsonl")
-    last, before = metrics[-1], [0, *(line["step"] for line in metrics)]
-    seconds = sum(
-        line["step_seconds"] * (line["step"] - earlier)
-        for line, earlier in zip(metrics, before, strict=False)
-    )
+    last, seconds = metrics[-1], training_seconds(metrics)
     retrieval, zero_shot = (
         json.loads((run / f"{name}.json").read_text()) for name in ("retrieval", "zero_shot")
     )

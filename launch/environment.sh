@@ -26,6 +26,16 @@ setup_environment() {
     export PATH="$(dirname "$PYTHON"):$PATH"
 }
 
+# How many processes a demo starts: two, or one where there is a single GPU.
+demo_processes() {
+    if [ "$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" -eq 1 ]; then
+        echo "One GPU, so one process: two need a GPU each." >&2
+        echo 1
+    else
+        echo 2
+    fi
+}
+
 # What interpreter $1 lacks for the extras in the other arguments. Modules are looked up, not
 # imported, so this is quick.
 _missing_modules() {

@@ -65,7 +65,9 @@ COMMANDS = [
 PRINTED = [block for block in of_language("") if not block.startswith(PROGRAMS_OF_A_SHELL)]
 CONFIGS = [config for block in of_language("yaml") for config in alternatives(block)]
 # Commands that take too long, each with what runs it instead.
-NOT_RUN: dict[str, str] = {}
+NOT_RUN = {
+    "bash launch/finetune_demo.sh": "minutes; tests/launch/test_finetune_demo.py runs it, short",
+}
 # What the page leaves open, and the last of its many shards.
 IN_PLACE_OF = {"CONFIG": "config.yaml", "41455": "00001", "020": "001"}
 # Below which a config of the page is a dry run, where the usual one does not do: by a line of it.
