@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from parallel_clip.loss.exchange import LossGroups, TextShards, gather
@@ -85,7 +84,8 @@ def find_duplicates(identities: Tensor, groups: LossGroups, captions: int = 1) -
         return None
     first = torch.ones_like(ascending, dtype=torch.bool)  # of its identity in its picture
     torch.logical_or(~same, new_picture, out=first[1:])
-    pictures = F.pad(first.cumsum(0), (1, 0))
+    pictures = ascending.new_zeros(len(ascending) + 1)
+    torch.cumsum(first, 0, dtype=pictures.dtype, out=pictures[1:])
     mine = groups.own_texts(len(identities) // captions, captions)
     of_pictures = identities.view(-1, captions)
     return Duplicates(of_pictures, everyones[:, mine].flatten(), ascending, pictures)
