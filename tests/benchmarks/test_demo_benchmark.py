@@ -50,3 +50,16 @@ def test_results_without_a_picture_are_one_file(tmp_path, monkeypatch, run):
     (path,) = common.write_results("demo", {"environment": {"date": "2026-01-02"}})
     assert path.name == "2026-01-02-demo.json"
     assert json.loads(path.read_text())["environment"]["date"] == "2026-01-02"
+
+
+def test_the_picture_of_a_demo_lies_beside_its_results(tmp_path, monkeypatch, run, capsys):
+    demo, common = importlib.import_module("demo"), importlib.import_module("common")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    (run / "report.json").write_text('{"steps": 4}')
+    (run / "mixes.png").write_bytes(b"a picture")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "finetune_demo", "--run", str(run)])
+    demo.main()
+    picture, results = sorted((tmp_path / "results").iterdir(), key=lambda path: path.suffix)[::-1]
+    assert picture.name.endswith("-finetune-demo.png") and picture.read_bytes() == b"a picture"
+    assert results.name == picture.with_suffix(".json").name
+    assert json.loads(results.read_text())["steps"] == 4
