@@ -250,7 +250,7 @@ def test_fine_tuning_leaves_the_text_tower_alone(world):
 
 
 def test_the_report_has_the_figures_of_the_commands(world, report, monkeypatch, capsys, tmp_path):
-    """At both ends those of the runs, in the middle those of `convert --mix 1/2`."""
+    """Of `evaluate`, on the demo's run and on what `convert --mix 1/2` writes."""
     shards = {
         "tuned_on": world.out / "small/test-0000.tar",
         "not_tuned_on": world.folder / "test-0000.tar",
@@ -272,8 +272,7 @@ def test_the_report_has_the_figures_of_the_commands(world, report, monkeypatch, 
     before, after, mixed = world.out / "before", world.out / "after", tmp_path / "mixed"
     succeed("convert", before, mixed, "--to", "openclip", "--mix", after, "1/2")
     assert [mix["share"] for mix in written["mixes"]] == [0, 0.5, 1]
-    models = [world.demo, before, mixed, after]
-    for model, found in zip(models, [written["demo"], *written["mixes"]], strict=True):
+    for model, found in ((world.demo, written["demo"]), (mixed, written["mixes"][1])):
         said = succeed("evaluate", "retrieval", model, "--data", shards["tuned_on"], "--json", "-")
         assert found["tuned_on"]["retrieval"] == pytest.approx(json.loads(said))
     said = succeed(
