@@ -5,10 +5,13 @@ A step is run twice, and nothing may be left of the first.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import accumulate
+
 import pytest
 
 from parallel_clip.layout import Layout
-from parallel_clip.pipeline.orders import peak_graphs, step_orders
+from parallel_clip.pipeline.orders import OpKind, PipelineOp, peak_graphs, step_orders
 from tests import reference
 from tests.pipeline.forward_backward_cases import Way
 from tests.pipeline.memory_cases import peaks
@@ -50,7 +53,7 @@ def test_the_fullest_moment_of_a_step_is_the_arithmetics_to_the_byte(processes, 
             for step in measured[way]:
                 assert step.graphs == peak_graphs(order), where
                 assert step.graph_bytes == peak_graphs(order, counted[way]), where
-                assert step.other_bytes == other_bytes(layout, stage), where
+                assert step.other_bytes == other_bytes(layout, stage, order), where
                 assert (step.graphs_left, step.bytes_left) == (0, 0), where
                 if layout.virtual_pipeline == 1:
                     assert step.graphs == graphs_by_hand(layout.pipeline - stage, *counts), where
@@ -62,8 +65,12 @@ def graphs_by_hand(stages_from_here: int, microbatches: int, stash: int) -> int:
     return stash + min(stages_from_here, microbatches - stash)
 
 
-def other_bytes(layout: Layout, stage: int) -> int:
-    """What backward begins with, on the last stage: the gradients of all features, fp32."""
+def other_bytes(layout: Layout, stage: int, order: Iterable[PipelineOp]) -> int:
+    """What backward begins with, on the last stage: the gradients of the features of each
+    microbatch that has gone forward there and not yet backward, fp32."""
     if stage < layout.pipeline - 1:
         return 0
-    return 2 * PAIRS * MICROBATCHES * MODEL["embed_dim"] * 4 + SCALE_GRADIENT
+    changes = {OpKind.FORWARD_AGAIN: 1, OpKind.REPLAY: 1, OpKind.BACKWARD: -1}
+    last = layout.virtual_pipeline - 1
+    waiting = max(accumulate(changes.get(op.kind, 0) for op in order if op.chunk == last))
+    return waiting * 2 * PAIRS * MODEL["embed_dim"] * 4 + SCALE_GRADIENT
