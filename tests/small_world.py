@@ -46,6 +46,16 @@ def make_world(folder: Path) -> Path:
     return path
 
 
+def one_batch_config(folder: Path) -> dict[str, Any]:
+    """The config of `make_world` in `folder`, with a batch of all of its data as they are, nothing
+    saved on the way, and no `model`."""
+    config = yaml.safe_load(make_world(folder).read_text())
+    del config["model"]
+    config |= {"batch": {"global": SAMPLES, "micro": SAMPLES // 2}, "checkpoint": {"every": 0}}
+    config["data"] |= {"augment": "none"}
+    return config
+
+
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 

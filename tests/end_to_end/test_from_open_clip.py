@@ -14,7 +14,7 @@ from parallel_clip.checkpoint import commit
 from tests import reference
 from tests.data.samples.tokenizer_folders import make_spiece
 from tests.launcher import run, succeed
-from tests.small_world import MODEL, SAMPLES, make_world, metrics
+from tests.small_world import MODEL, SAMPLES, metrics, one_batch_config
 
 OPTIMIZER = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 SAVED, STEPS, WARMUP = 3, 8, 2
@@ -25,16 +25,11 @@ GELU = MODEL | {"quick_gelu": True}
 def world(tmp_path_factory) -> Path:
     """A config whose batch is all of its data, without `model`; an OpenCLIP folder `gelu`."""
     folder = tmp_path_factory.mktemp("world")
-    config = yaml.safe_load(make_world(folder).read_text())
-    del config["model"]
-    config |= {
-        "batch": {"global": SAMPLES, "micro": SAMPLES // 2},
+    config = one_batch_config(folder) | {
         "train": {"steps": STEPS},
         "optimizer": OPTIMIZER | {"betas": list(OPTIMIZER["betas"])},
         "schedule": {"warmup": WARMUP},
-        "checkpoint": {"every": 0},
     }
-    config["data"] |= {"augment": "none"}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     reference.make_checkpoint(GELU, seed=4, folder=folder / "gelu")
     return folder

@@ -1,15 +1,19 @@
 """A step in microbatches against a plain one: OpenCLIP's model and loss over the whole batch."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import open_clip.loss
 import pytest
 import torch
+from torch import Tensor
 
 from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.openclip_json import architecture_from_json
+from parallel_clip.model.parameters import Parameter
 from parallel_clip.model.towers.patch_dropout import kept_patches_of_batch
 from tests import reference
 from tests.loss import test_captions
@@ -77,6 +81,20 @@ def expected(loss: str, freeze: str = "nothing") -> tuple[float, dict[str, torch
     return value.item(), gradients
 
 
+def assert_gradients(
+    layout: Layout,
+    answers: list[Any],
+    way: Way,
+    parameters: Sequence[Parameter],
+    gradients: Mapping[str, Tensor],
+) -> None:
+    """Those of each copy of the model, put together from its ranks, are `gradients`."""
+    for ranks in copies(layout, answers):
+        ours = whole_tensors(parameters, [rank[way][1] for rank in ranks])
+        for name, gradient in gradients.items():
+            assert distance(ours[name], gradient) < 1e-5, (way, name)
+
+
 @pytest.mark.parametrize(
     ("loss", "recompute"),
     [("infonce", "none"), ("infonce", "selective"), ("infonce", "full"), ("sigmoid", "none")],
@@ -106,12 +124,7 @@ def test_loss_and_every_gradient_are_the_whole_batchs(processes, layout, loss, r
     for way in ways:
         for answer in answers:
             assert answer[way][0] == pytest.approx(value, rel=1e-5), way
-        for ranks in copies(layout, answers):
-            ours = whole_tensors(
-                table, [gradients_of for _, gradients_of in (r[way] for r in ranks)]
-            )
-            for name, gradient in gradients.items():
-                assert distance(ours[name], gradient) < 1e-5, (way, name)
+        assert_gradients(layout, answers, way, table, gradients)
 
 
 CAPTIONS = 3
@@ -164,9 +177,7 @@ def test_with_several_texts_a_picture(processes, loss, layout, recompute, freeze
     for way in ways:
         for ranks in copies(layout, answers):
             assert ranks[0][way][0] == pytest.approx(value.item(), rel=1e-5), way
-            ours = whole_tensors(trained, [rank[way][1] for rank in ranks])
-            for name, gradient in gradients.items():
-                assert distance(ours[name], gradient) < 1e-5, (way, name)
+        assert_gradients(layout, answers, way, trained, gradients)
 
 
 MEASURED = {
@@ -248,9 +259,7 @@ def test_what_is_trained_has_the_gradients_of_open_clips_locked_model(
         assert held == gradients.keys(), "no gradient but for what is trained"
         for ranks in copies(layout, answers):
             assert ranks[0][way][0] == pytest.approx(value, rel=1e-5), way
-            ours = whole_tensors(trained, [rank[way][1] for rank in ranks])
-            for name, gradient in gradients.items():
-                assert distance(ours[name], gradient) < 1e-5, (way, name)
+        assert_gradients(layout, answers, way, trained, gradients)
 
 
 @pytest.mark.parametrize(
