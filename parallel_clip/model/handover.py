@@ -17,9 +17,8 @@ from torch import Tensor
 
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.towers.transformer import TowerConfig
+from parallel_clip.stages.handed_on import Shape, handed_on
 from parallel_clip.stages.stage import LayerRange, Stage
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,9 @@ class MessageLayout:
         """What `stage` hands on for a microbatch of `pairs`; in evaluation, of one text each."""
 
         def shape(held: LayerRange, tower: TowerConfig, count: int) -> Shape | None:
-            if held.is_finished:
-                return count, self.architecture.embed_dim
             tokens = tower.training_tokens if training else tower.tokens
-            local_tokens = -(-tokens // self.sequence_ranks)
-            return (local_tokens, count, tower.width) if held.has_started else None
+            sizes = tokens, tower.width, self.architecture.embed_dim
+            return handed_on(held, count, *sizes, self.sequence_ranks)
 
         texts = pairs * self.captions if training else pairs
         return Handover(

@@ -1,4 +1,4 @@
-"""Build a rank's part of the model and its optimizer as a config and its layout plan ask."""
+"""Build a rank's part of the model, its optimizer and the loss as a config and its plan ask."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 
 from parallel_clip.config import Config, Freeze, PartlyFrozen
 from parallel_clip.engine.groups import Groups
+from parallel_clip.loss import ClipLoss, SigLipLoss
+from parallel_clip.loss.contrastive import ContrastiveLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.frozen import FrozenParts, FrozenTower, freeze_tower
 from parallel_clip.model.megatron_config import ModelOptions
@@ -43,6 +45,22 @@ def build_planned_state(
         trained_since=trained_since,
         ema=config.ema,
     )
+
+
+def build_loss(plan: LayoutPlan, groups: Groups) -> ContrastiveLoss:
+    """The loss over the data-parallel ranks, its work split over the tensor-parallel ranks, and
+    over the stages of the pipeline too where all of them work on it."""
+    settings = plan.loss
+    ways = {
+        "group": groups.data,
+        "helpers": groups.model if plan.loss_on_all_stages else groups.tensor,
+        "exchange": settings.exchange,
+        "tile": settings.tile,
+        "captions_per_image": plan.batch.captions,
+    }
+    if settings.kind == "sigmoid":
+        return SigLipLoss(**ways)
+    return ClipLoss(**ways, label_smoothing=settings.label_smoothing)
 
 
 def frozen_parts(architecture: Architecture, freeze: Freeze) -> FrozenParts:

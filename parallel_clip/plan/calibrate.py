@@ -26,13 +26,13 @@ from parallel_clip.engine.launch import Launch
 from parallel_clip.errors import InputError
 from parallel_clip.layout import Layout
 from parallel_clip.model.known_models import load_architecture
+from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.plan.collective_time import ring_bytes
 from parallel_clip.plan.device_file import Device, device_from_dict, device_names, read_device
 from parallel_clip.plan.layout_plan import make_layout_plan
 from parallel_clip.plan.step_time import predict_step
 from parallel_clip.plan.timed_step import Clock, slowest_of_ranks, timed_steps
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 REPEATS = 7
 
 # Rows, columns and inner size of products; those of a GPU reach the size of a block of bigG.

@@ -87,9 +87,9 @@ def describe_data(plan: RunPlan) -> str:
 
 def _of_phases(plan: RunPlan, blend: int) -> str:
     """' of phases 0 and 2', where phases have different blends."""
-    numbers = training_sources(plan.config).phases_of(blend)
     if len(plan.blends) == 1:
         return ""
+    numbers = training_sources(plan.config).phases_of(blend)
     return f" of phase{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 

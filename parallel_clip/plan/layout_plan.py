@@ -5,12 +5,14 @@ No torch and no files, so that a search can ask for a thousand layouts in a seco
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parallel_clip.errors import InputError
 from parallel_clip.layout import BatchPlan, Layout, check_microbatches, check_model, plan_batch
-from parallel_clip.loss.exchange_plan import ExchangePlan, plan_exchange
+from parallel_clip.loss.exchange_plan import ExchangePlan, peak_loss_bytes, plan_exchange
 from parallel_clip.pipeline.orders import PipelineOp, microbatch_group_size, step_orders
 from parallel_clip.stages.costs import ModelCosts
 from parallel_clip.stages.partition import partition
@@ -72,13 +74,29 @@ class LayoutPlan:
     def exchange(self) -> ExchangePlan:
         """How the loss exchanges texts and tiles its logits."""
         return plan_exchange(
-            self.loss.exchange, self.loss.tile, *self.loss_sizes(self.loss_helpers)
+            self.loss.exchange, self.loss.tile, *self._loss_sizes(self.loss_helpers)
         )
 
-    def loss_sizes(self, helpers: int) -> tuple[int, int, int, int, int]:
+    def peak_loss_bytes(self, helpers: int) -> int:
+        """An upper bound of what a rank's loss holds at once, where so many ranks help."""
+        sizes = self._loss_sizes(helpers)
+        return peak_loss_bytes(plan_exchange(self.loss.exchange, self.loss.tile, *sizes), *sizes)
+
+    def _loss_sizes(self, helpers: int) -> tuple[int, int, int, int, int]:
         """What `exchange_plan` asks for, where so many ranks help."""
         batch = self.batch
         return batch.per_rank, self.embed_dim, self.layout.data, helpers, batch.captions
+
+    def largest_stash(self, filled: Callable[[int], int], limit: int) -> int | None:
+        """The most microbatches that can keep their graphs where a rank may fill `limit` bytes;
+        None where not even two-pass fits. filled: the bytes of the fullest rank by the stash; the
+        more are kept, the more is filled."""
+        # With virtual stages those that run again are whole groups: a group in part would stall
+        # the others (see timeline.py).
+        group = self.microbatch_group or 1
+        candidates = sorted({0, *range(self.batch.microbatches, 0, -group)})
+        fitting = bisect_right(candidates, limit, key=filled)
+        return candidates[fitting - 1] if fitting else None
 
     def costs_on_ranks(self, costs: ModelCosts) -> ModelCosts:
         """Of a pair with all its texts, on the tensor ranks together: by what stages compare."""

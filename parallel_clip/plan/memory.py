@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.engine.groups import Groups
 from parallel_clip.engine.without_gpus import call_without_gpus
 from parallel_clip.errors import InputError
-from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
@@ -227,13 +225,7 @@ def fit_stash_to_memory(
 def largest_stash(plan: LayoutPlan, memory: Sequence[RankMemory], limit: int) -> int | None:
     """The most microbatches that can keep their graphs where a rank may fill `limit` bytes; None
     where not even two-pass fits."""
-    # With virtual stages those that run again are whole groups: a group in part would stall the
-    # others (see timeline.py).
-    group = plan.microbatch_group or 1
-    candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)})
-    # The more are kept, the more is filled.
-    fitting = bisect_right(candidates, limit, key=lambda k: max(filled_bytes(plan, memory, k)))
-    return candidates[fitting - 1] if fitting else None
+    return plan.largest_stash(lambda stash: max(filled_bytes(plan, memory, stash)), limit)
 
 
 def filled_bytes(plan: LayoutPlan, memory: Sequence[RankMemory], stash: int) -> list[int]:
@@ -247,6 +239,5 @@ def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemo
     filled = held.state + sum(peak_memory(plan, pipeline_rank, stash, held))
     if pipeline_rank == layout.pipeline - 1:
         # Where no other stage helps: whether they do depends on the stash that is looked for.
-        sizes = plan.loss_sizes(layout.tensor)
-        filled += peak_loss_bytes(plan_exchange(plan.loss.exchange, plan.loss.tile, *sizes), *sizes)
+        filled += plan.peak_loss_bytes(layout.tensor)
     return filled

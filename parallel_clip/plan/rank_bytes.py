@@ -6,11 +6,9 @@ work in, buffers of communication, and what the allocator cannot use. These are 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from parallel_clip.loss.exchange_plan import peak_loss_bytes, plan_exchange
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import LayoutPlan
@@ -110,21 +108,14 @@ class StepMemory:
         )
 
     def _loss(self, rank: int, stash: int) -> int:
-        """An upper bound (`peak_loss_bytes`), as `filled_bytes` has it on the last stage."""
+        """An upper bound, as `filled_bytes` has it on the last stage."""
         plan = self._plan
         layout, is_last = plan.layout, rank == plan.layout.pipeline - 1
         if not is_last and not replace(plan, stash=stash).loss_on_all_stages:
             return 0
-        helpers = layout.tensor * (1 if is_last else layout.pipeline)
-        sizes = plan.loss_sizes(helpers)
-        return peak_loss_bytes(plan_exchange(plan.loss.exchange, plan.loss.tile, *sizes), *sizes)
+        return plan.peak_loss_bytes(layout.tensor * (1 if is_last else layout.pipeline))
 
     def largest_stash(self, limit: int) -> int | None:
         """The most microbatches that can keep their graphs where a GPU has `limit` bytes; None
         where not even two-pass fits."""
-        plan = self._plan
-        group = plan.microbatch_group or 1
-        candidates = sorted({0, *range(plan.batch.microbatches, 0, -group)})
-        # The more are kept, the more is filled.
-        fitting = bisect_right(candidates, limit, key=lambda k: self.fullest(k)[1].total)
-        return candidates[fitting - 1] if fitting else None
+        return self._plan.largest_stash(lambda stash: self.fullest(stash)[1].total, limit)

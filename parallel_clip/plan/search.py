@@ -161,7 +161,7 @@ class LayoutSearch:
             step = self.step_memory(config, plan)
             stage, memory = step.fullest(0)
             if memory.total > self.limit:
-                refusal = refusal or self._refused(config, stage, memory)
+                refusal = self._refused(config, stage, memory)
                 break
             fitting.append(micro)
         enough = [

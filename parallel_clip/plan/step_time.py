@@ -21,6 +21,7 @@ from parallel_clip.plan.loss_time import loss_seconds
 from parallel_clip.plan.pipeline_time import pipeline_seconds
 from parallel_clip.plan.tower_time import NOTHING, How, Seconds, tower_time
 from parallel_clip.stages.costs import ModelCosts, backward_cost
+from parallel_clip.stages.handed_on import handed_on
 from parallel_clip.stages.partition import chunks_of
 from parallel_clip.stages.stage import LayerRange, Stage, whole_model
 
@@ -75,7 +76,8 @@ def predict_step(
     costs = costs or architecture.costs
     layout, batch = plan.layout, plan.batch
     routes = Routes(device, layout, nodes_of)
-    stages = _StageTimes(plan, architecture, config, costs, device, routes)
+    step = _Step(plan, architecture, config, costs, Kernels(device, config.precision), routes)
+    stages = _StageTimes(step)
     loss = loss_seconds(plan, device, routes)
     in_order = layout.pipeline, layout.virtual_pipeline, batch.microbatches, plan.stash
     with_messages = pipeline_seconds(*in_order, stages.timeline_costs(messages=True), loss.total)
@@ -85,7 +87,7 @@ def predict_step(
     working = loss.total * (layout.pipeline if plan.loss_on_all_stages else 1)
     working += sum(of_rank.total for of_rank in busy)
     busiest = max(busy, key=lambda of_rank: of_rank.total)
-    update = _Update(plan, architecture, config, costs, device, routes)
+    update = _Update(step)
     data = max(
         update.gradients_exposed(rank, stages) + update.gather(rank)
         for rank in range(layout.pipeline)
@@ -112,30 +114,34 @@ def predict_step(
     )
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is predicted: a step of a model by a plan, and what kernels and links take."""
+
+    plan: LayoutPlan
+    architecture: Architecture
+    config: Config
+    costs: ModelCosts
+    kernels: Kernels
+    routes: Routes
+
+
 # ------------------------------------------------------------------------- a microbatch on a stage
 
 
 class _StageTimes:
     """Seconds of one microbatch on each virtual stage: forward, backward, forward again."""
 
-    def __init__(
-        self,
-        plan: LayoutPlan,
-        architecture: Architecture,
-        config: Config,
-        costs: ModelCosts,
-        device: Device,
-        routes: Routes,
-    ):
+    def __init__(self, step: _Step):
+        plan, architecture, costs, kernels = step.plan, step.architecture, step.costs, step.kernels
         self.plan, layout = plan, plan.layout
-        kernels = Kernels(device, config.precision)
         how = How(
             kernels,
             plan.batch.micro_batch,
             layout.tensor,
             layout.sequence and layout.tensor > 1,
-            config.recompute,
-            routes.tensor,
+            step.config.recompute,
+            step.routes.tensor,
         )
         vision = tower_time(architecture.vision, costs.vision, how)
         pairs, captions = plan.batch.micro_batch, plan.batch.captions
@@ -155,7 +161,7 @@ class _StageTimes:
         size = kernels.element * message_numbers(
             plan.stages, architecture, pairs, sequence_ranks, captions
         )
-        self.message = routes.pipeline.message(size)
+        self.message = step.routes.pipeline.message(size)
 
     def timeline_costs(self, messages: bool) -> Costs:
         forward, backward, again = (
@@ -195,10 +201,8 @@ def message_numbers(
     """How many numbers a stage hands on, as `MessageLayout.length` in model/handover.py."""
 
     def of(held: LayerRange, tower: TowerConfig, count: int) -> int:
-        if held.is_finished:
-            return count * architecture.embed_dim
-        local_tokens = -(-tower.training_tokens // sequence_ranks)
-        return local_tokens * count * tower.width if held.has_started else 0
+        sizes = tower.training_tokens, tower.width, architecture.embed_dim
+        return prod(handed_on(held, count, *sizes, sequence_ranks) or (0,))
 
     sizes = (
         of(stage.vision, architecture.vision, pairs)
@@ -214,23 +218,14 @@ def message_numbers(
 class _Update:
     """What follows the last backward: sums of gradients, the update, the gathering of weights."""
 
-    def __init__(
-        self,
-        plan: LayoutPlan,
-        architecture: Architecture,
-        config: Config,
-        costs: ModelCosts,
-        device: Device,
-        routes: Routes,
-    ):
-        self.plan, self.config, self.device, self.routes = plan, config, device, routes
-        self.kernels = Kernels(device, config.precision)
-        layout = plan.layout
-        self.splits = config.parallel.distributed_optimizer and layout.data > 1
+    def __init__(self, step: _Step):
+        self.plan, self.config, self.routes = step.plan, step.config, step.routes
+        self.kernels, layout = step.kernels, step.plan.layout
+        self.splits = step.config.parallel.distributed_optimizer and layout.data > 1
         self.trained = [
             sum(
-                trained_parameters(stage, architecture, costs, layout.tensor)
-                for stage in chunks_of(plan.stages, layout.pipeline, rank)
+                trained_parameters(stage, step.architecture, step.costs, layout.tensor)
+                for stage in chunks_of(step.plan.stages, layout.pipeline, rank)
             )
             for rank in range(layout.pipeline)
         ]

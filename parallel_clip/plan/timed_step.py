@@ -11,13 +11,12 @@ import torch.distributed as dist
 from parallel_clip.config import Config
 from parallel_clip.engine.device import synchronize
 from parallel_clip.engine.groups import Groups
-from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.initialize import initial_value
 from parallel_clip.model.parameters import local_slice
 from parallel_clip.pipeline.forward_backward import forward_backward
 from parallel_clip.pipeline.inputs import Pictures, StepInputs
-from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.build import build_loss, build_planned_state
 from parallel_clip.plan.layout_plan import LayoutPlan
 
 Clock = Callable[[], float]
@@ -41,13 +40,7 @@ def timed_steps(
         own = local_slice(whole, parameter.placement, groups.tensor_rank, ranks)
         state.set_weight(tensor, own.to(groups.device))
     inputs = random_inputs(config, architecture, plan, groups)
-    loss_class = SigLipLoss if config.loss.kind == "sigmoid" else ClipLoss
-    loss = loss_class(
-        group=groups.data,
-        helpers=groups.model if plan.loss_on_all_stages else groups.tensor,
-        exchange=config.loss.exchange,
-        tile=config.loss.tile,
-    )
+    loss = build_loss(plan, groups)
     loss_group = groups.pipeline if plan.loss_on_all_stages else None
 
     def step() -> None:
@@ -63,12 +56,13 @@ def timed_steps(
 def random_inputs(
     config: Config, architecture: Architecture, plan: LayoutPlan, groups: Groups
 ) -> StepInputs:
-    """One picture and text for all microbatches; each text ends by the highest id."""
+    """The same pictures and texts for all microbatches; each text ends by the highest id."""
     pairs, device = plan.batch.micro_batch, groups.device
+    texts = pairs * plan.batch.captions
     vision, text = architecture.vision, architecture.text
     generator = torch.Generator().manual_seed(groups.data_rank)
     tokens = torch.randint(
-        1, text.vocab_size - 1, (pairs, text.context_length), generator=generator
+        1, text.vocab_size - 1, (texts, text.context_length), generator=generator
     )
     tokens[:, -1] = text.vocab_size - 1
     images = torch.randn(pairs, 3, *vision.image_size, generator=generator)

@@ -19,6 +19,7 @@ from parallel_clip.evaluate.held_out import HeldOutEvaluation
 from parallel_clip.evaluate.interrupt import EvaluationInterrupted, InterruptibleBatches
 from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.optimizer.update_rules import peak_scales
+from parallel_clip.plan.build import build_loss
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.bad_steps import BadStepPolicy
 from parallel_clip.training.exchange import tell_all
@@ -29,7 +30,7 @@ from parallel_clip.training.run_folder import layout_tree
 from parallel_clip.training.run_log import RunLog, StepRecord, StepTimer
 from parallel_clip.training.sample_log import SampleLog
 from parallel_clip.training.status import State, write_failure, write_status
-from parallel_clip.training.step import TrainStep, build_loss
+from parallel_clip.training.step import TrainStep
 from parallel_clip.training.stop import REASONS, StopRequests
 from parallel_clip.training.watchdog import Progress
 
@@ -59,7 +60,6 @@ class TrainingLoop:
         self.requests = requests
         self.progress = progress
         layout_plan, before = plan.layout_plan, plan.resume.meta
-        on_all_stages = layout_plan.loss_on_all_stages
         self.policy = BadStepPolicy(
             plan.config.bad_steps,
             tuple(before.grad_norms) if before else (),
@@ -70,10 +70,10 @@ class TrainingLoop:
         self.measures_bias = before.measures_bias if before else plan.logits.measures_bias
         self.step = TrainStep(
             state,
-            build_loss(plan.config.loss, groups, on_all_stages, plan.batch.captions),
+            build_loss(layout_plan, groups),
             layout_plan.stash,
             groups.pipeline,
-            on_all_stages,
+            layout_plan.loss_on_all_stages,
             self.policy.complaint,
             groups.world,
         )

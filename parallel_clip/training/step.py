@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_clip.config import Loss
 from parallel_clip.engine.collectives import broadcast_from_last_stage
-from parallel_clip.engine.groups import Groups
-from parallel_clip.loss import ClipLoss, SigLipLoss
 from parallel_clip.loss.contrastive import ContrastiveLoss
 from parallel_clip.model.clip import clamp_logit_scale
 from parallel_clip.optimizer.train_state import TrainState
@@ -146,20 +143,3 @@ def nonfinite_ranks(bad_features: Sequence[tuple[float, float]]) -> str:
     if not sides:
         return "all features are finite: the multiplier, the bias or the loss itself is not"
     return f"not finite: {' and '.join(sides)}"
-
-
-def build_loss(
-    settings: Loss, groups: Groups, on_all_stages: bool, captions: int = 1
-) -> ContrastiveLoss:
-    """The loss over the data-parallel ranks, its work split over the tensor-parallel ranks, and
-    over the stages of the pipeline too where it is `on_all_stages`. captions: of each picture."""
-    ways = {
-        "group": groups.data,
-        "helpers": groups.model if on_all_stages else groups.tensor,
-        "exchange": settings.exchange,
-        "tile": settings.tile,
-        "captions_per_image": captions,
-    }
-    if settings.kind == "sigmoid":
-        return SigLipLoss(**ways)
-    return ClipLoss(**ways, label_smoothing=settings.label_smoothing)

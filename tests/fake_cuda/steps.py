@@ -27,10 +27,10 @@ from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.pipeline.inputs import Pictures, StepInputs
-from parallel_clip.plan.build import build_planned_state
+from parallel_clip.plan.build import build_loss, build_planned_state
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.training.feed import DeviceFeed
-from parallel_clip.training.step import TrainStep, build_loss
+from parallel_clip.training.step import TrainStep
 from tests.fake_cuda.cases import CASES, LAYER_CASES, Case
 from tests.fake_cuda.probes import unexpected
 from tests.fake_cuda.watch import Counts, Watch
@@ -58,7 +58,7 @@ def second_step(case: Case, layers: int = LAYERS) -> Watch:
     with fake_rank(layout, case.rank) as groups:
         step = TrainStep(
             build_planned_state(config, architecture, plan, groups),
-            build_loss(config.loss, groups, plan.loss_on_all_stages, captions),
+            build_loss(plan, groups),
             plan.stash,
             groups.pipeline,
             plan.loss_on_all_stages,
