@@ -348,6 +348,11 @@ def _add_plan(parent) -> None:
     parser.add_argument(
         "--max-batch", action="store_true", help="for the largest batch.global that fits"
     )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="count the memory of the first one by running its step on fake tensors, in minutes",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all layouts; - prints them alone")
     parser.add_argument("--plot", metavar="FILE.png", help="a picture of all layouts")
     parser.add_argument(

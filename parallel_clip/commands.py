@@ -206,6 +206,7 @@ def plan(options: argparse.Namespace, launch: Launch) -> int | None:
             options.nodes_of,
             options.layout,
             options.max_batch,
+            options.count,
         )
     )
     if options.json is not None:

@@ -109,28 +109,39 @@ def microbatch_group_size(microbatches: int, ranks: int) -> int:
     )
 
 
-def peak_graphs(order: Iterable[PipelineOp], sizes: Sequence[int] | None = None) -> int:
+def peak_graphs(
+    order: Iterable[PipelineOp],
+    sizes: Sequence[int] | None = None,
+    extras: Sequence[int] | None = None,
+) -> int:
     """The most graphs alive at once on a rank, each of one microbatch in one chunk.
 
     With one chunk: K + min(P - rank, m - K). With the `sizes` of a graph in each chunk, such as
-    bytes of saved activations, the largest sum of the sizes of graphs alive at once.
+    bytes of saved activations, the largest sum of the sizes of graphs alive at once. extras: what
+    there is beside them while a microbatch goes backward in each chunk.
     """
     alive = peak = 0
     for op in order:
         size = 1 if sizes is None else sizes[op.chunk]
         if op.kind in (OpKind.FORWARD_KEEPING_GRAPH, OpKind.FORWARD_AGAIN):
             alive += size
+            peak = max(peak, alive)
         elif op.kind is OpKind.BACKWARD:
+            peak = max(peak, alive + (extras[op.chunk] if extras else 0))
             alive -= size
-        peak = max(peak, alive)
     return peak
 
 
 def peak_graphs_of_step(
-    rank: int, ranks: int, microbatches: int, stash: int, sizes: Sequence[int]
+    rank: int,
+    ranks: int,
+    microbatches: int,
+    stash: int,
+    sizes: Sequence[int],
+    extras: Sequence[int] | None = None,
 ) -> int:
     """`peak_graphs` of what `rank` runs in a step, without its order where that is long. sizes: of
-    a graph in each of its chunks.
+    a graph in each of its chunks; extras: as there.
 
     The stash is held from pass 1 on; beside it pass 2 holds as many graphs as a step of the others
     alone: with one chunk min(P - rank, m - K). With several, two groups of the pipeline's size fill
@@ -138,33 +149,38 @@ def peak_graphs_of_step(
     proved), and else the order is gone through.
     """
     others = microbatches - stash
+    extras = extras or [0] * len(sizes)
     if len(sizes) == 1:
-        return sizes[0] * (stash + min(ranks - rank, others))
+        return sizes[0] * (stash + min(ranks - rank, others)) + extras[0]
     if microbatches % ranks or stash % ranks:
-        return peak_graphs(step_orders(ranks, microbatches, stash, len(sizes))[rank], sizes)
+        order = step_orders(ranks, microbatches, stash, len(sizes))[rank]
+        return peak_graphs(order, sizes, extras)
     moments = _fullest_moments(rank, ranks, min(others, 2 * ranks), len(sizes)) if others else ()
-    graphs = (sum(n * size for n, size in zip(each, sizes, strict=True)) for each in moments)
-    return stash * sum(sizes) + max(graphs, default=0)
+    graphs = [
+        sum(n * size for n, size in zip(alive, sizes, strict=True)) + extras[chunk]
+        for chunk, alive in moments
+    ]
+    return stash * sum(sizes) + max(graphs, default=max(extras))
 
 
 @cache
 def _fullest_moments(
     rank: int, ranks: int, microbatches: int, chunks: int
-) -> tuple[tuple[int, ...], ...]:
-    """The graphs of each chunk that are alive at once in a step without a stash: whenever one ends.
-    A search over layouts asks for the same few again and again."""
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Whenever a graph ends in a step without a stash: of which chunk, and how many of each are
+    alive. A search over layouts asks for the same few again and again."""
     alive, moments = [0] * chunks, set()
     for op in step_orders(ranks, microbatches, 0, chunks)[rank]:
         if op.kind is OpKind.FORWARD_AGAIN:
             alive[op.chunk] += 1
         elif op.kind is OpKind.BACKWARD:
-            moments.add(tuple(alive))
+            moments.add((op.chunk, tuple(alive)))
             alive[op.chunk] -= 1
-    return tuple(
-        each
-        for each in moments
-        if not any(other != each and all(map(ge, other, each)) for other in moments)
-    )
+
+    def is_below(moment: tuple, other: tuple) -> bool:
+        return other != moment and other[0] == moment[0] and all(map(ge, other[1], moment[1]))
+
+    return tuple(m for m in moments if not any(is_below(m, other) for other in moments))
 
 
 def forward_sequence(ranks: int, microbatches: int, chunks: int) -> list[tuple[int, int]]:

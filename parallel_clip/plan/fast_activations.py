@@ -8,28 +8,25 @@ the layers, to be kept right through each change of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from parallel_clip.config import Config, Freeze
+from parallel_clip.config import Config
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
-from parallel_clip.model.architecture import Architecture, parameter_table
-from parallel_clip.model.clip import CLIPModel, normalised
-from parallel_clip.model.frozen import FrozenParts, FrozenTower
-from parallel_clip.model.layer_groups import layer_of
+from parallel_clip.model.architecture import Architecture
+from parallel_clip.model.clip import normalised
+from parallel_clip.model.frozen import FrozenTower
 from parallel_clip.model.megatron_config import DTYPES, ModelOptions
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.memory import saved_beside_message
 from parallel_clip.plan.saved_activations import SavedActivations
+from parallel_clip.plan.short_tower import TowerName, layer_kinds, short_tower
 from parallel_clip.stages.stage import LayerRange, Stage
-
-TowerName = Literal["vision", "text"]
 
 # Pairs of a probe. What does not grow with the pairs is less than so many bytes, so that one pass
 # tells both: bytes = constant + pairs × bytes of a pair.
@@ -54,7 +51,6 @@ class StageActivations:
         self._dtype = DTYPES[config.precision]
         self._captions = config.data.captions_per_image
         self._saved: dict[tuple, _Saved] = {}
-        self._unfrozen: StageActivations | None = None
 
     def of(
         self, stage: Stage, layout: Layout, recompute: str, pairs: int, message_bytes: int
@@ -77,22 +73,6 @@ class StageActivations:
         if saved.keeps_message:  # all of it, whichever part is used
             found["what the stage before handed on"] = message_bytes
         return found
-
-    def of_layer(self, layout: Layout, recompute: str) -> int:
-        """Bytes that a trained layer in the middle of a tower keeps of one pair, of the tower where
-        it is more."""
-        if self._frozen.names:
-            config = self._config.model_copy(update={"freeze": Freeze()})
-            self._unfrozen = self._unfrozen or StageActivations(config, self._architecture)
-            return self._unfrozen.of_layer(layout, recompute)
-        sizes = []
-        for tower in ("vision", "text"):
-            one, two = (
-                self._tower(tower, LayerRange(1, stop, 4), layout, recompute).parts.values()
-                for stop in (2, 3)
-            )
-            sizes.append(sum(each for _, each in two) - sum(each for _, each in one))
-        return max(sizes)
 
     def _features(self, stage: Stage) -> _Saved:
         """The norms of the features, on the last stage."""
@@ -118,7 +98,7 @@ class StageActivations:
 
     def _tower(self, tower: TowerName, held: LayerRange, layout: Layout, recompute: str) -> _Saved:
         frozen: FrozenTower = getattr(self._frozen, tower)
-        kinds = _kinds(held, frozen)
+        kinds = layer_kinds(held, frozen)
         saved = self._short_tower(tower, held, tuple(min(n, 2) for n in kinds), layout, recompute)
         parts = saved.parts
         for number, count in enumerate(kinds):
@@ -182,20 +162,7 @@ class StageActivations:
         groups: Groups,
     ) -> _Saved:
         """Build the trainer's own module of some layers of one tower, and run it."""
-        frozen: FrozenTower = getattr(self._frozen, tower)
-        layers, position = [], held.first
-        for kind, count in zip(_kinds(held, frozen), counts, strict=True):
-            layers += range(position, position + count)
-            position += kind
-        before = [held.first - 1] if held.first else []
-        behind = [] if held.is_finished else [held.stop]
-        architecture, parts = _shortened(
-            self._architecture, self._frozen, tower, [*before, *layers, *behind]
-        )
-        total = len(before) + len(layers) + len(behind)
-        short = LayerRange(len(before), len(before) + len(layers), total)
-        stages, number = _stages_around(tower, short, architecture)
-        model = CLIPModel(architecture, options, groups.tensor, stages, number, parts)
+        model = short_tower(self._architecture, self._frozen, tower, held, counts, options, groups)
         found, keeps_message = saved_beside_message(model, _PROBE_PAIRS, groups.device)
         return _Saved(_by_pairs(found), keeps_message)
 
@@ -217,64 +184,3 @@ def _by_pairs(found: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """(constant, of a pair) of bytes that `_PROBE_PAIRS` pairs keep."""
     of_parts = {part: divmod(size, _PROBE_PAIRS) for part, size in found.items()}
     return {part: (constant, of_pair) for part, (of_pair, constant) in of_parts.items()}
-
-
-def _kinds(held: LayerRange, frozen: FrozenTower) -> tuple[int, int, int]:
-    """Layers of a stage by kind: nothing trained in or before them; norms alone are trained; all
-    others."""
-    bounds = [held.first, frozen.layers.without_backward, frozen.layers.matrices, held.stop]
-    inside = [min(max(bound, held.first), held.stop) for bound in bounds]
-    first, leading, matrices, stop = inside
-    matrices = max(leading, matrices)
-    return leading - first, matrices - leading, stop - matrices
-
-
-def _shortened(
-    architecture: Architecture, frozen: FrozenParts, tower: TowerName, layers: Sequence[int]
-) -> tuple[Architecture, FrozenParts]:
-    """The model with only these layers of a tower, and what of them is frozen."""
-    short = replace(getattr(architecture, tower), layers=len(layers))
-    short_model = replace(architecture, **{tower: short})
-    of_tower: FrozenTower = getattr(frozen, tower)
-    if not of_tower.names:
-        return short_model, frozen
-    names = {p.module: p.name for p in parameter_table(architecture)}
-    kept = set()
-    for parameter in parameter_table(short_model):
-        module = parameter.module
-        if not module.startswith(f"{tower}."):
-            continue
-        number = layer_of(module)
-        if number is not None:
-            place = f"{tower}.block.layers."
-            module = module.replace(f"{place}{number}.", f"{place}{layers[number]}.", 1)
-        if names[module] in of_tower.names:
-            kept.add(parameter.name)
-    limits = of_tower.layers
-    limits = replace(
-        limits,
-        without_backward=sum(layer < limits.without_backward for layer in layers),
-        matrices=sum(layer < limits.matrices for layer in layers),
-    )
-    return short_model, replace(frozen, **{tower: FrozenTower(frozenset(kept), limits)})
-
-
-def _stages_around(
-    tower: TowerName, held: LayerRange, architecture: Architecture
-) -> tuple[list[Stage], int]:
-    """The stages of a pipeline of which one holds these layers of a tower and nothing else, and
-    its number: not the last one, and for a text tower not the first. The image tower has ended
-    before a text tower's stage, and no text tower has begun before an image tower's."""
-    other: TowerName = "text" if tower == "vision" else "vision"
-    total = getattr(architecture, other).layers
-    bounds = [(held.first, held.stop), (held.stop, held.total)]
-    if held.first or tower == "text":
-        bounds.insert(0, (0, held.first))
-    count, number = len(bounds), len(bounds) - 2
-    # Where all layers of the other tower are.
-    full = count - 1 if tower == "vision" else 0
-    stages = []
-    for n, bound in enumerate(bounds):
-        rest = LayerRange(0 if n <= full else total, total if n >= full else 0, total)
-        stages.append(Stage(n, count, **{tower: LayerRange(*bound, held.total), other: rest}))
-    return stages, number

@@ -6,12 +6,12 @@ from dataclasses import replace
 from math import prod
 
 from parallel_clip.config import Config
-from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.handover import MessageLayout
 from parallel_clip.model.megatron_config import DTYPES
 from parallel_clip.plan.fast_activations import StageActivations
 from parallel_clip.plan.fast_state import StageStates
+from parallel_clip.plan.fast_transients import StageTransients
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.memory import RankMemory
 from parallel_clip.stages.partition import chunks_of
@@ -26,6 +26,7 @@ class FastMemory:
         self._dtype = DTYPES[config.precision]
         self._states = StageStates(config, architecture)
         self._activations = StageActivations(config, architecture)
+        self._transients = StageTransients(config, architecture)
 
     def stages(self, config: Config, plan: LayoutPlan) -> tuple[RankMemory, ...]:
         """What the first rank of each pipeline stage holds, as `count_stages`."""
@@ -40,8 +41,9 @@ class FastMemory:
                 for chunk in chunks
             )
             pixels = prod(self._architecture.vision.image_size) if chunks[0].is_first else 0
-            pictures = pairs * 3 * pixels * itemsize
-            found.append(replace(state, activations=saved, pictures=pictures))
+            pixels *= 3 * pairs
+            pictures = {"pictures": pixels * itemsize, "pictures_ahead": pixels}
+            found.append(replace(state, activations=saved, **pictures))
         return tuple(found)
 
     def message_bytes(self, plan: LayoutPlan) -> int:
@@ -51,6 +53,40 @@ class FastMemory:
         messages = MessageLayout(self._architecture, plan.stages, sequence_ranks, captions)
         return messages.length(plan.batch.micro_batch, training=True) * self._dtype.itemsize
 
-    def layer_bytes(self, layout: Layout, recompute: str) -> int:
-        """Bytes that a trained layer keeps of one pair, of the tower where it is more."""
-        return self._activations.of_layer(layout, recompute)
+    def transient_bytes(self, plan: LayoutPlan, rank: int, recompute: str) -> list[int]:
+        """What comes and goes in a microbatch's backward pass on each stage of a rank."""
+        layout, pairs, message = plan.layout, plan.batch.micro_batch, self.message_bytes(plan)
+        of_tower = layout, recompute, pairs
+        return [
+            self._transients.of(chunk, *of_tower, self._activations.of(chunk, *of_tower, message))
+            for chunk in chunks_of(plan.stages, layout.pipeline, rank)
+        ]
+
+    def hidden_bytes(self, plan: LayoutPlan) -> int:
+        """Of a microbatch's hidden states in both towers, on one rank."""
+        return sum(self._hidden_bytes(plan, plan.layout.sequence and plan.layout.tensor or 1))
+
+    def gathered_bytes(self, plan: LayoutPlan) -> int:
+        """Of megatron-core's buffer into which sequence parallelism gathers the tokens of a layer,
+        and which stays: for the tower where they take more."""
+        if not plan.layout.sequence or plan.layout.tensor == 1:
+            return 0
+        return plan.layout.tensor * max(self._hidden_bytes(plan, plan.layout.tensor))
+
+    def _hidden_bytes(self, plan: LayoutPlan, sequence_ranks: int) -> list[int]:
+        towers = (self._architecture.vision, 1), (self._architecture.text, plan.batch.captions)
+        pair_bytes = plan.batch.micro_batch * self._dtype.itemsize
+        return [
+            -(-tower.training_tokens // sequence_ranks) * tower.width * count * pair_bytes
+            for tower, count in towers
+        ]
+
+    def feature_bytes(self, plan: LayoutPlan) -> int:
+        """Of a rank's share of the batch, fp32."""
+        batch = plan.batch
+        return 4 * batch.per_rank * (1 + batch.captions) * self._architecture.embed_dim
+
+    def token_bytes(self, plan: LayoutPlan) -> int:
+        """Of the texts of a rank's share of the batch, int64."""
+        texts = plan.batch.per_rank * plan.batch.captions
+        return 8 * texts * self._architecture.text.context_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class RankMemory:
     the part of all these that every tensor rank holds in full. `activations`: what the forward pass
     of one microbatch keeps for its backward pass, for each stage that the rank holds by part of the
     model; the loss, which sees the whole batch, is not in it. `pictures`: those of one microbatch,
-    on the first stage alone; `keeps_pictures`: whether its backward pass needs them.
+    on the first stage alone; `pictures_ahead`: those of the next, which come as bytes;
+    `keeps_pictures`: whether the backward pass needs them.
     """
 
     parameters: int
@@ -45,6 +47,7 @@ class RankMemory:
     replicated: int
     activations: tuple[dict[str, int], ...]
     pictures: int = 0
+    pictures_ahead: int = 0
     keeps_pictures: bool = True
     averages: int = 0
 
@@ -99,10 +102,9 @@ def measure_rank_memory(
     held, optimizer = state.global_parameters(), state.optimizer
     weights = [tensor for _, tensor in held]
     whole = [tensor for parameter, tensor in held if parameter.placement.axis is None]
-    pairs, pictures = plan.batch.micro_batch, 0
+    pairs, pixels = plan.batch.micro_batch, 0
     if state.chunks[0].stage.is_first:
-        height, width = architecture.vision.image_size
-        pictures = pairs * 3 * height * width * state.chunks[0].config.params_dtype.itemsize
+        pixels = pairs * 3 * prod(architecture.vision.image_size)
     return RankMemory(
         parameters=sum(weight.numel() for weight in weights),
         weights=_bytes_of(weights),
@@ -113,7 +115,8 @@ def measure_rank_memory(
         + _bytes_of(_optimizer_state(optimizer, whole), besides=weights)
         + _bytes_of(_averages(state, whole)),
         activations=tuple(saved_activations(chunk, pairs, groups.device) for chunk in state.chunks),
-        pictures=pictures,
+        pictures=pixels * state.chunks[0].config.params_dtype.itemsize,
+        pictures_ahead=pixels,
         keeps_pictures=not frozen_parts(architecture, config.freeze).vision.layers.embedding,
         averages=_bytes_of(_averages(state, weights)),
     )
@@ -195,7 +198,7 @@ def peak_memory(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemo
     place = pipeline_rank, layout.pipeline, count, stash
     if held.keeps_pictures:
         kept = peak_graphs_of_step(*place, [1, *[0] * (layout.virtual_pipeline - 1)])
-    pictures = held.pictures * min(kept + 1, count)
+    pictures = held.pictures * min(kept, count) + held.pictures_ahead * (count > 1)
     return PeakMemory(peak_graphs_of_step(*place, held.saved_by_chunk), pictures)
 
 

@@ -27,6 +27,7 @@ from parallel_clip.plan.search import (
     with_micro,
 )
 from parallel_clip.plan.start_model import check_trainable, find_start_model
+from parallel_clip.plan.step_peak import StepPeak, count_step
 from parallel_clip.plan.step_time import StepTime, predict_step
 from parallel_clip.stages.costs import ModelCosts
 
@@ -34,7 +35,8 @@ from parallel_clip.stages.costs import ModelCosts
 @dataclass(frozen=True)
 class Question:
     """What is asked. gpu_memory: "80GB"; gpu: the name of a device or its file; layout: "tensor=2,
-    pipeline=3" for one layout alone; max_batch: for the largest batch that fits."""
+    pipeline=3" for one layout alone; max_batch: for the largest batch that fits; count: to count
+    the first layout's memory by running its step."""
 
     config: Config
     gpus: int
@@ -43,13 +45,14 @@ class Question:
     nodes_of: int = 8
     layout: str | None = None
     max_batch: bool = False
+    count: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
     """What was found. question: with the batch of `max_batch` filled in; architecture: of the phase
     that was planned for; samples: of the whole run, None where epochs say it; notes: what there is
-    to tell of it."""
+    to tell of it; counted: of the first layout's fullest stage, where it was asked for."""
 
     question: Question
     architecture: Architecture
@@ -58,6 +61,7 @@ class Answer:
     result: SearchResult
     samples: int | None
     notes: tuple[str, ...]
+    counted: StepPeak | None = None
 
     def days(self, layout: PlannedLayout) -> float | None:
         """Of the whole run; None where its length is known by its data alone."""
@@ -106,6 +110,12 @@ def _answer(question: Question) -> Answer:
         result = SearchResult(*(((), (found,)) if is_refused else ((found,), ())))
     else:
         result = search.run()
+    counted = None
+    if question.count and result.layouts:
+        first = result.layouts[0]
+        sizes = first.plan.layout
+        rank = first.stage * sizes.data * sizes.tensor
+        counted = count_step(first.config, architecture, first.plan, rank)
     return Answer(
         replace(question, config=config),
         architecture,
@@ -114,6 +124,7 @@ def _answer(question: Question) -> Answer:
         result,
         _samples(config),
         tuple(notes),
+        counted,
     )
 
 

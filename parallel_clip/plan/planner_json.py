@@ -11,7 +11,8 @@ from parallel_clip.plan.search import PlannedLayout
 
 
 def answer_tree(answer: Answer) -> dict[str, Any]:
-    """`{"layouts": [...], "refused": [...]}`, the quickest first, and what was asked."""
+    """`{"layouts": [...], "refused": [...]}`, the quickest first, and what was asked.
+    counted_bytes: of tensors at the fullest moment of the first one's step, by --count."""
     gpus = answer.question.gpus
     return {
         "model": answer.architecture.name,
@@ -19,6 +20,7 @@ def answer_tree(answer: Answer) -> dict[str, Any]:
         "gpu": answer.device.name,
         "gpu_memory_bytes": answer.limit,
         "batch": answer.question.config.batch.global_,
+        "counted_bytes": None if answer.counted is None else answer.counted.total,
         "layouts": [_layout_tree(answer, found) for found in answer.result.layouts],
         "refused": [
             {

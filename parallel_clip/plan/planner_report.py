@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.plan.planner import Answer
+from parallel_clip.plan.rank_bytes import RankBytes
 from parallel_clip.plan.search import PlannedLayout
+from parallel_clip.plan.step_peak import StepPeak
 
 _SHOWN = 6
 _GB = 1e9
@@ -43,6 +45,8 @@ def answer_words(answer: Answer) -> str:
         "    predicted, not measured; memory of the fullest stage, in GB (10^9 bytes).",
         "    docs/planning.md says what is counted and what is estimated",
     ]
+    if answer.counted is not None:
+        lines.append(f"    {_counted_words(answer.counted, shown[0].memory)}")
     if tried > 1:
         lines.append(
             f"    the best of each tensor, pipeline and virtual pipeline size, of {tried:,} "
@@ -50,6 +54,15 @@ def answer_words(answer: Answer) -> str:
         )
     lines += ["", *_comparison(shown), "", "To train so, in the config:", *yaml_lines(shown[0])]
     return "\n".join(lines)
+
+
+def _counted_words(counted: StepPeak, predicted: RankBytes) -> str:
+    estimated = predicted.total - predicted.tensors
+    return (
+        f"counted: a step of 1 on fake tensors holds {counted.total / _GB:.2f} GB of tensors in "
+        f"its {counted.fullest_part}; predicted {predicted.tensors / _GB:.2f}, beside "
+        f"{estimated / _GB:.2f} of estimates (buffers and slack)"
+    )
 
 
 def nothing_fits(answer: Answer) -> str:

@@ -21,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from parallel_clip.config import Config
 from parallel_clip.errors import InputError
 from parallel_clip.layout import check_model, divisors
@@ -103,7 +105,9 @@ class LayoutSearch:
             return [self._of_tensor_size(size) for size in sizes]
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(cores, context) as pool:
-            return list(pool.map(self._of_tensor_size, sizes))
+            if pool.submit(_can_go_backward).result():
+                return list(pool.map(self._of_tensor_size, sizes))
+        return [self._of_tensor_size(size) for size in sizes]
 
     def _of_tensor_size(self, tensor: int) -> tuple[list[PlannedLayout], list[RefusedLayout]]:
         found: list[PlannedLayout] = []
@@ -204,7 +208,16 @@ class LayoutSearch:
 
     def step_memory(self, config: Config, plan: LayoutPlan) -> StepMemory:
         held = self.memory.stages(config, plan)
-        return StepMemory(plan, held, self._architecture, self.memory, config.recompute)
+        return StepMemory(plan, held, self.memory, config.recompute)
+
+
+def _can_go_backward() -> bool:
+    """False in a process forked from one that has gone backward, for which autograd has threads."""
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def tensor_sizes(gpus: int, nodes_of: int) -> list[int]:

@@ -18,8 +18,9 @@ from tests.plan.small_plans import EVEN, PAIRS, small_plan
 MEBI = 2**20
 
 
-def holding(state: int, *saved: int, pictures: int = 0) -> RankMemory:
-    return RankMemory(0, state, 0, 0, 0, tuple({"layers": size} for size in saved), pictures)
+def holding(state: int, *saved: int, pictures: int = 0, pictures_ahead: int = 0) -> RankMemory:
+    saved = tuple({"layers": size} for size in saved)
+    return RankMemory(0, state, 0, 0, 0, saved, pictures, pictures_ahead)
 
 
 def loss_bytes(microbatches: int) -> int:
@@ -54,9 +55,9 @@ def test_a_byte_decides(tmp_path):
 
 
 def test_pictures_count_with_each_graph_and_one_microbatch_ahead(tmp_path):
-    held = [holding(1000, 10 * MEBI, pictures=MEBI)]
+    held = [holding(1000, 10 * MEBI, pictures=2 * MEBI, pictures_ahead=MEBI)]
     plan = small_plan(tmp_path, 4).layout_plan
-    enough = 1000 + 3 * 10 * MEBI + 4 * MEBI + loss_bytes(4)
+    enough = 1000 + 3 * 10 * MEBI + 7 * MEBI + loss_bytes(4)
     assert fit_stash_to_memory(plan, held, enough).stash == 2
     assert fit_stash_to_memory(plan, held, enough - 1).stash == 1
 

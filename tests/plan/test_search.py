@@ -12,7 +12,7 @@ from parallel_clip.layout import divisors
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
-from parallel_clip.plan.memory import filled_bytes
+from parallel_clip.plan.memory import peak_memory
 from parallel_clip.plan.planner_plot import front
 from parallel_clip.plan.rank_bytes import CONTEXT_BYTES, StepMemory
 from parallel_clip.plan.search import (
@@ -91,7 +91,7 @@ def every_layout(memory, limit: int):
             if virtual > 1 and count % pipeline:
                 continue
             held = memory.stages(config, plan)
-            step = StepMemory(plan, held, SMALL, memory, recompute)
+            step = StepMemory(plan, held, memory, recompute)
             for stash in {0, *range(count, 0, -max(group, count // 16 // group * group))}:
                 if step.fullest(stash)[1].total <= limit:
                     yield seconds_of(replace(plan, stash=stash), with_stash(config, stash, count))
@@ -114,23 +114,30 @@ def test_nothing_that_was_passed_over_is_quicker(memory, gigabytes):
 
 
 def test_kinds_of_bytes_are_those_of_the_dry_run_and_estimates_beside_them(memory):
-    config = with_layout(small_config(), tensor=2, pad=False, pipeline=2, virtual=1)
+    config = small_config(batch={"global": 128, "micro": 16})  # whose loss takes little
+    config = with_layout(config, tensor=2, pad=False, pipeline=2, virtual=1)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
     held = memory.stages(config, plan)
-    step = StepMemory(plan, held, SMALL, memory, "none")
-    for rank, filled in enumerate(filled_bytes(plan, held, 3)):
+    step = StepMemory(plan, held, memory, "none")
+    for rank, of_stage in enumerate(held):
         found = step.of_stage(rank, 3)
-        counted = found.weights + found.gradients + found.optimizer + found.activations + found.loss
-        texts, features = 8 * 2048 * 77, 16 * 2048 * 64 * rank
-        assert counted + found.inputs - texts - features == filled
-        assert found.total == counted + found.other
+        assert found.weights + found.gradients + found.optimizer == of_stage.state
+        assert found.activations == peak_memory(plan, rank, 3, of_stage).activations
+        assert found.total == of_stage.state + found.activations + found.loss + found.other
         assert found.other > CONTEXT_BYTES
+
+
+def test_where_the_loss_fills_most_its_own_bytes_are_told(memory):
+    config = with_micro(with_layout(small_config(), 1, False, pipeline=1, virtual=1), 1)
+    plan = make_layout_plan(SMALL.costs, GPUS, config)
+    found = StepMemory(plan, memory.stages(config, plan), memory, "full").of_stage(0, 0)
+    assert found.activations == 0 and found.loss > plan.peak_loss_bytes(1)
 
 
 def test_the_largest_stash_is_the_last_that_fits(memory):
     config = with_layout(small_config(), tensor=1, pad=False, pipeline=2, virtual=2)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
-    step = StepMemory(plan, memory.stages(config, plan), SMALL, memory, "none")
+    step = StepMemory(plan, memory.stages(config, plan), memory, "none")
     enough = step.fullest(4)[1].total
     assert step.largest_stash(enough) == 4 and step.largest_stash(enough - 1) == 2
     assert step.largest_stash(10**6) is None
@@ -239,6 +246,18 @@ def test_epochs_have_no_days(run):
     code, out, err = run(*sizes, "--json", "-", "train.steps=null", "train.epochs=3")
     assert code == 0, err
     assert json.loads(out)["layouts"][0]["days"] is None
+
+
+def test_the_first_layouts_memory_is_counted_by_its_step(run):
+    layout = "tensor=2,pipeline=2,micro=64,stash=1"
+    given = ["--gpus", "8", "--gpu-memory", "12GB", "--layout", layout, "--count"]
+    code, out, _ = run(*given, "--json", "-")
+    assert code == 0
+    tree = json.loads(out)
+    memory, other = (tree["layouts"][0][key] for key in ("memory_bytes", "other_bytes"))
+    tensors = memory["total"] - other["buffers"] - other["slack"]
+    assert tree["counted_bytes"] == pytest.approx(tensors, rel=0.02)
+    assert "counted: a step of 1 on fake tensors" in run(*given)[1]
 
 
 def test_a_picture_is_drawn(run, tmp_path):
