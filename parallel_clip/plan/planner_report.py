@@ -147,7 +147,7 @@ def _time_table(answer: Answer, shown: list[PlannedLayout]) -> Table:
 def _memory_table(shown: list[PlannedLayout]) -> Table:
     kinds = (
         "weights", "gradients", "optimizer", "activations", "loss", "inputs", "work", "buffers",
-        "slack", "total",
+        "process", "slack", "total",
     )  # fmt: skip
     table = _new_table("", "stage", *kinds)
     for number, found in enumerate(shown, start=1):
