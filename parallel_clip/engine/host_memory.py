@@ -64,8 +64,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
     """The folders of this process's memory cgroup and of those above it, of version 1 and 2."""
     memberships = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
     for line in _read(root / "proc/self/mountinfo").splitlines():
-        mount, _, kind = line.partition(" - ")
-        kind, *_, options = kind.split() or [""]
+        mount, _, system = line.partition(" - ")
+        kind, *_, options = system.split() or ["", ""]
         if kind == "cgroup2":
             paths = [path for _, controllers, path in memberships if controllers == ""]
         elif kind == "cgroup" and "memory" in options.split(","):

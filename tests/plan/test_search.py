@@ -12,9 +12,10 @@ from parallel_clip.layout import divisors
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
-from parallel_clip.plan.memory import filled_bytes
+from parallel_clip.plan.memory import peak_memory
 from parallel_clip.plan.planner_plot import front
-from parallel_clip.plan.rank_bytes import CONTEXT_BYTES, StepMemory
+from parallel_clip.plan.rank_bytes import StepMemory, estimate_beside
+from parallel_clip.plan.rank_process import CONTEXT_BYTES, GPU_PROCESS
 from parallel_clip.plan.search import (
     LayoutSearch,
     PlannedLayout,
@@ -91,7 +92,8 @@ def every_layout(memory, limit: int):
             if virtual > 1 and count % pipeline:
                 continue
             held = memory.stages(config, plan)
-            step = StepMemory(plan, held, SMALL, memory, recompute)
+            beside = estimate_beside(plan, SMALL, memory, recompute, GPU_PROCESS)
+            step = StepMemory(plan, held, beside)
             for stash in {0, *range(count, 0, -max(group, count // 16 // group * group))}:
                 if step.fullest(stash)[1].total <= limit:
                     yield seconds_of(replace(plan, stash=stash), with_stash(config, stash, count))
@@ -117,12 +119,14 @@ def test_kinds_of_bytes_are_those_of_the_dry_run_and_estimates_beside_them(memor
     config = with_layout(small_config(), tensor=2, pad=False, pipeline=2, virtual=1)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
     held = memory.stages(config, plan)
-    step = StepMemory(plan, held, SMALL, memory, "none")
-    for rank, filled in enumerate(filled_bytes(plan, held, 3)):
+    step = StepMemory(plan, held, estimate_beside(plan, SMALL, memory, "none", GPU_PROCESS))
+    for rank, of_stage in enumerate(held):
         found = step.of_stage(rank, 3)
         counted = found.weights + found.gradients + found.optimizer + found.activations + found.loss
         texts, features = 8 * 2048 * 77, 16 * 2048 * 64 * rank
-        assert counted + found.inputs - texts - features == filled
+        loss = plan.peak_loss_bytes(2) * rank
+        peak = peak_memory(plan, rank, 3, of_stage)
+        assert counted + found.inputs - texts - features == of_stage.state + sum(peak) + loss
         assert found.total == counted + found.other
         assert found.other > CONTEXT_BYTES
 
@@ -130,7 +134,8 @@ def test_kinds_of_bytes_are_those_of_the_dry_run_and_estimates_beside_them(memor
 def test_the_largest_stash_is_the_last_that_fits(memory):
     config = with_layout(small_config(), tensor=1, pad=False, pipeline=2, virtual=2)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
-    step = StepMemory(plan, memory.stages(config, plan), SMALL, memory, "none")
+    beside = estimate_beside(plan, SMALL, memory, "none", GPU_PROCESS)
+    step = StepMemory(plan, memory.stages(config, plan), beside)
     enough = step.fullest(4)[1].total
     assert step.largest_stash(enough) == 4 and step.largest_stash(enough - 1) == 2
     assert step.largest_stash(10**6) is None
