@@ -15,6 +15,7 @@ from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.device_file import Device, read_device
+from parallel_clip.plan.layout_plan import choose_stash, stash_is_open
 from parallel_clip.plan.memory_limit import MemoryLimit
 from parallel_clip.plan.prediction import Prediction, memory_words
 from parallel_clip.plan.rank_process import RankProcess
@@ -144,16 +145,32 @@ def _fits(search: LayoutSearch, layout: PlannedLayout) -> bool:
 
 def override_words(config: Config, found: PlannedLayout) -> str:
     """The keys in which a layout differs from the config, as overrides of the command line."""
-    wanted = _layout_keys(found.config)
-    if wanted["parallel.schedule"] != "auto":
+    wanted, own = _layout_keys(found.config), _layout_keys(config)
+    if _keeps_graphs(config, found) == found.plan.stash:
+        keys = "parallel.schedule", "parallel.stash"
+        wanted |= {key: own[key] for key in keys}
+    elif wanted["parallel.schedule"] != "auto":
         wanted["parallel.stash"] = "auto"  # the schedule says it
-    own = _layout_keys(config)
+    if found.plan.layout.data == 1:  # nothing to split
+        wanted["parallel.distributed_optimizer"] = own["parallel.distributed_optimizer"]
     words = (
         f"{key}={'null' if value is None else str(value).lower()}"
         for key, value in wanted.items()
         if value != own[key]
     )
     return " ".join(words)
+
+
+def _keeps_graphs(config: Config, found: PlannedLayout) -> int | None:
+    """The microbatches whose graphs a config keeps in another layout whatever the memory; None:
+    that hangs on it, or its stash is too large there."""
+    parallel = config.parallel.model_copy(update={"pipeline": found.plan.layout.pipeline})
+    if stash_is_open(parallel) and (has_cuda() or parallel.memory is not None):
+        return None
+    try:
+        return choose_stash(parallel, found.plan.batch.microbatches)
+    except InputError:
+        return None
 
 
 def _layout_keys(config: Config) -> dict[str, Any]:

@@ -79,4 +79,4 @@ def comparison_words(prediction: Prediction, memory_bytes: int, seconds: float) 
 
 def _beside(measured: float, predicted: float, unit: str) -> str:
     off = predicted / measured - 1
-    return f"{measured:.3g} {unit} measured, {predicted:.3g} predicted ({off:+.0%})"
+    return f"{measured:.3g} {unit} measured, {predicted:.3g} {unit} predicted ({off:+.0%})"
