@@ -35,7 +35,7 @@ def host_memory(processes: int = 1, root: Path = Path("/")) -> HostMemory | None
     found = [
         HostMemory(ram["MemTotal"], ram["MemTotal"] - ram["MemAvailable"] - own, "this machine")
     ]
-    for folder in _cgroups(root):
+    for folder in memory_cgroups(root):
         limit, in_use = _limit(folder)
         if limit is not None and limit < ram["MemTotal"]:
             where = f"/{folder.relative_to(root)}"
@@ -60,7 +60,7 @@ def _limit(folder: Path) -> tuple[int | None, int]:
     return None, 0
 
 
-def _cgroups(root: Path) -> Iterator[Path]:
+def memory_cgroups(root: Path) -> Iterator[Path]:
     """The folders of this process's memory cgroup and of those above it, of version 1 and 2."""
     memberships = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
     for line in _read(root / "proc/self/mountinfo").splitlines():
