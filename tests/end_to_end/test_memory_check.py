@@ -32,7 +32,7 @@ def offers(words: str) -> list[str]:
 
 
 def test_all_ranks_end_with_one_message_and_what_it_offers_trains(config):
-    batch = "batch.global=64", "batch.micro=32"
+    batch = "plan.check=error", "batch.global=64", "batch.micro=32"
     plan, _ = make_run_plan(load_config(config, batch), 2)
     memory = plan.prediction.memory.total - 1
     words = "train", config, *batch, f"parallel.memory={memory}", "train.steps=1"
@@ -61,9 +61,10 @@ def test_all_ranks_end_with_one_message_and_what_it_offers_trains(config):
     assert "is finished" in succeed(*words, *more, processes=2)
 
 
+@pytest.mark.long
 def test_every_rank_of_torchrun_ends_with_2(config):
     before = state_of(config.parent)
-    process = torchrun("train", config, "parallel.memory=0.5GB")
+    process = torchrun("train", config, "plan.check=error", "parallel.memory=0.5GB")
     _, err = process.communicate(timeout=120)
     assert err.count("needs more memory than there is") == 1
     assert "No layout of 2 processes fits" in err
@@ -97,7 +98,7 @@ def test_a_real_limit_of_memory_is_where_the_plan_sees_it(config):
     killed where it is tried all the same."""
     words = [
         "train", str(config), "model.name=ViT-B-32", "batch.global=32", "train.steps=2",
-        "schedule.warmup=1", "checkpoint.every=0",
+        "schedule.warmup=1", "checkpoint.every=0", "plan.check=error",
     ]  # fmt: skip
 
     with cgroup_of(4_500_000_000) as folder:
