@@ -10,6 +10,8 @@ from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.handover import MessageLayout
 from parallel_clip.model.megatron_config import DTYPES
+from parallel_clip.model.parameters import ROWS
+from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.fast_activations import StageActivations
 from parallel_clip.plan.fast_state import StageStates
 from parallel_clip.plan.layout_plan import LayoutPlan
@@ -26,6 +28,7 @@ class FastMemory:
         self._dtype = DTYPES[config.precision]
         self._states = StageStates(config, architecture)
         self._activations = StageActivations(config, architecture)
+        self._trains_tokens = not frozen_parts(architecture, config.freeze).text.layers.embedding
 
     def stages(self, config: Config, plan: LayoutPlan) -> tuple[RankMemory, ...]:
         """What the first rank of each pipeline stage holds, as `count_stages`."""
@@ -54,3 +57,10 @@ class FastMemory:
     def layer_bytes(self, layout: Layout, recompute: str) -> int:
         """Bytes that a trained layer keeps of one pair, of the tower where it is more."""
         return self._activations.of_layer(layout, recompute)
+
+    def token_table_bytes(self, layout: Layout) -> int:
+        """Bytes of the token embedding's gradient on a tensor rank, the largest that a weight has;
+        0 where it is frozen."""
+        text = self._architecture.text
+        rows = ROWS.local_length(text.vocab_size, layout.tensor)
+        return self._trains_tokens * rows * text.width * self._dtype.itemsize

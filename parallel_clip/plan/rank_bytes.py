@@ -20,6 +20,7 @@ from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.memory import RankMemory, count_stages, peak_memory
 from parallel_clip.plan.rank_process import RankProcess
+from parallel_clip.stages.partition import chunks_of
 
 # Of what comes and goes in a step; state is allocated once and leaves no gaps.
 SLACK = 0.05
@@ -61,10 +62,13 @@ class RankBytes:
 
 
 class Estimates(NamedTuple):
-    """Bytes of a rank beside what is counted. features: of the batch, where the loss is computed;
-    texts: of the rank's share; slack: in parts of what comes and goes."""
+    """Bytes of a rank beside what is counted. work: of layers; token_table: of the gradient of the
+    token embedding, where that is, until it is added to those of the microbatches before; features:
+    of the batch, where the loss is computed; texts: of the rank's share; slack: in parts of what
+    comes and goes."""
 
     work: int = 0
+    token_table: int = 0
     buffers: int = 0
     features: int = 0
     texts: int = 0
@@ -95,6 +99,9 @@ class StepMemory:
         loss = self._loss(rank, stash)
         features = beside.features if loss else 0
         work = beside.work if held.saved else 0
+        chunks = chunks_of(plan.stages, plan.layout.pipeline, rank)
+        if any(chunk.text.has_embedding for chunk in chunks):
+            work += beside.token_table
         inputs = peak.pictures + beside.texts
         comes_and_goes = peak.activations + loss + inputs + work + features
         return RankBytes(
@@ -144,6 +151,7 @@ def estimate_beside(
     again = ordinary - memory.layer_bytes(layout, recompute)
     return Estimates(
         work=batch.micro_batch * (again + ordinary // 3),
+        token_table=memory.token_table_bytes(layout),
         buffers=messages,
         # As they came, and together.
         features=2 * 4 * batch.per_rank * (1 + batch.captions) * plan.embed_dim,
