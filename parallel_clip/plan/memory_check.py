@@ -117,9 +117,10 @@ def _search(
 
 
 def _varied(layouts: Sequence[PlannedLayout]) -> Iterator[PlannedLayout]:
-    """The quickest of each size of layout, then of each recomputation beside, then the rest."""
+    """The quickest of each tensor and pipeline size, then of each recomputation beside, then the
+    rest."""
     seen: set[int] = set()
-    for key in (_shape, lambda found: (_shape(found), found.config.recompute), id):
+    for key in (_sizes, lambda found: (_sizes(found), found.config.recompute), id):
         known = {key(layouts[number]) for number in seen}
         for number, found in enumerate(layouts):
             if key(found) not in known:
@@ -128,9 +129,9 @@ def _varied(layouts: Sequence[PlannedLayout]) -> Iterator[PlannedLayout]:
                 yield found
 
 
-def _shape(found: PlannedLayout) -> tuple[int, int, int]:
+def _sizes(found: PlannedLayout) -> tuple[int, int]:
     layout = found.plan.layout
-    return layout.tensor, layout.pipeline, layout.virtual_pipeline
+    return layout.tensor, layout.pipeline
 
 
 def _fits(search: LayoutSearch, layout: PlannedLayout) -> bool:

@@ -47,9 +47,11 @@ GPU_PROCESS = RankProcess(CONTEXT_BYTES, GROUP_BYTES)
 
 
 def rank_process(config: Config) -> RankProcess:
-    """That of a rank on this machine."""
+    """That of a rank on this machine. `parallel.memory` is the rank's own: data workers are beside
+    it, as beside a GPU's."""
     if has_cuda():
         return GPU_PROCESS
     data = config.data
+    readers = data.workers if config.parallel.memory is None else 0
     size = 1 if data.normalize == "device" else 4
-    return RankProcess(CPU_BYTES, 0, WORKER_BYTES, data.workers, data.prefetch * size)
+    return RankProcess(CPU_BYTES, 0, WORKER_BYTES, readers, data.prefetch * size)

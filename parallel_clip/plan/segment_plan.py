@@ -102,6 +102,8 @@ def _check(
             f"memory: {memory_words(prediction)}: it would be refused here; "
             "parallel.memory=80GB compares it with the memory of the machines that it is for"
         ]
+    needs, has = prediction.memory.total / 1e9, prediction.limit.size / 1e9
+    print(f"{needs:.2f} GB are needed of {has:.2f} GB; looking for layouts that fit", flush=True)
     of_fullest = fullest.architecture, fullest.segment.freeze
     others = [each for each in plans if not each.trains(*of_fullest)]
     words = shortage_words(

@@ -34,7 +34,7 @@ def small_config(
             "parallel": {"tensor": tensor, "distributed_optimizer": False, **parallel},
             "train": {"steps": 1},
             "schedule": {"warmup": 0},
-            "data": {"train": [{"shards": str(folder / "shards")}]},
+            "data": {"train": [{"shards": str(folder / "shards")}], "workers": 0},
             "run_dir": str(folder / "run"),
         }
     )

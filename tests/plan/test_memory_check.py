@@ -38,7 +38,6 @@ def written(folder: Path, **settings) -> Path:
     tree["batch"] = {"global": 96, "micro": 24}
     tree["parallel"]["schedule"] = "stash"
     tree["train"] = {"steps": 10}
-    tree["data"]["workers"] = 0
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree | settings))
     return path
@@ -191,7 +190,7 @@ def test_a_dry_run_refuses_for_this_machine_and_tells_for_others(tmp_path, monke
 
 def test_workers_count_where_they_read(tmp_path):
     def of(workers: int, **settings) -> RunPlan:
-        config = small_config(tmp_path, 2, **settings)
+        config = small_config(tmp_path, 2, schedule="two-pass", **settings)
         data = config.data.model_copy(update={"workers": workers})
         world = config.parallel.tensor * config.parallel.pipeline
         return make_run_plan(config.model_copy(update={"data": data}), world)[0]
@@ -200,6 +199,7 @@ def test_workers_count_where_they_read(tmp_path):
     ready = 3 * 2 * 2 * 3 * 32 * 32  # workers, each two microbatches of two pictures of bytes
     assert three.memory == replace(none.memory, workers=3 * WORKER_BYTES + ready)
     assert three.metrics_bytes == none.metrics_bytes, "the rank's own process"
+    assert of(3, memory="2GB").prediction.memory == none.memory, "what is told is the rank's own"
 
 
 # ------------------------------------------------------------------------------------------ time
