@@ -456,6 +456,7 @@ FREE = {
     "loss": {"exchange": "ring", "stages": "last", "tile": 64},
     "train": {"time_limit": "23h30m"},
     "watchdog": {"timeout": 60},
+    "plan": {"check": "warn", "device": "h100"},
     "bad_steps": {"action": "skip", "spike": 10},
     "run_dir": "elsewhere",
 }
