@@ -45,6 +45,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "open_clip_torch",
             "transformers",  # conversions are compared with it; open_clip takes tokenizers of it

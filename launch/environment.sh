@@ -45,7 +45,7 @@ _missing_modules() {
     modules+=" webdataset tokenizers ftfy regex braceexpand PIL psutil xxhash"
     for extra in "$@"; do
         case "$extra" in
-            test) modules+=" pytest pytest_timeout hypothesis open_clip transformers ruff aiohttp matplotlib"
+            test) modules+=" pytest pytest_timeout xdist hypothesis open_clip transformers ruff aiohttp matplotlib"
                   modules+=" s3fs moto.server pyarrow sentencepiece google.protobuf" ;;
             remote) modules+=" fsspec aiohttp" ;;
             s3) modules+=" fsspec aiohttp s3fs" ;;

@@ -30,7 +30,7 @@ def train(options: argparse.Namespace, launch: Launch) -> None:
 
     def plan_run():
         config = load_config(options.config, options.overrides)
-        return plan_and_take_lease(config, launch.world_size)
+        return plan_and_take_lease(config, launch.world_size, launch.local_size)
 
     (plan, token), kept = broadcast_from_rank_zero(plan_run, launch)
     shards, lease = kept if kept is not None else (None, None)
@@ -51,7 +51,7 @@ def _dry_run(options: argparse.Namespace, launch: Launch) -> None:
     from parallel_clip.plan.report import dry_run_report
 
     config = load_config(options.config, options.overrides)
-    print(dry_run_report(config, options.world_size or 1))
+    print(dry_run_report(config, options.world_size))
 
 
 def zero_shot(options: argparse.Namespace, launch: Launch) -> None:

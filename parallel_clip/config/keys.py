@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from parallel_clip.config import file as config_file
 from parallel_clip.errors import InputError
@@ -156,9 +156,10 @@ class Parallel(ConfigSection):
     )
     memory: str | Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="memory that a rank may fill, such as 70GB, for parallel.stash auto; null: on "
-        "a GPU four fifths of what is free at the start; on a CPU not known, so no more "
-        "activations are kept than the first stage of 1F1B holds",
+        description="memory that a rank may fill, such as 70GB: what `plan.check` compares with "
+        "and `stash: auto` fills; null: what is free on the GPU of rank 0, of which stash fills "
+        "nine tenths, or a rank's share of this machine's memory or of its cgroup's limit on a "
+        "CPU, which stash leaves alone",
     )
     distributed_optimizer: bool = Field(
         True, description="split optimizer state between the data-parallel ranks (ZeRO-1)"
@@ -467,6 +468,24 @@ class Evaluate(ConfigSection):
     )
 
 
+class Plan(ConfigSection):
+    check: Literal["error", "warn", "off"] = Field(
+        "error",
+        description="what to do at the start where more memory is predicted than a rank has: end "
+        "with layouts that fit, or say so and go on; off: predict nothing",
+    )
+    device: str | None = Field(
+        None,
+        description="device file, or one of a100, h100, h200, b200, that the time of a step is "
+        "predicted from; null: that of the GPU, where its name is one of these",
+    )
+
+    @field_validator("check", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: Any) -> Any:
+        return "off" if value is False else value  # which it is in YAML 1.1
+
+
 class Log(ConfigSection):
     every: int = Field(10, ge=1, description="steps between lines of the log")
     ledger: bool = Field(False, description="write which samples each step has seen")
@@ -500,6 +519,7 @@ class Config(ConfigSection):
     bad_steps: BadSteps = BadSteps()
     resume: Resume = Resume()
     evaluate: Evaluate = Evaluate()
+    plan: Plan = Plan()
     log: Log = Log()
     deterministic: bool = Field(
         False, description="the same bits on every run, on GPU too (slower); CPU runs always are"

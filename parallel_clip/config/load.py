@@ -132,12 +132,7 @@ def check_consistency(config: Config) -> Iterator[str]:
         )
     parallel, schedule, evaluate = config.parallel, config.schedule, config.evaluate
     yield from _complaint_of(check_virtual_pipeline, parallel.pipeline, parallel.virtual_pipeline)
-    if parallel.memory is not None and (parallel.schedule, parallel.stash) != ("auto", "auto"):
-        yield (
-            f"parallel.memory {parallel.memory} is for parallel.schedule auto with parallel.stash "
-            f"auto, not {parallel.schedule} with {parallel.stash}; leave parallel.memory out"
-        )
-    elif parallel.memory is not None:
+    if parallel.memory is not None:
         yield from _complaint_of(parse_bytes, parallel.memory)
     yield from _complaint_of(parse_bytes, config.data.cache, "data.cache")
     yield from _useless_caption_lines(config)

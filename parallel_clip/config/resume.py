@@ -35,6 +35,7 @@ _FREE = (
     "watchdog.",
     "bad_steps.",
     "resume.",
+    "plan.",
     "train.time_limit",
     "run_dir",
 )

@@ -136,9 +136,9 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def free_memory_bytes() -> int | None:
-    """Memory that this process can still fill on its GPU; None without one."""
-    return torch.cuda.mem_get_info()[0] if has_cuda() else None
+def gpu_memory() -> tuple[int, int] | None:
+    """Bytes that this process can still fill on its GPU, and all of it; None without one."""
+    return torch.cuda.mem_get_info() if has_cuda() else None
 
 
 def synchronize() -> None:

@@ -177,6 +177,11 @@ def whole_model_groups() -> Groups:
     return make_groups(Layout(dist.get_world_size()))
 
 
+def has_joined() -> bool:
+    """Whether this process is in a process group, so that it cannot be a rank of a fake world."""
+    return dist.is_initialized()
+
+
 def close_groups() -> None:
     from megatron.core import parallel_state
 

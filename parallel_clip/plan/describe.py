@@ -12,6 +12,7 @@ from parallel_clip.data.storage.pages import PAGE
 from parallel_clip.model.architecture import parameter_table
 from parallel_clip.model.layer_groups import layer_groups
 from parallel_clip.plan.describe_segments import segment_table
+from parallel_clip.plan.prediction import prediction_words
 from parallel_clip.plan.run_plan import BlendPlan, RunPlan
 from parallel_clip.stages.costs import units_per_rank
 from parallel_clip.stages.padding import padding_words
@@ -60,6 +61,9 @@ def describe_run(plan: RunPlan) -> str:
         lines.append(f"  starts from {plan.initial}")
     lines += [f"  {words}" for words in plan.logits.words]
     lines += [f"  {note}" for note in plan.notes]
+    if plan.prediction is not None:
+        sizes = layout.pipeline, batch.global_batch
+        lines += [f"  {words}" for words in prediction_words(plan.prediction, *sizes)]
     lines.append(f"  steps: {plan.steps}")
     lines += segment_table(plan)
     return "\n".join(lines)

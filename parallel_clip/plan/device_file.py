@@ -8,6 +8,7 @@ throughout.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +112,16 @@ class Device(_Section):
 def device_names() -> list[str]:
     """The devices that can be asked for by name."""
     return sorted(path.stem for path in DEVICES.glob("*.yaml"))
+
+
+def device_of_gpu(gpu: str) -> Device | None:
+    """The device whose figures are those of a GPU, such as 'NVIDIA H100 80GB HBM3'; None where
+    there is none: the files are of SXM modules, and others of a name are slower."""
+    words = re.split(r"[^a-z0-9]+", gpu.lower())
+    names = [name for name in device_names() if name in words]
+    if not names or {"pcie", "nvl", "mig"} & set(words):
+        return None
+    return read_device(names[0])
 
 
 def read_device(name_or_path: str | Path) -> Device:

@@ -22,7 +22,7 @@ class FastMemory:
     what it has found. Raises RuntimeError in a process that has joined a process group."""
 
     def __init__(self, config: Config, architecture: Architecture):
-        self._architecture = architecture
+        self.architecture = architecture
         self._dtype = DTYPES[config.precision]
         self._states = StageStates(config, architecture)
         self._activations = StageActivations(config, architecture)
@@ -40,7 +40,7 @@ class FastMemory:
                 self._activations.of(chunk, layout, config.recompute, pairs, message_bytes)
                 for chunk in chunks
             )
-            pixels = prod(self._architecture.vision.image_size) if chunks[0].is_first else 0
+            pixels = prod(self.architecture.vision.image_size) if chunks[0].is_first else 0
             pixels *= 3 * pairs
             pictures = {"pictures": pixels * itemsize, "pictures_ahead": pixels}
             found.append(replace(state, activations=saved, **pictures))
@@ -50,7 +50,7 @@ class FastMemory:
         """Of what a stage hands on of one microbatch."""
         sequence_ranks = plan.layout.tensor if plan.layout.sequence else 1
         captions = plan.batch.captions
-        messages = MessageLayout(self._architecture, plan.stages, sequence_ranks, captions)
+        messages = MessageLayout(self.architecture, plan.stages, sequence_ranks, captions)
         return messages.length(plan.batch.micro_batch, training=True) * self._dtype.itemsize
 
     def transient_bytes(self, plan: LayoutPlan, rank: int, recompute: str) -> list[int]:
@@ -74,7 +74,7 @@ class FastMemory:
         return plan.layout.tensor * max(self._hidden_bytes(plan, plan.layout.tensor))
 
     def _hidden_bytes(self, plan: LayoutPlan, sequence_ranks: int) -> list[int]:
-        towers = (self._architecture.vision, 1), (self._architecture.text, plan.batch.captions)
+        towers = (self.architecture.vision, 1), (self.architecture.text, plan.batch.captions)
         pair_bytes = plan.batch.micro_batch * self._dtype.itemsize
         return [
             -(-tower.training_tokens // sequence_ranks) * tower.width * count * pair_bytes
@@ -84,9 +84,9 @@ class FastMemory:
     def feature_bytes(self, plan: LayoutPlan) -> int:
         """Of a rank's share of the batch, fp32."""
         batch = plan.batch
-        return 4 * batch.per_rank * (1 + batch.captions) * self._architecture.embed_dim
+        return 4 * batch.per_rank * (1 + batch.captions) * self.architecture.embed_dim
 
     def token_bytes(self, plan: LayoutPlan) -> int:
         """Of the texts of a rank's share of the batch, int64."""
         texts = plan.batch.per_rank * plan.batch.captions
-        return 8 * texts * self._architecture.text.context_length
+        return 8 * texts * self.architecture.text.context_length

@@ -14,6 +14,7 @@ from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.model.megatron_config import DTYPES, ModelOptions
+from parallel_clip.model.parameters import ROWS
 from parallel_clip.optimizer.train_state import wrap_for_data_parallel
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.live_bytes import LiveBytes
@@ -77,7 +78,7 @@ class StageTransients:
     def _embedding_gradient(self, layout: Layout) -> int:
         """Of the table of tokens: as large as it is, since it is not a sparse one."""
         text = self._architecture.text
-        rows = -(-text.vocab_size // layout.tensor)
+        rows = ROWS.local_length(text.vocab_size, layout.tensor)
         return rows * text.width * self._itemsize
 
     def _lines(

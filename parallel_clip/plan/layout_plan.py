@@ -143,7 +143,7 @@ def choose_stash(parallel: Parallel, microbatches: int) -> int:
 
     `auto` keeps all graphs if a step has no more microbatches than the pipeline has stages, as the
     first stage of 1F1B holds that many anyway, and otherwise none. Where the memory of a rank is
-    known, plan/memory.py replaces the choice by what there is room for.
+    known, plan/memory_of_run.py replaces the choice by what there is room for.
 
     Raises:
         InputError: `parallel.stash` is more than there are microbatches, or contradicts
@@ -169,7 +169,6 @@ def choose_stash(parallel: Parallel, microbatches: int) -> int:
     return asked
 
 
-def stash_depends_on_memory(parallel: Parallel, plan: LayoutPlan) -> bool:
-    """Whether more microbatches would keep their graphs if it were known that there is room."""
-    left_open = (parallel.schedule, parallel.stash, parallel.memory) == ("auto", "auto", None)
-    return left_open and plan.stash < plan.batch.microbatches
+def stash_is_open(parallel: Parallel) -> bool:
+    """Whether it is left to the memory of a rank how many microbatches keep their graphs."""
+    return (parallel.schedule, parallel.stash) == ("auto", "auto")

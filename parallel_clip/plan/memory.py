@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from parallel_clip.config import Config, parse_bytes
+from parallel_clip.config import Config
 from parallel_clip.engine.device import has_cuda
 from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.engine.groups import Groups
 from parallel_clip.engine.without_gpus import call_without_gpus
-from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
 from parallel_clip.optimizer import MOMENTS
@@ -200,47 +199,3 @@ def peak_memory(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemo
         kept = peak_graphs_of_step(*place, [1, *[0] * (layout.virtual_pipeline - 1)])
     pictures = held.pictures * min(kept, count) + held.pictures_ahead * (count > 1)
     return PeakMemory(peak_graphs_of_step(*place, held.saved_by_chunk), pictures)
-
-
-def fit_stash_to_memory(
-    plan: LayoutPlan, memory: Sequence[RankMemory], limit: str | int
-) -> LayoutPlan:
-    """The plan with as many stashed microbatches as fit into `limit` on its fullest stage.
-
-    memory: what each stage holds, from `count_stages`; limit: `parallel.memory`.
-
-    Raises:
-        InputError: not even two-pass fits.
-    """
-    stash = largest_stash(plan, memory, parse_bytes(limit))
-    if stash is None:
-        filled = filled_bytes(plan, memory, stash=0)
-        stage = next(s for s, size in enumerate(filled) if size > parse_bytes(limit))
-        raise InputError(
-            f"parallel.memory {limit} is too little for stage {stage}, "
-            f"which fills {filled[stage] / 1e9:.2f} GB with nothing stashed; lower batch.micro "
-            f"{plan.batch.micro_batch}, set recompute to selective or full, or use more "
-            "parallel.tensor or parallel.pipeline ranks"
-        )
-    return replace(plan, stash=stash)
-
-
-def largest_stash(plan: LayoutPlan, memory: Sequence[RankMemory], limit: int) -> int | None:
-    """The most microbatches that can keep their graphs where a rank may fill `limit` bytes; None
-    where not even two-pass fits."""
-    return plan.largest_stash(lambda stash: max(filled_bytes(plan, memory, stash)), limit)
-
-
-def filled_bytes(plan: LayoutPlan, memory: Sequence[RankMemory], stash: int) -> list[int]:
-    """All that is counted of each stage at its fullest, where `stash` microbatches keep graphs."""
-    return [_peak_bytes(plan, stage, stash, held) for stage, held in enumerate(memory)]
-
-
-def _peak_bytes(plan: LayoutPlan, pipeline_rank: int, stash: int, held: RankMemory) -> int:
-    """All that is counted of a stage at its fullest, the loss on the last one included."""
-    layout = plan.layout
-    filled = held.state + sum(peak_memory(plan, pipeline_rank, stash, held))
-    if pipeline_rank == layout.pipeline - 1:
-        # Where no other stage helps: whether they do depends on the stash that is looked for.
-        filled += plan.peak_loss_bytes(layout.tensor)
-    return filled

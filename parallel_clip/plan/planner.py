@@ -14,7 +14,7 @@ from parallel_clip.layout import divisors
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.device_file import Device, read_device
-from parallel_clip.plan.layout_plan import DoesNotFit, LayoutPlan, try_layout_plan
+from parallel_clip.plan.layout_plan import DoesNotFit, try_layout_plan
 from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.resume import ResumePoint
 from parallel_clip.plan.search import (
@@ -28,8 +28,7 @@ from parallel_clip.plan.search import (
 )
 from parallel_clip.plan.start_model import check_trainable, find_start_model
 from parallel_clip.plan.step_peak import StepPeak, count_step
-from parallel_clip.plan.step_time import StepTime, predict_step
-from parallel_clip.stages.costs import ModelCosts
+from parallel_clip.plan.step_time import predict_step
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,13 @@ def _answer(question: Question) -> Answer:
         notes.append(f"planned for phases.{number}, which costs most of the phases")
 
     costs = frozen_parts(architecture, config.freeze).costs_of(architecture)
-    predict = partial(_predict, architecture, device, question.nodes_of, costs)
+    predict = partial(
+        predict_step,
+        architecture=architecture,
+        device=device,
+        nodes_of=question.nodes_of,
+        costs=costs,
+    )
 
     def search_of(config: Config) -> LayoutSearch:
         sizes = question.gpus, limit, question.nodes_of
@@ -126,17 +131,6 @@ def _answer(question: Question) -> Answer:
         tuple(notes),
         counted,
     )
-
-
-def _predict(
-    architecture: Architecture,
-    device: Device,
-    nodes_of: int,
-    costs: ModelCosts,
-    plan: LayoutPlan,
-    config: Config,
-) -> StepTime:
-    return predict_step(plan, architecture, config, device, nodes_of, costs)
 
 
 def _memory_limit(size: str) -> int:

@@ -74,7 +74,7 @@ def _settings(config: Config, gpus: int) -> dict[str, Any]:
 
 def _memory_tree(memory: RankBytes) -> dict[str, Any]:
     kinds = ("weights", "gradients", "optimizer", "activations", "loss", "other", "total")
-    of_other = ("inputs", "work", "buffers", "slack")
+    of_other = ("inputs", "work", "buffers", "process", "slack")
     return {
         "memory_bytes": {kind: getattr(memory, kind) for kind in kinds},
         "other_bytes": {kind: getattr(memory, kind) for kind in of_other},

@@ -61,7 +61,7 @@ def _counted_words(counted: StepPeak, predicted: RankBytes) -> str:
     return (
         f"counted: a step of 1 on fake tensors holds {counted.total / _GB:.2f} GB of tensors in "
         f"its {counted.fullest_part}; predicted {predicted.tensors / _GB:.2f}, beside "
-        f"{estimated / _GB:.2f} of estimates (buffers and slack)"
+        f"{estimated / _GB:.2f} of estimates (process and slack)"
     )
 
 
@@ -160,7 +160,7 @@ def _time_table(answer: Answer, shown: list[PlannedLayout]) -> Table:
 def _memory_table(shown: list[PlannedLayout]) -> Table:
     kinds = (
         "weights", "gradients", "optimizer", "activations", "loss", "inputs", "work", "buffers",
-        "slack", "total",
+        "process", "slack", "total",
     )  # fmt: skip
     table = _new_table("", "stage", *kinds)
     for number, found in enumerate(shown, start=1):

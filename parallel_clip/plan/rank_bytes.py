@@ -1,8 +1,8 @@
-"""All that a GPU of a layout fills in a step, by kind, and the largest stash that fits.
+"""All that a rank of a layout fills in a step, by kind, and the largest stash that fits.
 
-Tensors are counted as a whole step of the trainer's own code holds them (`step_peak.py`). Beside
-them stand estimates of what no count sees: what libraries allocate for themselves, and what the
-allocator cannot use. These are not measured.
+Tensors are counted as a whole step of the trainer's own code holds them (step_peak.py). Beside them
+stand estimates of what no count sees: the process itself, and what the allocator cannot use.
+docs/planning.md says which of them have been measured.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from parallel_clip.config import Config
+from parallel_clip.engine.device import has_cuda
+from parallel_clip.engine.groups import has_joined
+from parallel_clip.engine.without_gpus import call_without_gpus
+from parallel_clip.model.architecture import Architecture
 from parallel_clip.pipeline.orders import (
     forward_sequence,
     peak_graphs_of_step,
@@ -17,23 +22,16 @@ from parallel_clip.pipeline.orders import (
 )
 from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import LayoutPlan
-from parallel_clip.plan.memory import RankMemory, peak_memory
-
-# Of the CUDA context, cuBLAS's and cuDNN's workspaces.
-CONTEXT_BYTES = 800 << 20
-# Of NCCL, for each process group of several ranks: with its default of 4 MiB a channel and
-# connection (NCCL_BUFFSIZE) 16 channels to two neighbours take 128 MiB.
-GROUP_BYTES = 128 << 20
-# Of what comes and goes in a step; state is allocated once and leaves no gaps.
-SLACK = 0.05
+from parallel_clip.plan.memory import RankMemory, count_stages, peak_memory
+from parallel_clip.plan.rank_process import RankProcess
 
 
 @dataclass(frozen=True)
 class RankBytes:
     """Bytes at the fullest moment. optimizer: with averages of the weights; inputs: pictures and
-    texts; loss: in the second pass, features and their gradients; work: gradients on their way,
-    what is computed again, and what sequence parallelism gathers into; buffers: of the GPU's
-    libraries and of NCCL; slack: of the allocator."""
+    texts; loss: in the second pass, features and their gradients; work: gradients on their way, and
+    what is computed again; buffers: messages between stages, and what sequence parallelism gathers
+    into; process, workers: as in `RankProcess`; slack: of the allocator."""
 
     weights: int
     gradients: int
@@ -43,21 +41,29 @@ class RankBytes:
     inputs: int
     work: int
     buffers: int
+    process: int
+    workers: int
     slack: int
 
     @property
     def other(self) -> int:
-        return self.inputs + self.work + self.buffers + self.slack
+        return self.total - (
+            self.weights + self.gradients + self.optimizer + self.activations + self.loss
+        )
 
     @property
     def tensors(self) -> int:
-        """What is not estimated."""
-        return self.total - self.buffers - self.slack
+        """What is counted, not estimated."""
+        return self.total - self.process - self.workers - self.slack
 
     @property
     def total(self) -> int:
-        counted = self.weights + self.gradients + self.optimizer + self.activations + self.loss
-        return counted + self.other
+        return sum(vars(self).values())
+
+    def seen_by_metrics(self, on_gpu: bool) -> int:
+        """The part that `memory_bytes` of metrics.jsonl sees: on a GPU what torch has allocated
+        there, else the rank's own process."""
+        return self.tensors if on_gpu else self.total - self.workers
 
 
 class StepMemory:
@@ -72,41 +78,44 @@ class StepMemory:
         held: Sequence[RankMemory],
         memory: FastMemory,
         recompute: str,
+        process: RankProcess,
     ):
-        self._plan, self._held, self._memory, self._recompute = plan, held, memory, recompute
-        layout = plan.layout
+        self._plan, self.held = plan, tuple(held)
+        self._memory, self._recompute = memory, recompute
+        layout, image_size = plan.layout, memory.architecture.vision.image_size
         groups = sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.data))
         groups += layout.world > 1
-        self._buffers = CONTEXT_BYTES + groups * GROUP_BYTES
+        self._process, self._slack = process.base + groups * process.group, process.slack
+        self._workers = process.workers(plan.batch.micro_batch, image_size)
 
     def fullest(self, stash: int) -> tuple[int, RankBytes]:
         """The number of the stage that fills most, and what it does."""
-        found = [self.of_stage(rank, stash) for rank in range(len(self._held))]
+        found = [self.of_stage(rank, stash) for rank in range(len(self.held))]
         rank = max(range(len(found)), key=lambda number: found[number].total)
         return rank, found[rank]
 
     def of_stage(self, rank: int, stash: int) -> RankBytes:
-        """At the fuller of two moments: in the loss, with the graphs of the stash alone; in the
-        second pass, with the loss's gradients alone."""
+        """Of the rank of a stage that reads data, where one of them does. At the fuller of two
+        moments: in the loss, with the graphs of the stash alone; in the second pass, with the
+        loss's gradients alone."""
         at_loss, in_backward = self._at_loss(rank, stash), self._in_backward(rank, stash)
         return max(in_backward, at_loss, key=lambda moment: moment.total)
 
     def _at_loss(self, rank: int, stash: int) -> RankBytes:
-        plan, held = self._plan, self._held[rank]
+        plan, held = self._plan, self.held[rank]
         layout, is_last = plan.layout, rank == plan.layout.pipeline - 1
         loss = 0
         if is_last or replace(plan, stash=stash).loss_on_all_stages:
             loss = plan.peak_loss_bytes(layout.tensor * (1 if is_last else layout.pipeline))
             loss += (1 + is_last) * self._memory.feature_bytes(plan)  # as they came, and together
         pictures = held.pictures * stash * held.keeps_pictures
-        return self._bytes(rank, held.saved * stash, loss, pictures, 0)
+        return self._bytes(rank, held.saved * stash, loss, pictures)
 
     def _in_backward(self, rank: int, stash: int) -> RankBytes:
-        plan, held, memory = self._plan, self._held[rank], self._memory
+        plan, held, memory = self._plan, self.held[rank], self._memory
         layout, is_last = plan.layout, rank == plan.layout.pipeline - 1
-        peak = peak_memory(plan, rank, stash, held)
+        peak, work = peak_memory(plan, rank, stash, held), 0
         features = 2 * memory.feature_bytes(plan) * is_last  # and their gradients
-        work = self._messages(rank, stash) * memory.message_bytes(plan)
         if held.saved:
             # At the end of forward: what the last layers give, its copy that is handed on, and the
             # message that came, of which backward lets one part go after the other.
@@ -115,8 +124,9 @@ class StepMemory:
             extras = [max(forward, of_chunk) for of_chunk in backward]
             place = rank, layout.pipeline, plan.batch.microbatches, stash
             with_work = peak_graphs_of_step(*place, held.saved_by_chunk, extras)
-            work += with_work - peak.activations
-        return self._bytes(rank, peak.activations, features, peak.pictures, work)
+            work = with_work - peak.activations
+        messages = self._messages(rank, stash) * memory.message_bytes(plan)
+        return self._bytes(rank, peak.activations, features, peak.pictures, work, messages)
 
     def _messages(self, rank: int, stash: int) -> int:
         """Those that megatron-core's schedule holds at once, beside what graphs keep: gradients of
@@ -131,23 +141,57 @@ class StepMemory:
             return 2 + max(1, replayed)
         return (rank < ranks - 1) + (rank > 0) + replayed
 
-    def _bytes(self, rank: int, activations: int, loss: int, pictures: int, work: int) -> RankBytes:
-        plan, held = self._plan, self._held[rank]
-        work += self._memory.gathered_bytes(plan)
+    def _bytes(
+        self,
+        rank: int,
+        activations: int,
+        loss: int,
+        pictures: int,
+        work: int = 0,
+        messages: int = 0,
+    ) -> RankBytes:
+        plan, held = self._plan, self.held[rank]
+        buffers = messages + self._memory.gathered_bytes(plan)
         inputs = pictures + self._memory.token_bytes(plan)
+        comes_and_goes = activations + loss + inputs + work + buffers
         return RankBytes(
-            held.weights,
-            held.gradients,
-            held.optimizer + held.averages,
-            activations,
-            loss,
-            inputs,
-            work,
-            self._buffers,
-            int(SLACK * (activations + loss + inputs + work)),
+            weights=held.weights,
+            gradients=held.gradients,
+            optimizer=held.optimizer + held.averages,
+            activations=activations,
+            loss=loss,
+            inputs=inputs,
+            work=work,
+            buffers=buffers,
+            process=self._process,
+            workers=0 if rank else self._workers,
+            slack=int(self._slack * comes_and_goes),
         )
 
     def largest_stash(self, limit: int) -> int | None:
-        """The most microbatches that can keep their graphs where a GPU has `limit` bytes; None
-        where not even two-pass fits."""
+        """The most microbatches that can keep their graphs where a rank may fill `limit` bytes;
+        None where not even two-pass fits."""
         return self._plan.largest_stash(lambda stash: self.fullest(stash)[1].total, limit)
+
+
+def predict_step_memory(
+    config: Config,
+    architecture: Architecture,
+    plan: LayoutPlan,
+    process: RankProcess,
+    whole_stages: bool = False,
+) -> StepMemory:
+    """Memory of the steps of a planned run. Touches no GPU.
+
+    whole_stages: count by `count_stages`, which takes seconds a stage; else by `FastMemory`, which
+    gives the same in a fraction of one.
+    """
+    if has_cuda() or has_joined():
+        arguments = config, architecture, plan, process, whole_stages
+        return call_without_gpus(predict_step_memory, *arguments)
+    memory = FastMemory(config, architecture)
+    if whole_stages:
+        held = count_stages(config, architecture, plan)
+    else:
+        held = memory.stages(config, plan)
+    return StepMemory(plan, held, memory, config.recompute, process)

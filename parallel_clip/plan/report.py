@@ -11,29 +11,32 @@ from rich.table import Table
 from parallel_clip.config import Config
 from parallel_clip.plan.describe import describe_data, describe_reading, describe_run
 from parallel_clip.plan.describe_segments import estimate_segment, peak_bytes
-from parallel_clip.plan.layout_plan import stash_depends_on_memory
+from parallel_clip.plan.layout_plan import stash_is_open
+from parallel_clip.plan.memory_limit import PART_TO_FILL, Machine, ranks_on_machine
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
-from parallel_clip.plan.segment_plan import PART_OF_FREE_MEMORY
 from parallel_clip.plan.stage_estimate import StageEstimate
 from parallel_clip.stages.stage import LayerRange
 
 _GIB = 2**30
 
 
-def dry_run_report(config: Config, world_size: int) -> str:
+def dry_run_report(config: Config, world_size: int | None = None) -> str:
     """Find the errors that a run on `world_size` processes would find, and say what it would be.
 
-    Writes nothing. Raises InputError.
+    world_size: None: one process, on this machine; processes whose number is given may be meant for
+    other machines, so that this one's memory refuses nothing. Writes nothing, touches no GPU.
+    Raises InputError.
     """
-    plan, _ = make_run_plan(config, world_size, dry_run=True)
+    is_here, world_size = world_size is None, world_size or 1
+    machine = Machine(ranks_on_machine(world_size), is_here, asks_gpu=False)
+    plan, _ = make_run_plan(config, world_size, dry_run=True, machine=machine)
     steps = [estimate_segment(each) for each in plan.segments]
     step = max(steps, key=peak_bytes)
     segment = plan.segments[steps.index(step)].segment
-    # How many processes a machine will have is not known here; 8 is usual.
     lines = [
         describe_run(plan),
         describe_data(plan),
-        *describe_reading(plan, min(8, world_size)),
+        *describe_reading(plan, machine.ranks),
     ]
     if len(steps) > 1:
         lines.append(f"  below: steps {segment.first + 1:,} to {segment.stop:,}, the fullest")
@@ -45,10 +48,13 @@ def dry_run_report(config: Config, world_size: int) -> str:
             f"    {step.bubble:.1%} of a step, unevenness included, messages and the loss left out",
         ]
     lines += _memory_lines(step.stages)
-    if any(stash_depends_on_memory(config.parallel, each.layout_plan) for each in plan.segments):
+    some_run_twice = any(
+        each.layout_plan.stash < each.layout_plan.batch.microbatches for each in plan.segments
+    )
+    if stash_is_open(config.parallel) and config.parallel.memory is None and some_run_twice:
         lines.append(
-            f"    on GPUs a run keeps as many graphs as fit into {PART_OF_FREE_MEMORY:.0%} of what "
-            "is free when it starts;\n    parallel.memory=70GB shows what that would be here"
+            f"    on GPUs a run keeps as many graphs as fit into {PART_TO_FILL:.0%} of what is "
+            "free when it starts;\n    parallel.memory=70GB shows what that would be here"
         )
     return "\n".join(lines)
 

@@ -28,7 +28,9 @@ from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
 from parallel_clip.plan.logit_start import LogitStart
 from parallel_clip.plan.memory import RankMemory
+from parallel_clip.plan.memory_limit import Machine, ranks_on_machine
 from parallel_clip.plan.phase_models import phase_models
+from parallel_clip.plan.prediction import Prediction
 from parallel_clip.plan.resume import ResumePoint, find_resume_point
 from parallel_clip.plan.same_samples import listed_before, require_same_data, require_same_past
 from parallel_clip.plan.segment_plan import SegmentPlan, plan_segments, told_of_phase
@@ -139,6 +141,10 @@ class RunPlan:
         return self.current.memory
 
     @property
+    def prediction(self) -> Prediction | None:
+        return self.current.prediction
+
+    @property
     def layout(self) -> Layout:
         return self.layout_plan.layout
 
@@ -176,7 +182,7 @@ class RunPlan:
 
 
 def make_run_plan(
-    config: Config, world_size: int, *, dry_run: bool = False
+    config: Config, world_size: int, *, dry_run: bool = False, machine: Machine | None = None
 ) -> tuple[RunPlan, RunShards]:
     """Resolve a config into a RunPlan for `world_size` ranks, and the shards that it trains on.
 
@@ -219,7 +225,14 @@ def make_run_plan(
     if resume.step < steps:  # else there is nothing to resume
         require_same_data(resume, fingerprint, kept, lambda: shards.listed, Path(config.run_dir))
     segments, memory_notes = plan_segments(
-        config, models, find_segments(config, steps), preprocess, world_size, dry_run
+        config,
+        models,
+        find_segments(config, steps),
+        preprocess,
+        world_size,
+        machine or Machine(ranks_on_machine(world_size), asks_gpu=not dry_run),
+        dry_run,
+        resume.step,
     )
     plan = RunPlan(
         config,

@@ -31,6 +31,7 @@ from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import DoesNotFit, LayoutPlan, try_layout_plan
 from parallel_clip.plan.rank_bytes import RankBytes, StepMemory
+from parallel_clip.plan.rank_process import GPU_PROCESS, RankProcess
 from parallel_clip.stages.costs import ModelCosts
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class SearchResult:
 
 class LayoutSearch:
     """Of one model on `gpus` GPUs of `limit` bytes each, `nodes_of` in a node. predict: the time of
-    a step of a layout."""
+    a step, of a LayoutPlan and `config=`; process: of a rank."""
 
     def __init__(
         self,
@@ -83,11 +84,12 @@ class LayoutSearch:
         gpus: int,
         limit: int,
         nodes_of: int,
-        predict: Callable[[LayoutPlan, Config], StepTime],
+        predict: Callable[..., StepTime],
+        process: RankProcess = GPU_PROCESS,
     ):
-        self._config, self._architecture = config, architecture
+        self.config, self._architecture = config, architecture
         self.gpus, self.limit, self.nodes_of = gpus, limit, nodes_of
-        self.predict = predict
+        self.predict, self.process = predict, process
         self.memory = FastMemory(config, architecture)
         self.costs: ModelCosts = frozen_parts(architecture, config.freeze).costs_of(architecture)
 
@@ -140,7 +142,7 @@ class LayoutSearch:
             for virtual in VIRTUAL if pipeline > 1 else VIRTUAL[:1]:
                 if pipeline * virtual <= layers:
                     yield with_layout(
-                        self._config, tensor=tensor, pad=pad, pipeline=pipeline, virtual=virtual
+                        self.config, tensor=tensor, pad=pad, pipeline=pipeline, virtual=virtual
                     )
 
     def _try_shape(self, shape: Config) -> tuple[list[PlannedLayout], RefusedLayout | None]:
@@ -200,7 +202,7 @@ class LayoutSearch:
             return self._refused(config, stage, memory)
         plan = replace(plan, stash=stash)
         config = with_stash(config, stash, plan.batch.microbatches)
-        return PlannedLayout(config, plan, stage, memory, self.predict(plan, config))
+        return PlannedLayout(config, plan, stage, memory, self.predict(plan, config=config))
 
     def _refused(self, config: Config, stage: int, memory: RankBytes) -> RefusedLayout:
         reason = f"stage {stage} needs {memory.total / 1e9:.1f} GB of {self.limit / 1e9:.1f} GB"
@@ -208,7 +210,7 @@ class LayoutSearch:
 
     def step_memory(self, config: Config, plan: LayoutPlan) -> StepMemory:
         held = self.memory.stages(config, plan)
-        return StepMemory(plan, held, self.memory, config.recompute)
+        return StepMemory(plan, held, self.memory, config.recompute, self.process)
 
 
 def _can_go_backward() -> bool:

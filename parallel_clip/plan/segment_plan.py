@@ -10,23 +10,17 @@ from typing import Any
 from parallel_clip.config import Config, Freeze
 from parallel_clip.convert.choose_model import resolve_preprocess
 from parallel_clip.data.samples.transforms import Preprocess
-from parallel_clip.engine.device import free_memory_bytes
 from parallel_clip.errors import InputError
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.frozen import FrozenParts
 from parallel_clip.plan.build import frozen_parts
-from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan, stash_depends_on_memory
-from parallel_clip.plan.memory import (
-    RankMemory,
-    count_stages,
-    fit_stash_to_memory,
-    largest_stash,
-)
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
+from parallel_clip.plan.memory import RankMemory
+from parallel_clip.plan.memory_check import Shortage, shortage_words
+from parallel_clip.plan.memory_limit import Machine
+from parallel_clip.plan.memory_of_run import MemoryOfRun
+from parallel_clip.plan.prediction import Prediction, memory_words
 from parallel_clip.plan.segments import Segment
-
-# What is left is for what `count_stages` does not count: what kernels work in, gradients on their
-# way, NCCL's buffers, gaps of the allocator.
-PART_OF_FREE_MEMORY = 0.8
 
 PreprocessSettings = Sequence[tuple[str, Mapping[str, Any] | None]]
 
@@ -34,13 +28,14 @@ PreprocessSettings = Sequence[tuple[str, Mapping[str, Any] | None]]
 @dataclass(frozen=True)
 class SegmentPlan:
     """How the steps of a segment run: with which model, spread over the ranks how. memory: what
-    each pipeline stage holds, None where it was not counted."""
+    each pipeline stage holds, and prediction: of a step; None where it was not counted."""
 
     segment: Segment
     architecture: Architecture
     layout_plan: LayoutPlan
     preprocess: Preprocess
     memory: tuple[RankMemory, ...] | None
+    prediction: Prediction | None = None
 
     @property
     def frozen(self) -> FrozenParts:
@@ -57,16 +52,20 @@ def plan_segments(
     segments: Sequence[Segment],
     preprocess: PreprocessSettings,
     world_size: int,
+    machine: Machine,
     dry_run: bool,
+    done: int,
 ) -> tuple[tuple[SegmentPlan, ...], list[str]]:
     """The plans of segments, and what there is to say of their memory. models: of each phase;
-    preprocess: as in `resolve_preprocess`; memory is counted as `make_run_plan` says.
+    preprocess: as in `resolve_preprocess`; dry_run: memory is counted on whole stages; done: the
+    steps that the run has done, of which no memory is asked.
 
     Raises:
-        InputError: the layout does not fit the model of a phase, or `parallel.memory` it.
+        InputError: the layout does not fit the model of a phase, or into memory (`plan.check`).
     """
     plans: list[SegmentPlan] = []
     notes: list[str] = []
+    memory = MemoryOfRun(config, world_size, machine, dry_run)
     for segment in segments:
         model, of_segment = models[segment.number], segment.config_of(config)
         if plans and plans[-1].trains(model, segment.freeze):
@@ -75,11 +74,53 @@ def plan_segments(
         with told_of_phase(config, segment.number):
             costs = frozen_parts(model, segment.freeze).costs_of(model)
             layout_plan = make_layout_plan(costs, world_size, config)
-            layout_plan, memory, told = _fit_to_memory(of_segment, model, layout_plan, dry_run)
+            found = memory.of(of_segment, model, layout_plan)
         seen_as, _ = resolve_preprocess(model.vision.image_size, preprocess)
-        plans.append(SegmentPlan(segment, model, layout_plan, seen_as, memory))
-        notes += told
+        plans.append(SegmentPlan(segment, model, found.plan, seen_as, found.held, found.prediction))
+        notes += found.notes
+    to_come = [each for each in plans if each.segment.stop > done and each.prediction is not None]
+    if to_come:
+        fullest = max(to_come, key=lambda each: each.prediction.memory.total)
+        with told_of_phase(config, fullest.segment.number):
+            notes += _check(config, fullest, to_come, memory)
     return tuple(plans), [*dict.fromkeys(notes)]
+
+
+def _check(
+    config: Config, fullest: SegmentPlan, plans: Sequence[SegmentPlan], memory: MemoryOfRun
+) -> list[str]:
+    """What `plan.check` has to say where the fullest of the plans that are to come does not fit.
+
+    Raises:
+        InputError: `plan.check` is error.
+    """
+    prediction = fullest.prediction
+    if config.plan.check == "off" or not prediction.is_too_much:
+        return []
+    if not prediction.limit.is_own:
+        return [
+            f"memory: {memory_words(prediction)}: it would be refused here; "
+            "parallel.memory=80GB compares it with the memory of the machines that it is for"
+        ]
+    needs, has = prediction.memory.total / 1e9, prediction.limit.size / 1e9
+    print(f"{needs:.2f} GB are needed of {has:.2f} GB; looking for layouts that fit", flush=True)
+    of_fullest = fullest.architecture, fullest.segment.freeze
+    others = [each for each in plans if not each.trains(*of_fullest)]
+    words = shortage_words(
+        Shortage(
+            prediction,
+            fullest.segment.config_of(config),
+            fullest.architecture,
+            tuple((each.segment.config_of(config), each.architecture) for each in others),
+            memory.world_size,
+            memory.machine.ranks,
+            memory.process,
+            memory.device,
+        )
+    )
+    if config.plan.check == "error":
+        raise InputError(words)
+    return words.splitlines()
 
 
 @contextmanager
@@ -91,26 +132,3 @@ def told_of_phase(config: Config, number: int) -> Iterator[None]:
         if len(config.phases) < 2:
             raise
         raise InputError(f"phases.{number}: {error}") from None
-
-
-def _fit_to_memory(
-    config: Config, architecture: Architecture, plan: LayoutPlan, dry_run: bool
-) -> tuple[LayoutPlan, tuple[RankMemory, ...] | None, list[str]]:
-    """The plan with the microbatches that keep their graphs, what the stages hold (None: it was not
-    asked for) and what there is to say of it."""
-    limit, free = config.parallel.memory, None
-    if not dry_run and stash_depends_on_memory(config.parallel, plan):
-        free = free_memory_bytes()
-    if not dry_run and limit is None and free is None:
-        return plan, None, []
-    memory = count_stages(config, architecture, plan)
-    if limit is not None:
-        return fit_stash_to_memory(plan, memory, limit), memory, []
-    if free is None:
-        return plan, memory, []
-    to_fill = int(PART_OF_FREE_MEMORY * free)
-    note = (
-        f"parallel.memory: {to_fill / 1e9:.1f} GB, of {free / 1e9:.1f} GB that are free on the GPU "
-        "of rank 0"
-    )
-    return replace(plan, stash=largest_stash(plan, memory, to_fill) or 0), memory, [note]

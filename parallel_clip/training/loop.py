@@ -18,7 +18,6 @@ from parallel_clip.engine.groups import Groups
 from parallel_clip.evaluate.held_out import HeldOutEvaluation
 from parallel_clip.evaluate.interrupt import EvaluationInterrupted, InterruptibleBatches
 from parallel_clip.optimizer.train_state import TrainState
-from parallel_clip.optimizer.update_rules import peak_scales
 from parallel_clip.plan.build import build_loss
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.bad_steps import BadStepPolicy
@@ -84,15 +83,7 @@ class TrainingLoop:
         own = sum(tensor.numel() for _, tensor in state.global_parameters())
         saved = 12 if state.average is None else 16  # bytes of a parameter
         self.first_save_seconds = saved * own / groups.layout.data / 1e8  # at 100 MB/s
-        self.log: RunLog | None = None
-        if groups.is_rank_zero:
-            self.log = RunLog(
-                plan.run_dir,
-                plan.steps,
-                plan.batch.global_batch,
-                plan.resume.step,
-                peak_scales(plan.config.optimizer),
-            )
+        self.log = RunLog.of_plan(plan) if groups.is_rank_zero else None
         self.samples = SampleLog(
             plan.run_dir,
             groups,
@@ -118,13 +109,15 @@ class TrainingLoop:
                     self._stop(done, reason)
                     return False
                 if done == stop:
+                    if self.log is not None:
+                        self.log.write_end()
                     return True
                 self._train_step(done + 1, batches)
                 done += 1
                 interrupted = not self._save_and_evaluate(done)
             self._write_status("finished", self.plan.steps)
             if self.log is not None:
-                print(f"finished: {self.plan.steps} steps, {self.plan.run_dir}")
+                self.log.write_end(f"finished: {self.plan.steps} steps, {self.plan.run_dir}")
             return False
         except BaseException as error:
             if self.token is None or self.token.is_seen():  # else the folder is another job's
@@ -167,10 +160,9 @@ class TrainingLoop:
             self.checkpointer.save(self._meta(step), self.state, last=True)
         self._write_status("stopped", step, reason)
         if self.log is not None:
-            print(
+            self.log.write_end(
                 f"stopped after step {step} of {self.plan.steps} ({reason}), saved; the same "
-                "command goes on",
-                flush=True,
+                "command goes on"
             )
 
     def _train_step(self, step: int, batches: Iterator[StepBatch]) -> None:

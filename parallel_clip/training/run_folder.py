@@ -88,6 +88,12 @@ def environment_of(plan: RunPlan, device: str) -> dict:
         "device": device,
         "world_size": plan.layout.world,
         "layout": layout_tree(plan),
+        "predicted": [
+            {"first_step": each.segment.first + 1, "last_step": each.segment.stop}
+            | each.prediction.tree()
+            for each in plan.segments
+            if each.prediction is not None
+        ],
     }
 
 

@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from parallel_clip.checkpoint.commit import EVALUATIONS_FILE
+from parallel_clip.optimizer.update_rules import peak_scales
+from parallel_clip.plan.prediction import Prediction, comparison_words
+from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 
 
@@ -97,8 +101,13 @@ class RunLog:
         global_batch: int,
         resumed_from: int,
         lr_scales: Mapping[str, float],
+        prediction: Prediction | None = None,
     ):
-        """lr_scales: further learning rates to write, by the field's name, in parts of `lr`."""
+        """lr_scales: further learning rates to write, by the field's name, in parts of `lr`;
+        prediction: of the steps that are to come."""
+        self._prediction = prediction
+        self._memory_bytes = 0  # the most so far
+        self._step_seconds: list[float] = []
         self._lr_scales = lr_scales
         self._total = total_steps
         self._global_batch = global_batch
@@ -106,6 +115,18 @@ class RunLog:
         self._evaluations = LineLog(run_dir / EVALUATIONS_FILE)
         self._board = SummaryWriter(
             str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_from + 1 if resumed_from else None
+        )
+
+    @classmethod
+    def of_plan(cls, plan: RunPlan) -> RunLog:
+        """The log of the current part of a run."""
+        return cls(
+            plan.run_dir,
+            plan.steps,
+            plan.batch.global_batch,
+            plan.resume.step,
+            peak_scales(plan.config.optimizer),
+            plan.prediction,
         )
 
     def write_step(
@@ -117,6 +138,8 @@ class RunLog:
         bad_samples: int,
         source_samples: list[int],
     ) -> None:
+        self._memory_bytes = max(self._memory_bytes, memory_bytes)
+        self._step_seconds.append(means["step_seconds"])
         values = asdict(record)
         skipped = values.pop("complaint") is not None
         line = {
@@ -157,6 +180,15 @@ class RunLog:
         )
         of = " of the averages" if of_averages else ""
         print(f"held out at step {step}{of}: {shown}", flush=True)
+
+    def write_end(self, words: str | None = None) -> None:
+        """Print what was predicted of memory and time beside what was measured, where there are
+        both, and `words`: how the run ends."""
+        if self._prediction is not None and self._step_seconds:
+            seconds = median(self._step_seconds)
+            print(comparison_words(self._prediction, self._memory_bytes, seconds), flush=True)
+        if words is not None:
+            print(words, flush=True)
 
     def close(self) -> None:
         with suppress(OSError):

@@ -20,22 +20,25 @@ from parallel_clip.engine.device import host_name
 from parallel_clip.engine.groups import Groups
 from parallel_clip.engine.versions import versions
 from parallel_clip.errors import InputError
+from parallel_clip.plan.memory_limit import Machine, ranks_on_machine
 from parallel_clip.plan.resume import ResumePoint, fall_back, find_resume_point
 from parallel_clip.plan.run_plan import RunPlan, make_run_plan
 from parallel_clip.training.lease import SEEN_SECONDS, Lease, LeaseToken, take_lease
 
 
 def plan_and_take_lease(
-    config: Config, world_size: int
+    config: Config, world_size: int, local_size: int | None = None
 ) -> tuple[tuple[RunPlan, LeaseToken | None], tuple[RunShards, Lease | None]]:
     """On rank 0: the plan and the lease's token for all ranks; the shards and the lease for itself.
+    local_size: ranks on a machine, None: not known.
 
     Nothing is written before everything else has been checked. A finished run takes no lease.
 
     Raises:
         InputError: whatever is wrong, with the way out; nothing is left behind.
     """
-    plan, shards = make_run_plan(config, world_size)
+    machine = Machine(ranks_on_machine(world_size, local_size))
+    plan, shards = make_run_plan(config, world_size, machine=machine)
     if plan.is_finished:
         return (plan, None), (shards, None)
     lease = take_lease(plan.run_dir)
@@ -44,7 +47,7 @@ def plan_and_take_lease(
             print(line)
         # Until the lease was taken another job may have written a checkpoint.
         if find_resume_point(config, say=lambda _: None) != plan.resume:
-            plan, shards = make_run_plan(config, world_size)
+            plan, shards = make_run_plan(config, world_size, machine=machine)
     except BaseException:
         lease.release()
         raise

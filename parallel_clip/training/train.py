@@ -31,6 +31,7 @@ from parallel_clip.optimizer.train_state import TrainState
 from parallel_clip.plan.build import build_planned_state
 from parallel_clip.plan.describe import describe_data, describe_reading, describe_run
 from parallel_clip.plan.describe_segments import segment_words
+from parallel_clip.plan.memory_limit import ranks_on_machine
 from parallel_clip.plan.run_plan import RunPlan
 from parallel_clip.training.feed import DeviceFeed
 from parallel_clip.training.lease import Lease, LeaseToken
@@ -153,7 +154,7 @@ def _train_segments(plan: RunPlan, job: _Job, launch: Launch, shards: RunShards 
     )
     job.say(describe_run(plan))
     job.say(describe_data(plan))
-    per_machine = launch.local_size or min(8, launch.world_size)
+    per_machine = ranks_on_machine(launch.world_size, launch.local_size)
     job.say("\n".join(describe_reading(plan, per_machine)))
     while _train_segment(plan, job, shards, state):
         reached = plan.stop

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,15 @@ def test_all_subjects_train_the_same_weights_on_the_same_pairs(kit, case):
     assert other != pytest.approx(first, rel=1e-6)
 
 
-def test_accumulating_gives_the_gradient_of_the_whole_batch(kit, case):
-    """By the losses of the steps that follow from it."""
+def test_accumulating_gives_the_gradient_of_the_whole_batch(kit, case, monkeypatch):
+    """By the losses of the steps that follow from it; in fp32, as bf16 rounds by the processor."""
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype: nullcontext())
     whole, parts = (
         kit.gpu_subjects.open_clip_step(case, accumulating=accumulating)
         for accumulating in (False, True)
     )
     for _ in range(4):
-        assert parts() == pytest.approx(whole(), rel=0.01)
+        assert parts() == pytest.approx(whole(), rel=1e-4)
 
 
 def test_flops_are_those_that_torch_counts(kit):

@@ -299,7 +299,6 @@ def test_all_problems_are_told_at_once_and_each_once():
         ({"train": {"steps": 3, "epochs": 1}}, "given: train.steps and train.epochs"),
         ({"data": {"train": []}}, "data.train names no shards"),
         ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline 2 needs"),
-        ({"parallel": {"memory": "80GB", "stash": 3}}, "parallel.stash auto, not auto with 3"),
         ({"parallel": {"memory": "plenty"}}, "parallel.memory plenty is no size of a memory"),
         *[
             ({"data": {"train": [{"shards": "a"} | source], **data}}, f"{key}.caption_lines is for")
@@ -457,6 +456,7 @@ FREE = {
     "loss": {"exchange": "ring", "stages": "last", "tile": 64},
     "train": {"time_limit": "23h30m"},
     "watchdog": {"timeout": 60},
+    "plan": {"check": "warn", "device": "h100"},
     "bad_steps": {"action": "skip", "spike": 10},
     "run_dir": "elsewhere",
 }

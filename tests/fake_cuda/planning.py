@@ -26,6 +26,7 @@ if __name__ == "__main__":
                 "stash": plan.layout_plan.stash,
                 "saved": plan.memory[0].saved,
                 "notes": plan.notes,
+                "predicted": plan.prediction.tree(),
             }
         )
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from parallel_clip.plan.rank_process import CONTEXT_BYTES
 from tests.fake_cuda import build
 from tests.fake_cuda.cases import CASES, LAYER_CASES
 from tests.fake_cuda.expected import FEED, KERNELS, STEP, STEP_WITH_DUPLICATES, Counted
@@ -108,6 +109,12 @@ def test_a_plan_asks_the_gpu_for_its_memory_and_a_dry_run_touches_none(stubs, tm
     assert "two-pass" in said["report"] and "on GPUs a run keeps as many graphs" in said["report"]
     assert said["stash"] == 4, "all fit"
     assert (
-        "parallel.memory: 67.0 GB, of 83.8 GB that are free on the GPU of rank 0" in said["notes"]
+        "parallel.stash auto fills 75.4 GB at most, of 83.8 GB free of 85.9 GB on the GPU of rank 0"
+        in said["notes"]
     )
+    predicted = said["predicted"]
+    assert "H100" in predicted["device"] and predicted["step_seconds"] > 0
+    kinds = predicted["memory_bytes"]
+    assert kinds["process"] == CONTEXT_BYTES and kinds["total"] < predicted["limit_bytes"]
+    assert predicted["metrics_memory_bytes"] == kinds["total"] - CONTEXT_BYTES - kinds["slack"]
     assert said["saved"] == small_plan(tmp_path, 4, dry_run=True).memory[0].saved

@@ -14,6 +14,7 @@ MODULES = {
     "pyyaml": "yaml",
     "pillow": "PIL",
     "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
     "open_clip_torch": "open_clip",
     "protobuf": "google.protobuf",
 }

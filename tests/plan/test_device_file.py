@@ -3,7 +3,12 @@
 import pytest
 
 from parallel_clip.errors import InputError
-from parallel_clip.plan.device_file import device_from_dict, device_names, read_device
+from parallel_clip.plan.device_file import (
+    device_from_dict,
+    device_names,
+    device_of_gpu,
+    read_device,
+)
 from tests.plan.ideal_device import IDEAL
 
 SOURCES = {key: "made up" for key in IDEAL if key != "name"}
@@ -75,3 +80,21 @@ def test_a_precision_that_is_not_there():
     assert device.precision("fp32").peak
     with pytest.raises(InputError, match="no figures for precision bf16; add a section bf16"):
         device.precision("bf16")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_device_of_a_gpu_by_what_torch_calls_it(gpu, name):
+    assert device_of_gpu(gpu) == (read_device(name) if name else None)

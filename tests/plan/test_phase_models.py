@@ -10,13 +10,13 @@ from parallel_clip.config import config_from_dict
 from parallel_clip.errors import InputError
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.model.openclip_json import architecture_from_json
-from parallel_clip.plan import segment_plan
+from parallel_clip.plan import memory_of_run, segment_plan
 from parallel_clip.plan.memory import RankMemory
 from parallel_clip.plan.phase_models import phase_models
 from parallel_clip.plan.report import dry_run_report
 from parallel_clip.plan.run_plan import make_run_plan
 from tests.data.shard_files import write_shards
-from tests.plan.small_plans import EVEN, small_config
+from tests.plan.small_plans import EVEN, small_config, step_holding
 from tests.small_models import KINDS, small_model
 
 
@@ -112,11 +112,13 @@ def test_other_sources_make_no_new_model_and_are_told(tmp_path):
 
 
 def test_a_layout_that_does_not_fit_one_of_the_phases_is_told_with_it(tmp_path, monkeypatch):
-    def count(config, architecture, plan):
+    def count(config, architecture, plan, *_, **__):
         saved = 10**6 * architecture.vision.training_tokens
-        return (RankMemory(0, 0, 0, 0, 0, ({"layers": saved},)),)
+        held = RankMemory(0, 0, 0, 0, 0, ({"layers": saved},))
+        return step_holding(plan, [held])
 
-    monkeypatch.setattr(segment_plan, "count_stages", count)
+    monkeypatch.setattr(memory_of_run, "predict_step_memory", count)
+    monkeypatch.setattr(segment_plan, "shortage_words", lambda shortage: f"too much: {shortage}")
     phases = [{"until": "50%", "resolution": 8}, {"resolution": 32}]
     stashes = {}
     for memory in ("80MB", "20MB", "10MB"):  # of 3 times 2 and 17 MB, and the loss
@@ -125,7 +127,7 @@ def test_a_layout_that_does_not_fit_one_of_the_phases_is_told_with_it(tmp_path, 
             plan, _ = make_run_plan(config, 1)
             stashes[memory] = [each.layout_plan.stash for each in plan.segments]
             continue
-        with pytest.raises(InputError, match=r"^phases.1: parallel.memory 10MB is too little for"):
+        with pytest.raises(InputError, match=r"^phases.1: too much: .*vision=.*others="):
             make_run_plan(config, 1)
     assert stashes == {"80MB": [3, 3], "20MB": [3, 0]}
 

@@ -102,6 +102,7 @@ def test_a_memory_is_filled_with_stashed_microbatches(config):
 
 
 def test_a_memory_that_is_too_little_ends_with_its_message(config):
-    (ended,) = run("train", config, "parallel.memory=1MB", "--dry-run", "--world-size", 1)
+    told = "plan.check=error", "parallel.memory=1MB"
+    (ended,) = run("train", config, *told, "--dry-run", "--world-size", 1)
     assert ended.code == 2
-    assert "parallel.memory 1MB is too little for stage 0" in ended.err
+    assert "a rank has 0.00 GB, parallel.memory 1MB" in ended.err

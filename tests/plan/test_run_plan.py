@@ -2,24 +2,20 @@
 
 import pickle
 
-from parallel_clip.plan.memory import peak_memory
 from parallel_clip.plan.run_plan import make_run_plan
 from tests.plan.small_plans import small_config, small_plan
 
 
 def test_a_plan_travels_between_processes(tmp_path):
-    plan = small_plan(tmp_path, 4, pipeline=2, memory="1GB")
+    plan = small_plan(tmp_path, 4, pipeline=2, memory="2GB")
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
 def test_a_memory_limit_decides_the_stash_of_the_plan(tmp_path):
     """Whoever trains from Python with a plan gets what the command gets."""
-    (held,) = small_plan(tmp_path, 4, dry_run=True).memory
-    unlimited = small_plan(tmp_path, 4).layout_plan
-    assert unlimited.stash == 0, "4 microbatches on one stage"
-    limit = held.state + peak_memory(unlimited, 0, 4, held).activations + 5 * held.pictures + 2**20
-    config = small_config(tmp_path, 4, memory=limit)
-    plan, shards = make_run_plan(config, 1)
+    assert small_plan(tmp_path, 4).layout_plan.stash == 0, "4 microbatches on one stage"
+    limit = small_plan(tmp_path, 4, schedule="stash").prediction.memory.total
+    plan, shards = make_run_plan(small_config(tmp_path, 4, memory=limit), 1)
     assert plan.layout_plan.stash == 4
     assert [table.samples for table in shards.train] == [2]
 

@@ -14,7 +14,8 @@ from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
 from parallel_clip.plan.memory import peak_memory
 from parallel_clip.plan.planner_plot import front
-from parallel_clip.plan.rank_bytes import CONTEXT_BYTES, StepMemory
+from parallel_clip.plan.rank_bytes import StepMemory
+from parallel_clip.plan.rank_process import CONTEXT_BYTES, GPU_PROCESS
 from parallel_clip.plan.search import (
     LayoutSearch,
     PlannedLayout,
@@ -91,7 +92,7 @@ def every_layout(memory, limit: int):
             if virtual > 1 and count % pipeline:
                 continue
             held = memory.stages(config, plan)
-            step = StepMemory(plan, held, memory, recompute)
+            step = StepMemory(plan, held, memory, recompute, GPU_PROCESS)
             for stash in {0, *range(count, 0, -max(group, count // 16 // group * group))}:
                 if step.fullest(stash)[1].total <= limit:
                     yield seconds_of(replace(plan, stash=stash), with_stash(config, stash, count))
@@ -118,7 +119,7 @@ def test_kinds_of_bytes_are_those_of_the_dry_run_and_estimates_beside_them(memor
     config = with_layout(config, tensor=2, pad=False, pipeline=2, virtual=1)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
     held = memory.stages(config, plan)
-    step = StepMemory(plan, held, memory, "none")
+    step = StepMemory(plan, held, memory, "none", GPU_PROCESS)
     for rank, of_stage in enumerate(held):
         found = step.of_stage(rank, 3)
         assert found.weights + found.gradients + found.optimizer == of_stage.state
@@ -130,14 +131,15 @@ def test_kinds_of_bytes_are_those_of_the_dry_run_and_estimates_beside_them(memor
 def test_where_the_loss_fills_most_its_own_bytes_are_told(memory):
     config = with_micro(with_layout(small_config(), 1, False, pipeline=1, virtual=1), 1)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
-    found = StepMemory(plan, memory.stages(config, plan), memory, "full").of_stage(0, 0)
+    step = StepMemory(plan, memory.stages(config, plan), memory, "full", GPU_PROCESS)
+    found = step.of_stage(0, 0)
     assert found.activations == 0 and found.loss > plan.peak_loss_bytes(1)
 
 
 def test_the_largest_stash_is_the_last_that_fits(memory):
     config = with_layout(small_config(), tensor=1, pad=False, pipeline=2, virtual=2)
     plan = make_layout_plan(SMALL.costs, GPUS, config)
-    step = StepMemory(plan, memory.stages(config, plan), memory, "none")
+    step = StepMemory(plan, memory.stages(config, plan), memory, "none", GPU_PROCESS)
     enough = step.fullest(4)[1].total
     assert step.largest_stash(enough) == 4 and step.largest_stash(enough - 1) == 2
     assert step.largest_stash(10**6) is None
@@ -255,7 +257,7 @@ def test_the_first_layouts_memory_is_counted_by_its_step(run):
     assert code == 0
     tree = json.loads(out)
     memory, other = (tree["layouts"][0][key] for key in ("memory_bytes", "other_bytes"))
-    tensors = memory["total"] - other["buffers"] - other["slack"]
+    tensors = memory["total"] - other["process"] - other["slack"]
     assert tree["counted_bytes"] == pytest.approx(tensors, rel=0.02)
     assert "counted: a step of 1 on fake tensors" in run(*given)[1]
 
