@@ -209,8 +209,10 @@ def draw_worlds(rows: Sequence[WorldRow], pairs: int, machine: str) -> Figure:
     panels = figure.subplots(len(names), 2, squeeze=False)
     for of_model, name in zip(panels, names, strict=True):
         of_name = [row for row in rows if row.model == name]
+        trainers = dict.fromkeys(row.who for row in of_name if row.question == SAME_BATCH)
+        colors = {who: f"C{number}" for number, who in enumerate(trainers)}
         for axes, question in zip(of_model, QUESTIONS, strict=True):
-            _draw_lines(axes, _by_name(of_name, question))
+            _draw_lines(axes, _by_name(of_name, question), colors)
             words = f"{pairs} pairs a data rank" if question == SAME_MICROBATCH else "accumulated"
             axes.set_title(f"{name}, {question} ({words})", fontsize=9)
     panels[0][1].legend(fontsize=6, ncols=2)
@@ -222,17 +224,18 @@ def draw_worlds(rows: Sequence[WorldRow], pairs: int, machine: str) -> Figure:
     return figure
 
 
-def _draw_lines(axes: Axes, by_name: dict[str, list[WorldRow]]) -> None:
-    colors: dict[str, str] = {}
+def _draw_lines(axes: Axes, by_name: dict[str, list[WorldRow]], colors: dict[str, str]) -> None:
     for name, rows in by_name.items():
-        color = colors.setdefault(rows[0].who, f"C{len(colors)}")
         style = "--" if rows[0].recompute == "full" else "-"
         sizes = [row.held.at_once / GB for row in rows]
+        color = colors[rows[0].who]
         axes.plot([row.gpus for row in rows], sizes, style, color=color, label=name, linewidth=1.2)
     axes.axhline(80, color="grey", linewidth=0.6)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(WORLDS, [str(gpus) for gpus in WORLDS], fontsize=7)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("GB a GPU (line: 80)", fontsize=8)
 
 
