@@ -54,6 +54,7 @@ from memory_worlds import BATCH, WORLDS, WorldRow, draw_worlds, measure_worlds, 
 from rich.console import Console
 
 from parallel_clip import __version__
+from parallel_clip.errors import InputError
 from parallel_clip.model.known_models import load_architecture
 
 MODELS = [
@@ -84,6 +85,10 @@ def main() -> int:
     pipeline_sizes = PIPELINE_SIZES[:2] if arguments.quick else PIPELINE_SIZES
     worlds_sizes = [1, 8] if arguments.quick else WORLDS
 
+    try:
+        architectures = [load_architecture(name) for name in names]
+    except InputError as error:
+        parser.error(str(error))
     check_against_processes()
     check_openclip_against_processes()
     console.print("real processes with small models hold what is counted, to the byte")
@@ -92,8 +97,7 @@ def main() -> int:
     worlds: list[WorldRow] = []
     stops: dict[str, str] = {}
     large_world = None
-    for name in names:
-        architecture = load_architecture(name)
+    for name, architecture in zip(names, architectures, strict=True):
         counts = Counts(architecture, arguments.pairs)
         fitting, refusals = tensor_sizes(architecture, sizes)
         check_against_dry_run(counts, fitting[min(1, len(fitting) - 1)])

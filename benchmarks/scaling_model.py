@@ -85,7 +85,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one recipe, two sizes, no files")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    device, limit = read_device(arguments.gpu), parse_bytes(arguments.gpu_memory, "--gpu-memory")
+    try:
+        device = read_device(arguments.gpu)
+        limit = parse_bytes(arguments.gpu_memory, "--gpu-memory")
+    except InputError as error:
+        parser.error(str(error))
     recipes, sizes = (RECIPES[1:2], GPUS[:2]) if arguments.quick else (RECIPES, GPUS)
 
     rows: list[ScalingRow] = []

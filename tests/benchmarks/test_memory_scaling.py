@@ -23,7 +23,8 @@ with pytest.MonkeyPatch.context() as patch:
     from memory_tensor import BAR_MODEL, measure, missed_bars, tensor_sizes
 
 
-@pytest.mark.long  # a minute and a half; its parts are tested below
+@pytest.mark.long  # a minute and a half, where nothing else runs; its parts are tested below
+@pytest.mark.timeout(1800)
 def test_the_quick_run_prints_tables():
     command = [sys.executable, BENCHMARKS / "memory_scaling.py", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
