@@ -1,92 +1,55 @@
-"""What ranks of a layout hold, counted by the trainer's own code and each thing once.
+"""What ranks of a layout hold, by the planner's own count.
 
-State (weights, gradients, optimizer) does not depend on recompute nor on sequence parallelism, and
-stages in the middle of a pipeline are alike; what has been counted is not counted again.
+`FastMemory` runs one and two layers of each kind under fake tensors and extends them by their
+difference; memory_checks.py holds it against whole stages and real processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from parallel_clip.config import Config, config_from_dict
-from parallel_clip.engine.fake_world import fake_rank
 from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
-from parallel_clip.model.clip import CLIPModel
-from parallel_clip.model.handover import MessageLayout
-from parallel_clip.model.megatron_config import ModelOptions
-from parallel_clip.plan.layout_plan import make_layout_plan
-from parallel_clip.plan.memory import RankMemory, dry_run, saved_activations
-from parallel_clip.stages.partition import partition
-from parallel_clip.stages.stage import LayerRange, Stage
+from parallel_clip.plan.fast_memory import FastMemory
+from parallel_clip.plan.layout_plan import LayoutPlan, make_layout_plan
+from parallel_clip.plan.memory import RankMemory
+from parallel_clip.stages.stage import Stage
+
+GIB = 2**30
 
 
 class Counts:
-    """Of one model, at `pairs` in a microbatch, bf16 and without ZeRO."""
+    """Of one model, at `pairs` in a microbatch, in bf16."""
 
     def __init__(self, architecture: Architecture, pairs: int):
         self.architecture, self.pairs = architecture, pairs
-        self._states: dict[Any, RankMemory] = {}
-        self._activations: dict[Any, tuple[dict[str, int], ...]] = {}
+        self.memory = FastMemory(config_for(Layout(1), "none", pairs), architecture)
 
     def stages(self, layout: Layout) -> tuple[Stage, ...]:
-        return partition(self.architecture.costs.on_tensor_ranks(layout.tensor), layout.pipeline)
+        return self.plan(layout, "none").stages
 
-    def held(self, layout: Layout, recompute: str, number: int = 0) -> RankMemory:
-        """What the first tensor rank of a stage holds; one data rank, no virtual stages."""
-        stages = self.stages(layout)
-        rank = number * layout.tensor
-        config = config_for(layout, recompute, self.pairs)
-        state_key = (layout.tensor, _alike(stages[number]))
-        activations_key = (
-            *state_key,
-            layout.sequence,
-            recompute,
-            self._message(stages, number, layout),
-        )
-        if state_key not in self._states:
-            plan = make_layout_plan(self.architecture.costs, layout.world, config)
-            found = dry_run(config, self.architecture, plan, rank)
-            self._states[state_key] = found
-            self._activations[activations_key] = found.activations
-        if activations_key not in self._activations:
-            self._activations[activations_key] = self._count_activations(
-                config, layout, stages, number
-            )
-        return dataclasses.replace(
-            self._states[state_key], activations=self._activations[activations_key]
-        )
+    def plan(self, layout: Layout, recompute: str, batch: int | None = None) -> LayoutPlan:
+        """batch: pairs of the global batch; None: a microbatch on each data rank."""
+        config = config_for(layout, recompute, self.pairs, batch=batch)
+        return make_layout_plan(self.architecture.costs, layout.world, config)
 
-    def _count_activations(
-        self, config: Config, layout: Layout, stages: tuple[Stage, ...], number: int
-    ) -> tuple[dict[str, int], ...]:
-        options = ModelOptions(config.precision, config.recompute, layout.sequence)
-        with fake_rank(layout, number * layout.tensor) as groups:
-            model = CLIPModel(self.architecture, options, groups.tensor, stages, number)
-            return (saved_activations(model, self.pairs, groups.device),)
-
-    def _message(self, stages: tuple[Stage, ...], number: int, layout: Layout) -> Any:
-        """What a stage receives, and how long every message is: a graph keeps all of it."""
-        sequence_ranks = layout.tensor if layout.sequence else 1
-        messages = MessageLayout(self.architecture, stages, sequence_ranks)
-        received = number and messages.of(stages[number - 1], self.pairs, training=True)
-        return received, messages.length(self.pairs, training=True)
+    def held(
+        self, layout: Layout, recompute: str, number: int = 0, zero: bool = False
+    ) -> RankMemory:
+        """What the first rank of a stage holds. zero: the optimizer's state is split over the data
+        ranks."""
+        config = config_for(layout, recompute, self.pairs, zero)
+        return self.memory.stages(config, self.plan(layout, recompute))[number]
 
 
-def _alike(stage: Stage) -> Any:
-    """Equal for stages that hold the same, wherever in the middle they are."""
-
-    def part(r: LayerRange) -> tuple:
-        return r.layers, r.has_embedding, r.has_head, r.has_started, r.is_finished
-
-    return stage.is_first, stage.is_last, part(stage.vision), part(stage.text)
-
-
-def config_for(layout: Layout, recompute: str, pairs: int, zero: bool = False) -> Config:
+def config_for(
+    layout: Layout, recompute: str, pairs: int, zero: bool = False, batch: int | None = None
+) -> Config:
     return config_from_dict(
         {
-            "batch": {"global": pairs * layout.data, "micro": pairs},
+            "batch": {"global": batch or pairs * layout.data, "micro": pairs},
             "precision": "bf16",
             "recompute": recompute,
             "parallel": {
@@ -99,3 +62,37 @@ def config_for(layout: Layout, recompute: str, pairs: int, zero: bool = False) -
             "data": {"train": [{"shards": "none.tar"}]},
         }
     )
+
+
+# The kinds of bytes that trainers are compared by, in the order in which they are shown.
+KINDS = (
+    "weights", "copies", "gradients", "optimizer", "buffers", "activations", "loss", "inputs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a GPU by kind, each at its fullest.
+
+    copies: bf16 weights beside fp32 ones, while they are needed; buffers: of communication;
+    activations: saved for backward; loss: at its fullest moment; at_once: an estimate of what is
+    held together, no more than the sum.
+    """
+
+    weights: int
+    copies: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    loss: int
+    inputs: int
+    at_once: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, kind) for kind in KINDS)
+
+    def as_dict(self) -> dict[str, Any]:
+        kinds = {kind: getattr(self, kind) for kind in KINDS}
+        return kinds | {"total": self.total, "at_once": self.at_once}

@@ -13,22 +13,20 @@ from math import prod
 from typing import Any
 
 from matplotlib.axes import Axes
-from memory_counts import Counts, config_for
+from memory_counts import GIB, Counts
 from rich.console import Console
 from rich.table import Table
 
 from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture, parameter_table
 from parallel_clip.pipeline.orders import peak_graphs, step_orders
-from parallel_clip.plan.layout_plan import make_layout_plan
-from parallel_clip.plan.memory import RankMemory, dry_run
+from parallel_clip.plan.memory import RankMemory
 from parallel_clip.stages.stage import Stage
 
 PIPELINE_SIZES = [1, 2, 3, 4, 6, 8]
 PIPELINE_RECOMPUTES = ["none"]
 MICROBATCHES = 16
 LARGE_WORLD = 128
-GIB = 2**30
 
 _BYTES_A_PARAMETER = 2 + 4 + 12  # bf16 weight; gradient; master and two moments
 _EMBEDDING = {
@@ -148,17 +146,12 @@ def outside_layers(stage: Stage, architecture: Architecture, tensor: int) -> int
     return _BYTES_A_PARAMETER * parameters
 
 
-def measure_large_world(
-    architecture: Architecture, row: PipelineRow, pairs: int
-) -> dict[str, dict[str, int]]:
+def measure_large_world(counts: Counts, row: PipelineRow) -> dict[str, dict[str, int]]:
     """The row's fullest stage among 128 ranks, the rest of which are data-parallel."""
     layout = Layout(LARGE_WORLD, row.tensor, row.pipeline, sequence=row.tensor > 1)
-    rank = row.fullest * layout.data * layout.tensor
     found = {}
     for zero in (False, True):
-        config = config_for(layout, row.recompute, pairs, zero)
-        plan = make_layout_plan(architecture.costs, layout.world, config)
-        held = dry_run(config, architecture, plan, rank)
+        held = counts.held(layout, row.recompute, row.fullest, zero)
         found["zero" if zero else "no zero"] = {
             "data": layout.data,
             "weights": held.weights,
@@ -248,7 +241,7 @@ def draw_fullest(axes: Axes, rows: Sequence[PipelineRow], pairs: int) -> None:
     axes.legend(fontsize=8)
 
 
-def draw_shares(axes: Axes, rows: Sequence[PipelineRow]) -> None:
+def draw_pipeline_shares(axes: Axes, rows: Sequence[PipelineRow]) -> None:
     """Each model's share of the unsplit model's state and activations, by pipeline size."""
     for number, name in enumerate(dict.fromkeys(row.model for row in rows)):
         of_model = [row for row in rows if row.model == name]

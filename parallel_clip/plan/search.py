@@ -8,8 +8,8 @@ above 1, and the optimizer's state is split over the data ranks: both save memor
 
 What is passed over, since it cannot be better than what was found: microbatches larger than one
 that does not fit with full recomputation, as memory grows with them; microbatches so small that a
-step has more than 32 rounds of the pipeline, where larger ones fit; and more recomputation where
-all graphs are kept without.
+step has more than 32 rounds of the pipeline, where larger ones fit with as little recomputation;
+and more recomputation where all graphs are kept without.
 """
 
 from __future__ import annotations
@@ -173,12 +173,29 @@ class LayoutSearch:
         enough = [
             micro for micro in fitting if per_rank // micro <= MOST_ROUNDS * parallel.pipeline
         ]
+        tried = enough or fitting[-1:]
         found = [
-            layout
-            for micro in enough or fitting[-1:]
-            for layout in self._recomputations(with_micro(shape, micro))
+            layout for micro in tried for layout in self._recomputations(with_micro(shape, micro))
         ]
-        return found, refusal
+        smaller = [micro for micro in fitting if micro < tried[0]]
+        return found + self._less_recomputation(shape, smaller, found), refusal
+
+    def _less_recomputation(
+        self, shape: Config, smaller: list[int], found: list[PlannedLayout]
+    ) -> list[PlannedLayout]:
+        """Layouts with less recomputation than any of `found`, for which smaller microbatches have
+        room: of each kind the largest that fits."""
+        more = []
+        for recompute in RECOMPUTES[:-1]:
+            if any(layout.config.recompute == recompute for layout in found):
+                break
+            for micro in reversed(smaller):
+                config = with_micro(shape, micro).model_copy(update={"recompute": recompute})
+                fitted = self._fit(config, try_layout_plan(self.costs, self.gpus, config))
+                if isinstance(fitted, PlannedLayout):
+                    more.append(fitted)
+                    break
+        return more
 
     def _recomputations(self, shape: Config) -> Iterator[PlannedLayout]:
         for recompute in RECOMPUTES:

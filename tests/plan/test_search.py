@@ -114,6 +114,21 @@ def test_nothing_that_was_passed_over_is_quicker(memory, gigabytes):
     assert seconds == sorted(seconds)
 
 
+def test_small_microbatches_are_tried_where_larger_ones_need_recomputation(memory, monkeypatch):
+    # With 4 rounds a step of 1,024 pairs has microbatches of 256, which fit with full
+    # recomputation alone.
+    monkeypatch.setattr("parallel_clip.plan.search.MOST_ROUNDS", 4)
+    search = LayoutSearch(small_config(), SMALL, FEW, int(3e9), FEW, seconds_of)
+    search.memory = memory
+    layouts = [
+        found
+        for found in search.run().layouts
+        if found.plan.layout.data == FEW  # one GPU a model
+    ]
+    by_recompute = {found.config.recompute: found.config.batch.micro for found in layouts}
+    assert by_recompute["full"] >= 256 > by_recompute["selective"] >= by_recompute["none"]
+
+
 def test_kinds_of_bytes_are_those_of_the_dry_run_and_estimates_beside_them(memory):
     config = small_config(batch={"global": 128, "micro": 16})  # whose loss takes little
     config = with_layout(config, tensor=2, pad=False, pipeline=2, virtual=1)
