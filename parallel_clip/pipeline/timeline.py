@@ -150,22 +150,28 @@ def in_order(orders: Sequence[Sequence[PipelineOp]]) -> list[PlacedOp]:
     last = ranks * (1 + max(op.chunk for order in orders for op in order)) - 1
     placed: list[PlacedOp] = []
     senders: dict[_Message, int] = {}
-    done = [0] * ranks
-    while any(count < len(order) for count, order in zip(done, orders, strict=True)):
-        before = len(placed)
-        for rank, order in enumerate(orders):
-            for op in order[done[rank] :]:
-                stage = op.chunk * ranks + rank
-                received, sent = _messages(op, stage, last)
-                if received and received not in senders:
-                    break
-                if sent:
-                    senders[sent] = len(placed)
-                sender = senders[received] if received else None
-                placed.append(PlacedOp(rank, op, stage, sender, sent is not None))
-                done[rank] += 1
-        if len(placed) == before:
-            raise ValueError("no rank can go on: each waits for an input that nobody will send")
+    waiting: dict[_Message, int] = {}  # which rank for it
+    ready, left = list(range(ranks)), [iter(order) for order in orders]
+    stopped_at: list[PipelineOp | None] = [next(ops, None) for ops in left]
+    while ready:
+        rank = ready.pop()
+        op = stopped_at[rank]
+        while op is not None:
+            stage = op.chunk * ranks + rank
+            received, sent = _messages(op, stage, last)
+            if received and received not in senders:
+                waiting[received] = rank
+                break
+            if sent:
+                senders[sent] = len(placed)
+                if sent in waiting:
+                    ready.append(waiting.pop(sent))
+            sender = senders[received] if received else None
+            placed.append(PlacedOp(rank, op, stage, sender, sent is not None))
+            op = next(left[rank], None)
+        stopped_at[rank] = op
+    if any(op is not None for op in stopped_at):
+        raise ValueError("no rank can go on: each waits for an input that nobody will send")
     return placed
 
 
@@ -189,27 +195,22 @@ def ideal_step_seconds(
     return first_pass_again + (microbatches + (ranks - 1) / chunks) * (forward + backward)
 
 
-class _Message(NamedTuple):
-    content: str
-    receiver: int
-    microbatch: int
-
-
-_CONTENTS = {
-    OpKind.FORWARD_WITHOUT_GRAPH: "activations of pass 1",
-    OpKind.FORWARD_KEEPING_GRAPH: "activations of pass 1",
-    OpKind.FORWARD_AGAIN: "activations of pass 2",
-    OpKind.REPLAY: "activations of pass 2",
-    OpKind.BACKWARD: "gradients",
-}
+# Content, receiving stage, microbatch. A plain tuple: a search for layouts makes millions.
+_Message = tuple[str, int, int]
 
 
 def _messages(op: PipelineOp, stage: int, last: int) -> tuple[_Message | None, _Message | None]:
     """The message that an op on virtual stage `stage` receives, and the one that it sends."""
-    if op.kind is OpKind.LOSS:
+    kind, microbatch = op.kind, op.microbatch
+    if kind is OpKind.LOSS:
         return None, None
-    before, after = (stage + 1, stage - 1) if op.kind is OpKind.BACKWARD else (stage - 1, stage + 1)
-    content, microbatch = _CONTENTS[op.kind], op.microbatch
-    received = _Message(content, stage, microbatch) if 0 <= before <= last else None
-    sent = _Message(content, after, microbatch) if 0 <= after <= last else None
+    before, after = stage - 1, stage + 1
+    if kind is OpKind.BACKWARD:
+        before, after, content = after, before, "gradients"
+    elif kind is OpKind.FORWARD_AGAIN or kind is OpKind.REPLAY:
+        content = "activations of pass 2"
+    else:
+        content = "activations of pass 1"
+    received = (content, stage, microbatch) if 0 <= before <= last else None
+    sent = (content, after, microbatch) if 0 <= after <= last else None
     return received, sent

@@ -53,10 +53,12 @@ class FastMemory:
         messages = MessageLayout(self.architecture, plan.stages, sequence_ranks, captions)
         return messages.length(plan.batch.micro_batch, training=True) * self._dtype.itemsize
 
-    def transient_bytes(self, plan: LayoutPlan, rank: int, recompute: str) -> list[int]:
-        """What comes and goes in a microbatch's backward pass on each stage of a rank."""
-        layout, pairs, message = plan.layout, plan.batch.micro_batch, self.message_bytes(plan)
-        of_tower = layout, recompute, pairs
+    def transient_bytes(
+        self, plan: LayoutPlan, rank: int, recompute: str, message: int
+    ) -> list[int]:
+        """What comes and goes in a microbatch's backward pass on each stage of a rank. message: its
+        `message_bytes`."""
+        layout, of_tower = plan.layout, (plan.layout, recompute, plan.batch.micro_batch)
         return [
             self._transients.of(chunk, *of_tower, self._activations.of(chunk, *of_tower, message))
             for chunk in chunks_of(plan.stages, layout.pipeline, rank)

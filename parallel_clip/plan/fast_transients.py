@@ -10,6 +10,7 @@ import torch
 
 from parallel_clip.config import Config
 from parallel_clip.engine.fake_world import FakeAnswers, fake_rank
+from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.model.clip import CLIPModel
@@ -21,8 +22,8 @@ from parallel_clip.plan.live_bytes import LiveBytes
 from parallel_clip.plan.short_tower import TowerName, layer_kinds, short_tower
 from parallel_clip.stages.stage import LayerRange, Stage
 
-# Of so many pairs what grows with them is nearly all; of one and two pairs gradients of weights are
-# most, and fill more at another moment.
+# Of so many pairs what grows with them is nearly all; of one pair gradients of weights are most,
+# and fill more at another moment.
 _MANY = 1_000_000
 
 
@@ -45,7 +46,7 @@ class StageTransients:
         self._frozen = frozen_parts(architecture, config.freeze)
         self._itemsize = DTYPES[config.precision].itemsize
         self._captions = config.data.captions_per_image
-        self._found: dict[tuple, tuple[_Line, ...]] = {}
+        self._found: dict[tuple, _Line] = {}
 
     def of(
         self, stage: Stage, layout: Layout, recompute: str, pairs: int, saved: Mapping[str, int]
@@ -58,8 +59,7 @@ class StageTransients:
             frozen = getattr(self._frozen, tower)
             if held.layers == 0 or frozen.whole:
                 continue
-            lines = self._lines(tower, held, layout, recompute)
-            most = max(most, *(line.at(pairs) - freed for line in lines))
+            most = max(most, self._line(tower, held, layout, recompute).at(pairs) - freed)
             freed += sum(size for part, size in saved.items() if part.startswith(f"{tower}."))
             if tower == "vision":
                 continue
@@ -81,9 +81,7 @@ class StageTransients:
         rows = ROWS.local_length(text.vocab_size, layout.tensor)
         return rows * text.width * self._itemsize
 
-    def _lines(
-        self, tower: TowerName, held: LayerRange, layout: Layout, recompute: str
-    ) -> tuple[_Line, ...]:
+    def _line(self, tower: TowerName, held: LayerRange, layout: Layout, recompute: str) -> _Line:
         sequence = layout.sequence and layout.tensor > 1
         kinds = layer_kinds(held, getattr(self._frozen, tower))
         # The last kind that is there goes backward first; layers in front of it fill no more.
@@ -103,17 +101,24 @@ class StageTransients:
                 self._found[key] = self._probe(tower, part, counts, options, groups)
         return self._found[key]
 
-    def _probe(self, tower, held, counts, options, groups) -> tuple[_Line, ...]:
+    def _probe(
+        self,
+        tower: TowerName,
+        held: LayerRange,
+        counts: tuple[int, ...],
+        options: ModelOptions,
+        groups: Groups,
+    ) -> _Line:
         with LiveBytes() as live:
             model = short_tower(
                 self._architecture, self._frozen, tower, held, counts, options, groups
             )
             (wrapped,) = wrap_for_data_parallel([model], distributed_optimizer=False)
-            one, two, many = (
-                _beside_saved(wrapped, model, pairs, groups.device, live) for pairs in (1, 2, _MANY)
+            one, many = (
+                _beside_saved(wrapped, model, pairs, groups.device, live) for pairs in (1, _MANY)
             )
         each, constant = divmod(many, _MANY)
-        return _Line(constant, each), _Line(2 * one - two, two - one)
+        return _Line(max(constant, one - each), each)
 
 
 def _beside_saved(

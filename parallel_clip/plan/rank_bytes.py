@@ -16,7 +16,7 @@ from parallel_clip.engine.groups import has_joined
 from parallel_clip.engine.without_gpus import call_without_gpus
 from parallel_clip.model.architecture import Architecture
 from parallel_clip.pipeline.orders import (
-    forward_sequence,
+    microbatch_group_size,
     peak_graphs_of_step,
     warmup_forwards,
 )
@@ -82,6 +82,8 @@ class StepMemory:
     ):
         self._plan, self.held = plan, tuple(held)
         self._memory, self._recompute = memory, recompute
+        self._message = memory.message_bytes(plan)
+        self._extras: dict[int, list[int]] = {}
         layout, image_size = plan.layout, memory.architecture.vision.image_size
         groups = sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.data))
         groups += layout.world > 1
@@ -117,16 +119,22 @@ class StepMemory:
         peak, work = peak_memory(plan, rank, stash, held), 0
         features = 2 * memory.feature_bytes(plan) * is_last  # and their gradients
         if held.saved:
+            place = rank, layout.pipeline, plan.batch.microbatches, stash
+            with_work = peak_graphs_of_step(*place, held.saved_by_chunk, self._work(rank))
+            work = with_work - peak.activations
+        messages = self._messages(rank, stash) * self._message
+        return self._bytes(rank, peak.activations, features, peak.pictures, work, messages)
+
+    def _work(self, rank: int) -> list[int]:
+        """While a microbatch goes through each stage of a rank."""
+        if rank not in self._extras:
+            plan, memory, is_last = self._plan, self._memory, rank == len(self.held) - 1
             # At the end of forward: what the last layers give, its copy that is handed on, and the
             # message that came, of which backward lets one part go after the other.
             forward = (1 + (not is_last) + (rank > 0)) * memory.hidden_bytes(plan)
-            backward = memory.transient_bytes(plan, rank, self._recompute)
-            extras = [max(forward, of_chunk) for of_chunk in backward]
-            place = rank, layout.pipeline, plan.batch.microbatches, stash
-            with_work = peak_graphs_of_step(*place, held.saved_by_chunk, extras)
-            work = with_work - peak.activations
-        messages = self._messages(rank, stash) * memory.message_bytes(plan)
-        return self._bytes(rank, peak.activations, features, peak.pictures, work, messages)
+            backward = memory.transient_bytes(plan, rank, self._recompute, self._message)
+            self._extras[rank] = [max(forward, of_stage) for of_stage in backward]
+        return self._extras[rank]
 
     def _messages(self, rank: int, stash: int) -> int:
         """Those that megatron-core's schedule holds at once, beside what graphs keep: gradients of
@@ -134,12 +142,14 @@ class StepMemory:
         microbatches that are replayed."""
         layout, count = self._plan.layout, self._plan.batch.microbatches
         chunks, ranks = layout.virtual_pipeline, layout.pipeline
+        # Forwards that no backward has followed when the last is under way, replays at their end.
         started = min(warmup_forwards(rank, ranks, count, chunks) + 1, count * chunks)
-        forwards = forward_sequence(ranks, count, chunks)[(count - stash) * chunks : started]
-        replayed = sum(rank > 0 or chunk > 0 for _, chunk in forwards)
-        if chunks > 1:
-            return 2 + max(1, replayed)
-        return (rank < ranks - 1) + (rank > 0) + replayed
+        replays = range((count - stash) * chunks, started)
+        if chunks == 1:
+            return (rank < ranks - 1) + (rank > 0) + len(replays) * (rank > 0)
+        group = microbatch_group_size(count, ranks)
+        come = sum(rank > 0 or number // group % chunks > 0 for number in replays)
+        return 2 + max(1, come)
 
     def _bytes(
         self,
