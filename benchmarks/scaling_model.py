@@ -31,6 +31,7 @@ from parallel_clip.errors import InputError
 from parallel_clip.layout import check_model
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.device_file import Device, read_device
+from parallel_clip.plan.layout_plan import LayoutPlan
 from parallel_clip.plan.search import (
     RECOMPUTES,
     LayoutSearch,
@@ -39,7 +40,7 @@ from parallel_clip.plan.search import (
     with_layout,
     with_micro,
 )
-from parallel_clip.plan.step_time import predict_step
+from parallel_clip.plan.step_time import StepTime, predict_step
 from parallel_clip.stages.costs import ModelCosts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -116,7 +117,7 @@ def scale(
     """The rows of one recipe; none where no layout fits."""
     recipe = load_config(str(CONFIGS / file), list(overrides))
     for gpus in sizes:
-        search = _search(recipe, gpus, device, limit)
+        search = layout_search(recipe, gpus, device, limit)
         for scaling, batch in (("strong", STRONG_BATCH), ("weak", WEAK_PAIRS * gpus)):
             of_batch = recipe.batch.model_copy(update={"global_": batch})
             config = recipe.model_copy(update={"batch": of_batch})
@@ -139,19 +140,23 @@ def scale(
             )
 
 
-def _search(config: Config, gpus: int, device: Device, limit: int) -> LayoutSearch:
+def layout_search(config: Config, gpus: int, device: Device, limit: int) -> LayoutSearch:
     architecture = load_architecture(config.model.name)
 
-    def predict(plan, config):
+    def predict(plan: LayoutPlan, config: Config) -> StepTime:
         return predict_step(plan, architecture, config, device, NODE)
 
     return LayoutSearch(config, architecture, gpus, limit, NODE, predict)
 
 
 def quickest(search: LayoutSearch, config: Config) -> PlannedLayout | None:
-    """Of the layouts that are tried here and fit."""
-    found = filter(None, map(partial(_one, search), _candidates(search, config)))
+    found = fitting_layouts(search, config)
     return min(found, key=lambda layout: layout.time.seconds, default=None)
+
+
+def fitting_layouts(search: LayoutSearch, config: Config) -> Iterator[PlannedLayout]:
+    """Of the layouts that are tried here."""
+    return filter(None, map(partial(_one, search), _candidates(search, config)))
 
 
 def _one(search: LayoutSearch, config: Config) -> PlannedLayout | None:
