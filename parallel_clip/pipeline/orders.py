@@ -155,12 +155,14 @@ def peak_graphs_of_step(
     if microbatches % ranks or stash % ranks:
         order = step_orders(ranks, microbatches, stash, len(sizes))[rank]
         return peak_graphs(order, sizes, extras)
-    moments = _fullest_moments(rank, ranks, min(others, 2 * ranks), len(sizes)) if others else ()
-    graphs = [
-        sum(n * size for n, size in zip(alive, sizes, strict=True)) + extras[chunk]
-        for chunk, alive in moments
-    ]
-    return stash * sum(sizes) + max(graphs, default=max(extras))
+    if others:
+        graphs = [
+            sum(n * size for n, size in zip(alive, sizes, strict=True)) + extras[chunk]
+            for chunk, alive in _fullest_moments(rank, ranks, min(others, 2 * ranks), len(sizes))
+        ]
+    else:  # a group goes backward through the last chunk, then through the one before
+        graphs = [extras[chunk] - ranks * sum(sizes[chunk + 1 :]) for chunk in range(len(sizes))]
+    return stash * sum(sizes) + max(graphs)
 
 
 @cache

@@ -266,12 +266,16 @@ def test_steps_that_cannot_be(step, message):
         step_orders(**step)
 
 
-@given(steps(), st.lists(st.integers(1, 9), min_size=3, max_size=3))
-def test_the_peak_of_a_step_without_its_order(step, sizes):
+OF_CHUNKS = st.lists(st.integers(1, 9), min_size=3, max_size=3)
+
+
+@given(steps(), OF_CHUNKS, OF_CHUNKS)
+def test_the_peak_of_a_step_without_its_order(step, sizes, extras):
     ranks, microbatches, stash, chunks = step
     for rank, order in enumerate(step_orders(*step)):
-        found = peak_graphs_of_step(rank, ranks, microbatches, stash, sizes[:chunks])
-        assert found == peak_graphs(order, sizes)
+        of_chunks = sizes[:chunks], extras[:chunks]
+        found = peak_graphs_of_step(rank, ranks, microbatches, stash, *of_chunks)
+        assert found == peak_graphs(order, *of_chunks)
 
 
 @pytest.mark.parametrize("chunks", [2, 3])
@@ -281,6 +285,6 @@ def test_the_peak_of_many_groups_is_that_of_two(ranks, chunks):
         for stash in range(0, groups * ranks + 1, ranks):
             orders = step_orders(ranks, groups * ranks, stash, chunks)
             for rank, order in enumerate(orders):
-                sizes = [5, 1, 3][:chunks]
-                found = peak_graphs_of_step(rank, ranks, groups * ranks, stash, sizes)
-                assert found == peak_graphs(order, sizes)
+                sizes, extras = [5, 1, 3][:chunks], [9, 2, 4][:chunks]
+                found = peak_graphs_of_step(rank, ranks, groups * ranks, stash, sizes, extras)
+                assert found == peak_graphs(order, sizes, extras)
