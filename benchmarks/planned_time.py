@@ -78,6 +78,9 @@ CASES = [
     Case(SMALL, 1, 8, 1, recompute="full"),
     Case(LARGER, 1, 8, 1),
     Case("ViT-S-16-alt", 1, 4, 1),
+    Case("ViT-M-32-alt", 1, 8, 1),
+    Case("ViT-B-16-SigLIP", 1, 2, 1),
+    Case("PE-Core-S-16-384", 1, 2, 1),
     Case(SMALL, 2, 8, 1),
     Case(SMALL, 2, 8, 2, {"tensor": 2}),
     Case(SMALL, 2, 8, 2, {"tensor": 2, "sequence": True}),
@@ -86,6 +89,8 @@ CASES = [
     Case(LARGER, 2, 4, 1),
     Case(LARGER, 2, 4, 2, {"tensor": 2}),
     Case("ViT-S-16-alt", 2, 2, 4, {"pipeline": 2}),
+    Case("ViT-M-32-alt", 2, 4, 2, {"tensor": 2}),
+    Case("PE-Core-S-16-384", 2, 2, 1),
 ]
 QUICK = [Case(SMALL, 1, 2, 2)]
 
