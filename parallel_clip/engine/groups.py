@@ -77,6 +77,10 @@ class Groups:
             return function()
 
 
+# Whether this process has been in a real process group.
+_has_been_joined = False
+
+
 def join_world(launch: Launch, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> None:
     """Prepare this process's device and join the process group of all ranks.
 
@@ -89,6 +93,8 @@ def join_world(launch: Launch, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT)
     device = device_seam.prepare_device(launch.local_rank)
     if dist.is_initialized():
         return
+    global _has_been_joined
+    _has_been_joined = True
     options = {"timeout": timeout}
     if device.type == "cuda":
         options["device_id"] = device
@@ -180,6 +186,12 @@ def whole_model_groups() -> Groups:
 def has_joined() -> bool:
     """Whether this process is in a process group, so that it cannot be a rank of a fake world."""
     return dist.is_initialized()
+
+
+def can_be_forked() -> bool:
+    """Whether a process that is forked from this one may make groups. After real ones it may not:
+    it would end megatron-core's last ones, which are kept, and wait for threads that it lacks."""
+    return not _has_been_joined
 
 
 def close_groups() -> None:

@@ -66,7 +66,7 @@ class FastMemory:
 
     def hidden_bytes(self, plan: LayoutPlan) -> int:
         """Of a microbatch's hidden states in both towers, on one rank."""
-        return sum(self._hidden_bytes(plan, plan.layout.sequence and plan.layout.tensor or 1))
+        return sum(self._hidden_bytes(plan, plan.layout.tensor if plan.layout.sequence else 1))
 
     def gathered_bytes(self, plan: LayoutPlan) -> int:
         """Of megatron-core's buffer into which sequence parallelism gathers the tokens of a layer,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from parallel_clip.config import Config
+from parallel_clip.engine.groups import can_be_forked
 from parallel_clip.errors import InputError
 from parallel_clip.layout import check_model, divisors
 from parallel_clip.model.architecture import Architecture
@@ -105,7 +106,8 @@ class LayoutSearch:
 
     def _on_cores(self, sizes: list[int]) -> list[tuple[list, list]]:
         cores = min(len(sizes), os.cpu_count() or 1)
-        if cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        forks = can_be_forked() and "fork" in multiprocessing.get_all_start_methods()
+        if cores == 1 or not forks:
             return [self._of_tensor_size(size) for size in sizes]
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(cores, context) as pool:

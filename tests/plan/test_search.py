@@ -8,7 +8,9 @@ import pytest
 
 from parallel_clip import cli
 from parallel_clip.config import config_from_dict, load_config
-from parallel_clip.layout import divisors
+from parallel_clip.engine.groups import close_groups, join_world, make_groups
+from parallel_clip.engine.launch import Launch
+from parallel_clip.layout import Layout, divisors
 from parallel_clip.model.openclip_json import architecture_from_json
 from parallel_clip.plan.fast_memory import FastMemory
 from parallel_clip.plan.layout_plan import DoesNotFit, make_layout_plan, try_layout_plan
@@ -275,6 +277,15 @@ def test_the_first_layouts_memory_is_counted_by_its_step(run):
     tensors = memory["total"] - other["process"] - other["slack"]
     assert tree["counted_bytes"] == pytest.approx(tensors, rel=0.02)
     assert "counted: a step of 1 on fake tensors" in run(*given)[1]
+
+
+def test_a_process_that_has_been_in_a_group_searches_by_itself():
+    """Forked ones would wait for threads of gloo's that they lack."""
+    join_world(Launch(0, 0, 1))
+    make_groups(Layout(1))
+    close_groups()
+    search = LayoutSearch(small_config(), SMALL, FEW, 12 * 10**9, FEW, seconds_of)
+    assert search.run().layouts
 
 
 def test_a_picture_is_drawn(run, tmp_path):
