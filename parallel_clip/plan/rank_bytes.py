@@ -67,7 +67,8 @@ class RankBytes:
 
 
 class StepMemory:
-    """Memory of one layout's steps, whatever their stash.
+    """Memory of one layout's steps, whatever their stash. Numbers alone: all that runs code of the
+    model has run when it is made, so that a process without GPUs can make it for another.
 
     held: of each pipeline stage, from `memory` or `count_stages`.
     """
@@ -81,9 +82,9 @@ class StepMemory:
         process: RankProcess,
     ):
         self._plan, self.held = plan, tuple(held)
-        self._memory, self._recompute = memory, recompute
-        self._message = memory.message_bytes(plan)
-        self._extras: dict[int, list[int]] = {}
+        self._message, self._gathered = memory.message_bytes(plan), memory.gathered_bytes(plan)
+        self._features, self._tokens = memory.feature_bytes(plan), memory.token_bytes(plan)
+        self._work = [self._of_passing(rank, memory, recompute) for rank in range(len(self.held))]
         layout, image_size = plan.layout, memory.architecture.vision.image_size
         groups = sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.data))
         groups += layout.world > 1
@@ -109,32 +110,30 @@ class StepMemory:
         loss = 0
         if is_last or replace(plan, stash=stash).loss_on_all_stages:
             loss = plan.peak_loss_bytes(layout.tensor * (1 if is_last else layout.pipeline))
-            loss += (1 + is_last) * self._memory.feature_bytes(plan)  # as they came, and together
+            loss += (1 + is_last) * self._features  # as they came, and together
         pictures = held.pictures * stash * held.keeps_pictures
         return self._bytes(rank, held.saved * stash, loss, pictures)
 
     def _in_backward(self, rank: int, stash: int) -> RankBytes:
-        plan, held, memory = self._plan, self.held[rank], self._memory
+        plan, held = self._plan, self.held[rank]
         layout, is_last = plan.layout, rank == plan.layout.pipeline - 1
         peak, work = peak_memory(plan, rank, stash, held), 0
-        features = 2 * memory.feature_bytes(plan) * is_last  # and their gradients
+        features = 2 * self._features * is_last  # and their gradients
         if held.saved:
             place = rank, layout.pipeline, plan.batch.microbatches, stash
-            with_work = peak_graphs_of_step(*place, held.saved_by_chunk, self._work(rank))
+            with_work = peak_graphs_of_step(*place, held.saved_by_chunk, self._work[rank])
             work = with_work - peak.activations
         messages = self._messages(rank, stash) * self._message
         return self._bytes(rank, peak.activations, features, peak.pictures, work, messages)
 
-    def _work(self, rank: int) -> list[int]:
-        """While a microbatch goes through each stage of a rank."""
-        if rank not in self._extras:
-            plan, memory, is_last = self._plan, self._memory, rank == len(self.held) - 1
-            # At the end of forward: what the last layers give, its copy that is handed on, and the
-            # message that came, of which backward lets one part go after the other.
-            forward = (1 + (not is_last) + (rank > 0)) * memory.hidden_bytes(plan)
-            backward = memory.transient_bytes(plan, rank, self._recompute, self._message)
-            self._extras[rank] = [max(forward, of_stage) for of_stage in backward]
-        return self._extras[rank]
+    def _of_passing(self, rank: int, memory: FastMemory, recompute: str) -> list[int]:
+        """The most that comes and goes while a microbatch passes through each stage of a rank."""
+        plan, is_last = self._plan, rank == len(self.held) - 1
+        # At the end of forward: what the last layers give, its copy that is handed on, and the
+        # message that came, of which backward lets one part go after the other.
+        forward = (1 + (not is_last) + (rank > 0)) * memory.hidden_bytes(plan)
+        backward = memory.transient_bytes(plan, rank, recompute, self._message)
+        return [max(forward, of_stage) for of_stage in backward]
 
     def _messages(self, rank: int, stash: int) -> int:
         """Those that megatron-core's schedule holds at once, beside what graphs keep: gradients of
@@ -160,9 +159,7 @@ class StepMemory:
         work: int = 0,
         messages: int = 0,
     ) -> RankBytes:
-        plan, held = self._plan, self.held[rank]
-        buffers = messages + self._memory.gathered_bytes(plan)
-        inputs = pictures + self._memory.token_bytes(plan)
+        held, buffers, inputs = self.held[rank], messages + self._gathered, pictures + self._tokens
         comes_and_goes = activations + loss + inputs + work + buffers
         return RankBytes(
             weights=held.weights,
