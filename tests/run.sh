@@ -5,7 +5,7 @@
 #   bash tests/run.sh tests/test_layout.py
 #   bash tests/run.sh -m long                # golden runs: 20 steps in every layout and precision
 #   bash tests/run.sh -m parity              # the full grid against open_clip, hours on a CPU
-#   bash tests/run.sh -n 0 tests/cli --pdb   # in one process
+#   bash tests/run.sh -n 2 --dist loadfile   # two files side by side, in half the time
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,13 +17,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 "$PYTHON" -m ruff check .
 
-# Two at a time: one alone leaves cores idle while it waits for its processes. Tests of a file stay
-# together, as they share what the file sets up. A GPU is for one at a time.
-workers=2
-case " $* " in *gpu*) workers=0 ;; esac
-
 status=0
-"$PYTHON" -m pytest -n "$workers" --dist loadfile "$@" || status=$?
+"$PYTHON" -m pytest "$@" || status=$?
 if [ "$status" -eq 5 ]; then
     echo "error: not one test was found" >&2
     exit 1
