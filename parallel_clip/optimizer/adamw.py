@@ -79,7 +79,7 @@ class MegatronAdamW:
             use_gloo_process_groups=False,
         )
         (self._megatron,) = chain.chained_optimizers  # one, as there are no experts
-        self._adam: torch.optim.Optimizer = self._megatron.optimizer
+        self._adam: torch.optim.Optimizer | None = self._megatron.optimizer
         if isinstance(self._adam, torch.optim.AdamW):
             for group in self._adam.param_groups:
                 group["fused"] = True  # one pass over memory, not ten
@@ -129,7 +129,8 @@ class MegatronAdamW:
 
     def update(self, lr: float) -> None:
         """Update the weights with the gradients that were clipped; `lr`: of the step."""
-        for group in self._adam.param_groups:
+        # megatron-core makes no Adam where all of a rank is frozen.
+        for group in self._adam.param_groups if self._adam is not None else ():
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self._megatron.step_with_ready_grads()

@@ -57,7 +57,8 @@ class StageTransients:
         for tower in ("text", "vision"):  # in the order of backward
             held: LayerRange = getattr(stage, tower)
             frozen = getattr(self._frozen, tower)
-            if held.layers == 0 or frozen.whole:
+            # Where nothing in or before its layers is trained, nothing goes backward.
+            if held.stop <= frozen.layers.without_backward or held.layers == 0 or frozen.whole:
                 continue
             most = max(most, self._line(tower, held, layout, recompute).at(pairs) - freed)
             freed += sum(size for part, size in saved.items() if part.startswith(f"{tower}."))

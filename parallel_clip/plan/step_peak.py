@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from parallel_clip.config import Config
-from parallel_clip.data.samples.transforms import Preprocess, normalize
 from parallel_clip.engine.device import has_cuda
 from parallel_clip.engine.fake_world import FakeAnswers, fake_rank
 from parallel_clip.engine.groups import Groups
@@ -100,7 +99,6 @@ def _inputs(
     one microbatch ahead, and are normalized when they are asked for."""
     vision, text, batch = architecture.vision, architecture.text, plan.batch
     pairs, device = batch.micro_batch, groups.device
-    preprocess = Preprocess(vision.image_size)
     ahead: dict[int, Tensor] = {}
 
     def prepare(number: int) -> None:
@@ -109,7 +107,8 @@ def _inputs(
     def fetch(number: int) -> Pictures:
         if number not in ahead:
             prepare(number)
-        images = normalize(ahead.pop(number), preprocess).to(DTYPES[config.precision])
+        # As `normalize` holds them; its constants are kept by the process, and these would be fake.
+        images = ahead.pop(number).float().to(DTYPES[config.precision])
         if vision.patches_kept == vision.patches:
             return Pictures(images)
         return Pictures(images, torch.arange(vision.patches_kept, device=device).repeat(pairs, 1))

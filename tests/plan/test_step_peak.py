@@ -2,7 +2,9 @@
 quick arithmetic of the planner."""
 
 import pytest
+import torch
 
+from parallel_clip.data.samples.transforms import Preprocess, normalize
 from parallel_clip.engine.groups import Groups
 from parallel_clip.layout import Layout
 from parallel_clip.plan.fast_memory import FastMemory
@@ -20,6 +22,8 @@ CASES = [
     (SIGLIP, Layout(2, tensor=2, sequence=True), {"precision": "fp32"}),
     (SMALL, Layout(2, pipeline=2, virtual_pipeline=2), {"captions": 2}),
     (SMALL, Layout(2, pipeline=2), {"freeze": {"text": "all"}, "stash": 4}),
+    # Nothing of the first stage goes backward.
+    (SMALL, Layout(2, pipeline=2), {"freeze": {"vision": {"unlocked_groups": 3}, "text": "all"}}),
     (PE_CORE, Layout(2, tensor=2), {"recompute": "selective", "zero": False}),
 ]
 MICRO = 24
@@ -70,6 +74,15 @@ def test_counted_on_fake_tensors_in_real_processes_and_by_the_planner(
         # A thread of gloo's lets go of a message when it comes to it.
         assert fake.total == pytest.approx(held.total, rel=0.03)
     assert_close(max(predicted(case)), max(each.total for each in counted), case)
+
+
+def test_nothing_fake_is_left_behind():
+    """Such as constants that a process keeps for all pictures of a device."""
+    count_step(*of_case(SMALL, Layout(1), {}), 0)
+    pictures = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    preprocess = Preprocess((2, 2), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert normalize(pictures, preprocess).eq(1).all()
+    assert normalize(pictures, Preprocess(SMALL.vision.image_size)).gt(1.9).all()
 
 
 @pytest.mark.long
