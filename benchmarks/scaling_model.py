@@ -28,7 +28,6 @@ from rich.table import Table
 
 from parallel_clip.config import Config, load_config, parse_bytes
 from parallel_clip.errors import InputError
-from parallel_clip.layout import check_model
 from parallel_clip.model.known_models import load_architecture
 from parallel_clip.plan.device_file import Device, read_device
 from parallel_clip.plan.layout_plan import LayoutPlan
@@ -36,12 +35,12 @@ from parallel_clip.plan.search import (
     RECOMPUTES,
     LayoutSearch,
     PlannedLayout,
+    divides,
     tensor_sizes,
     with_layout,
     with_micro,
 )
 from parallel_clip.plan.step_time import StepTime, predict_step
-from parallel_clip.stages.costs import ModelCosts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [
@@ -169,7 +168,7 @@ def _one(search: LayoutSearch, config: Config) -> PlannedLayout | None:
 
 def _candidates(search: LayoutSearch, config: Config) -> Iterator[Config]:
     for tensor in tensor_sizes(search.gpus, NODE):
-        pad = not _divides(tensor, search.costs)
+        pad = not divides(tensor, search.costs)
         for pipeline in PIPELINES:
             if search.gpus % (tensor * pipeline):
                 continue
@@ -180,14 +179,6 @@ def _candidates(search: LayoutSearch, config: Config) -> Iterator[Config]:
                     continue
                 for recompute in RECOMPUTES:
                     yield with_micro(shape, micro).model_copy(update={"recompute": recompute})
-
-
-def _divides(tensor: int, costs: ModelCosts) -> bool:
-    try:
-        check_model(tensor, costs)
-    except InputError:
-        return False
-    return True
 
 
 def _words(found: PlannedLayout) -> str:

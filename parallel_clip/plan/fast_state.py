@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from parallel_clip.config import Config
 from parallel_clip.layout import Layout
@@ -16,9 +16,8 @@ from parallel_clip.model.parameters import Parameter
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.gradient_buffers import buffer_size
 from parallel_clip.plan.memory import RankMemory
+from parallel_clip.plan.short_tower import TowerName
 from parallel_clip.stages.stage import LayerRange, Stage
-
-TowerName = Literal["vision", "text"]
 
 _STATE_FIELDS = ("parameters", "weights", "gradients", "optimizer", "replicated", "averages")
 

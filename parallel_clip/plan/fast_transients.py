@@ -19,6 +19,7 @@ from parallel_clip.model.parameters import ROWS
 from parallel_clip.optimizer.train_state import wrap_for_data_parallel
 from parallel_clip.plan.build import frozen_parts
 from parallel_clip.plan.live_bytes import LiveBytes
+from parallel_clip.plan.memory import stage_inputs
 from parallel_clip.plan.short_tower import TowerName, layer_kinds, short_tower
 from parallel_clip.stages.stage import LayerRange, Stage
 
@@ -127,20 +128,8 @@ def _beside_saved(
 ) -> int:
     """Run `pairs` forward and backward: the most bytes at once beside what forward has left and
     the gradient of what is handed on."""
-    text, texts = model.architecture.text, pairs * model.captions
-    tokens = torch.zeros(texts, text.context_length, dtype=torch.int64, device=device)
-    images = kept = None
-    if model.stage.is_first:
-        vision = model.architecture.vision
-        dtype = model.config.params_dtype
-        images = torch.zeros(pairs, 3, *vision.image_size, dtype=dtype, device=device)
-        if vision.patches_kept < vision.patches:
-            kept = torch.arange(vision.patches_kept, device=device).expand(pairs, -1)
-    else:
-        length = model.messages.length(pairs, training=True)
-        message = torch.zeros(length, 1, 1, dtype=model.config.pipeline_dtype, device=device)
-        model.set_input_tensor([message.requires_grad_()])
-    result = wrapped(images, tokens, kept)
+    inputs, _message = stage_inputs(model, pairs, device)
+    result = wrapped(*inputs)
     gradient = torch.zeros_like(result)
     before, peaks = live.now, {}
     with live.peak_of(peaks, "backward"):

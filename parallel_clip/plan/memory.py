@@ -132,6 +132,21 @@ def saved_beside_message(
 ) -> tuple[dict[str, int], bool]:
     """As `saved_activations`, but for what the stage before hands on, unless `counts_message`; and
     whether that is kept."""
+    (images, tokens, kept), message = stage_inputs(model, pairs, device)
+    inputs = [x for x in (images, tokens) if x is not None]
+    if message is not None and not counts_message:
+        inputs.append(message)
+    with SavedActivations(model, excluded=inputs) as saved:
+        features = model(images, tokens, kept)
+    del features  # it held what was counted
+    return saved.by_module, message is not None and saved.was_kept(message)
+
+
+def stage_inputs(
+    model: CLIPModel, pairs: int, device: torch.device
+) -> tuple[tuple[Tensor | None, Tensor, Tensor | None], Tensor | None]:
+    """Zeros for a stage: the arguments of its forward pass, and the message that it is handed; None
+    for what it does not take."""
     vision, text = model.architecture.vision, model.architecture.text
     texts = pairs * model.captions
     tokens = torch.zeros(texts, text.context_length, dtype=torch.int64, device=device)
@@ -145,13 +160,7 @@ def saved_beside_message(
         length = model.messages.length(pairs, training=True)
         message = torch.zeros(length, 1, 1, dtype=model.config.pipeline_dtype, device=device)
         model.set_input_tensor([message.requires_grad_()])
-    inputs = [x for x in (images, tokens) if x is not None]
-    if message is not None and not counts_message:
-        inputs.append(message)
-    with SavedActivations(model, excluded=inputs) as saved:
-        features = model(images, tokens, kept)
-    del features  # it held what was counted
-    return saved.by_module, message is not None and saved.was_kept(message)
+    return (images, tokens, kept), message
 
 
 def _optimizer_state(optimizer: MegatronAdamW, weights: Iterable[Tensor]) -> Iterator[Tensor]:

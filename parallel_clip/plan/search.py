@@ -142,7 +142,7 @@ class LayoutSearch:
     def _shapes(self, tensor: int) -> Iterator[Config]:
         """A config for each pipeline and virtual pipeline size."""
         layers = self.costs.vision.layers + self.costs.text.layers
-        pad = not _divides(tensor, self.costs)
+        pad = not divides(tensor, self.costs)
         for pipeline in divisors(self.gpus // tensor):
             for virtual in VIRTUAL if pipeline > 1 else VIRTUAL[:1]:
                 if pipeline * virtual <= layers:
@@ -291,7 +291,8 @@ def with_stash(config: Config, stash: int, microbatches: int) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
 
 
-def _divides(tensor: int, costs: ModelCosts) -> bool:
+def divides(tensor: int, costs: ModelCosts) -> bool:
+    """Whether a tensor size divides the model, which else is padded."""
     try:
         check_model(tensor, costs)
     except InputError:
